@@ -1,0 +1,40 @@
+# Everything happens in a virtual environment of its own; VENV=... and PYTHON=... choose others.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-all lint format clean
+help:
+	@echo "make demo      install into $(VENV) and trace a question about a picture"
+	@echo "make test      the tests that CI runs     (make test-all: the slow ones too)"
+	@echo "make lint      ruff and mypy              (make format: let ruff put it right)"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/mmlens demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow" --durations=15
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --durations=15
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Stamps: an extra is installed again only when pyproject.toml has changed since.
+$(VENV)/.installed-demo: EXTRAS := demo
+$(VENV)/.installed-dev: EXTRAS := demo,dev
+$(VENV)/.installed-%: pyproject.toml
+	@echo "installing mmlens with its packages into $(VENV) (a minute or two, once) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,89 @@
+"""mmlens: mechanistic interpretability of multimodal language models.
+
+Example:
+    >>> import mmlens
+    >>> model = mmlens.HookedMultimodalTransformer.from_pretrained("demo")
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+try:
+    __version__ = version("mmlens")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0"
+
+if TYPE_CHECKING:
+    from mmlens.branching import Recording
+    from mmlens.checkpoints.errors import CheckpointError
+    from mmlens.components import KeyValueCache
+    from mmlens.config import MultimodalConfig, ProjectorConfig, VisionConfig
+    from mmlens.corruptions import noise_span, swap_span
+    from mmlens.data import VisualQuestion, demo_questions
+    from mmlens.hook_points import ActivationCache, HookPoint
+    from mmlens.inputs import MultimodalInputs, collate
+    from mmlens.interventions import Intervention, hook_name, window
+    from mmlens.model import HookedMultimodalTransformer
+    from mmlens.tracing import CausalTrace, causal_trace
+
+# Public names and where they live. They are imported when they are first used: torch and
+# TransformerLens take seconds, which `mmlens --help` should not.
+_PUBLIC = {
+    "ActivationCache": "hook_points",
+    "CausalTrace": "tracing",
+    "CheckpointError": "checkpoints.errors",
+    "HookPoint": "hook_points",
+    "HookedMultimodalTransformer": "model",
+    "Intervention": "interventions",
+    "KeyValueCache": "components",
+    "MultimodalConfig": "config",
+    "MultimodalInputs": "inputs",
+    "ProjectorConfig": "config",
+    "Recording": "branching",
+    "VisionConfig": "config",
+    "VisualQuestion": "data",
+    "causal_trace": "tracing",
+    "collate": "inputs",
+    "demo_questions": "data",
+    "hook_name": "interventions",
+    "noise_span": "corruptions",
+    "swap_span": "corruptions",
+    "window": "interventions",
+}
+
+__all__ = [
+    "ActivationCache",
+    "CausalTrace",
+    "CheckpointError",
+    "HookPoint",
+    "HookedMultimodalTransformer",
+    "Intervention",
+    "KeyValueCache",
+    "MultimodalConfig",
+    "MultimodalInputs",
+    "ProjectorConfig",
+    "Recording",
+    "VisionConfig",
+    "VisualQuestion",
+    "__version__",
+    "causal_trace",
+    "collate",
+    "demo_questions",
+    "hook_name",
+    "noise_span",
+    "swap_span",
+    "window",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mmlens' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mmlens.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""`python -m mmlens` is `mmlens`."""
+
+from mmlens.cli import main
+
+main()

@@ -1,0 +1,151 @@
+"""Published checkpoint formats, one file each, and the one way in: `load_model`.
+
+A format is a module with `recognises(config_json)`, `config(folder)`, `rename(name)`, `table(cfg)`
+and `IGNORED`; to add one, write that file and name it in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+
+from mmlens.checkpoints import hf_llava, language_model
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.loader import (
+    WeightFile,
+    build,
+    fill,
+    has_own_head,
+    safetensors_of,
+    stream,
+)
+from mmlens.checkpoints.names import Table
+from mmlens.checkpoints.processors import chat_template, load_image_processor, load_tokenizer
+from mmlens.config import MultimodalConfig
+from mmlens.model import HookedMultimodalTransformer
+
+__all__ = ["FORMATS", "CheckpointError", "CheckpointFormat", "format_of", "load_model"]
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+@runtime_checkable
+class CheckpointFormat(Protocol):
+    """What a format's module provides."""
+
+    IGNORED: Sequence[str]
+    recognises: Callable[[dict[str, Any]], bool]
+    config: Callable[[Path], MultimodalConfig]
+    rename: Callable[[str], str]
+    table: Callable[[MultimodalConfig], Table]
+
+
+FORMATS: dict[str, CheckpointFormat] = {
+    "Hugging Face LLaVA": cast(CheckpointFormat, hf_llava),
+    "language model": cast(CheckpointFormat, language_model),
+}
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> HookedMultimodalTransformer:
+    """The model of a checkpoint folder, a hub name, or "demo".
+
+    Raises:
+        CheckpointError: it is not there, is of no known format, or does not fit its config.json.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if str(name_or_path) == "demo":
+        from mmlens.checkpoints import demo
+
+        return demo.load(where, dtype or torch.float32)
+    folder = find_folder(name_or_path, revision)
+    format = format_of(folder)
+    cfg = format.config(folder)
+    files = [WeightFile(path) for path in safetensors_of(folder)]
+    if cfg.tie_word_embeddings:
+        untied = format.table(replace(cfg, tie_word_embeddings=False))
+        cfg.tie_word_embeddings = not has_own_head(files, format.rename, untied)
+    model = build(cfg, dtype or checkpoint_dtype(folder), where)
+    fill(
+        model,
+        stream(files, where),
+        format.table(cfg),
+        ignored=format.IGNORED,
+        rename=format.rename,
+        where=str(folder),
+    )
+    cfg.model_name = str(name_or_path)
+    cfg.default_template = chat_template(folder, with_image=cfg.vision is not None)
+    model.tokenizer = load_tokenizer(folder)
+    model.image_processor = load_image_processor(folder) if cfg.vision else None
+    return model
+
+
+def find_folder(name_or_path: str | Path, revision: str | None) -> Path:
+    """A local folder, or the hub's, downloaded.
+
+    Raises:
+        CheckpointError: neither a folder nor to be had from the hub.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(name_or_path).count("/") != 1:
+        raise CheckpointError(
+            f"unknown model {str(name_or_path)!r}: not a folder, not 'demo', and not a hub name "
+            "like 'llava-hf/llava-1.5-7b-hf'"
+        )
+    from huggingface_hub import snapshot_download
+
+    name = str(name_or_path)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises errors of several libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"unknown model {name!r}: no such folder, and the hub did not give it "
+            f"({reason}). Without network, download it elsewhere and pass the folder."
+        ) from error
+
+
+def format_of(folder: Path) -> CheckpointFormat:
+    """The format that recognises the folder's config.json.
+
+    Raises:
+        CheckpointError: no config.json, or nobody knows it.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no config.json: not a checkpoint folder")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    for format in FORMATS.values():
+        if format.recognises(config):
+            return format
+    raise CheckpointError(
+        f"{path}: model_type {config.get('model_type')!r}, architectures "
+        f"{config.get('architectures')} is no format that mmlens knows; it knows "
+        f"{', '.join(FORMATS)}"
+    )
+
+
+def checkpoint_dtype(folder: Path) -> torch.dtype:
+    """The dtype that config.json names (at the top or for the text model), else float32."""
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config.get("text_config") or {}):
+        name = part.get("dtype") or part.get("torch_dtype")
+        if name:
+            return getattr(torch, str(name).removeprefix("torch."))
+    return torch.float32

@@ -1,0 +1,120 @@
+"""Where each tensor of a checkpoint goes: name tables of the parts that formats share.
+
+A table maps the checkpoint's tensor name to a `Slot`: a parameter of ours, or some rows of one
+(queries, keys and values share the rows of one fused projection, gate and input those of another).
+Formats differ in prefixes; the tables take them as arguments.
+
+Sources: the names are those of transformers' `modeling_llama.py` and `modeling_clip.py`, and of
+open_clip's `transformer.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmlens.config import MultimodalConfig, TransformerConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter, or its rows `start` to `stop`."""
+
+    parameter: str
+    start: int = 0
+    stop: int | None = None
+
+
+Table = dict[str, Slot]
+
+
+def weight_and_bias(name: str, parameter: str) -> Table:
+    """A layer whose weight and bias keep their names."""
+    return {f"{name}.{kind}": Slot(f"{parameter}.{kind}") for kind in ("weight", "bias")}
+
+
+def norm_names(name: str, parameter: str, bias: bool) -> Table:
+    """A norm: `weight` and `bias` there, `w` and `b` here."""
+    table = {f"{name}.weight": Slot(f"{parameter}.w")}
+    return table | {f"{name}.bias": Slot(f"{parameter}.b")} if bias else table
+
+
+def qkv_names(cfg: TransformerConfig, prefix: str, parameter: str) -> Table:
+    """Separate `q_proj`, `k_proj`, `v_proj` to the rows of the fused projection."""
+    kinds = ("weight", "bias") if cfg.qkv_bias else ("weight",)
+    table, start = {}, 0
+    for name, heads in (("q", cfg.n_heads), ("k", cfg.n_kv_heads), ("v", cfg.n_kv_heads)):
+        stop = start + heads * cfg.d_head
+        for kind in kinds:
+            table[f"{prefix}.{name}_proj.{kind}"] = Slot(f"{parameter}.{kind}", start, stop)
+        start = stop
+    return table
+
+
+def llama_names(cfg: MultimodalConfig, prefix: str = "model.", head: str = "lm_head") -> Table:
+    """A Llama decoder (transformers' `LlamaModel` under `prefix`, its output layer at `head`)."""
+    table = {f"{prefix}embed_tokens.weight": Slot("embed.W_E")}
+    table |= norm_names(f"{prefix}norm", "ln_final", bias=False)
+    if not cfg.tie_word_embeddings:
+        table[f"{head}.weight"] = Slot("unembed.weight")
+    for layer in range(cfg.n_layers):
+        there, here = f"{prefix}layers.{layer}", f"blocks.{layer}"
+        table |= norm_names(f"{there}.input_layernorm", f"{here}.ln1", bias=False)
+        table |= norm_names(f"{there}.post_attention_layernorm", f"{here}.ln2", bias=False)
+        table |= qkv_names(cfg, f"{there}.self_attn", f"{here}.attn.qkv")
+        table[f"{there}.self_attn.o_proj.weight"] = Slot(f"{here}.attn.o.weight")
+        if cfg.o_bias:
+            table[f"{there}.self_attn.o_proj.bias"] = Slot(f"{here}.attn.o.bias")
+        for kind in ("weight", "bias") if cfg.mlp_bias else ("weight",):
+            up = f"{here}.mlp.up.{kind}"
+            table[f"{there}.mlp.gate_proj.{kind}"] = Slot(up, 0, cfg.d_mlp)
+            table[f"{there}.mlp.up_proj.{kind}"] = Slot(up, cfg.d_mlp, 2 * cfg.d_mlp)
+            table[f"{there}.mlp.down_proj.{kind}"] = Slot(f"{here}.mlp.down.{kind}")
+    return table
+
+
+def clip_tower_names(cfg: VisionConfig, prefix: str = "vision_tower.") -> Table:
+    """A CLIP vision tower as transformers names it (`CLIPVisionModel` under `prefix`)."""
+    table = {
+        f"{prefix}embeddings.class_embedding": Slot("vision.class_embed"),
+        f"{prefix}embeddings.patch_embedding.weight": Slot("vision.patch_embed.weight"),
+        f"{prefix}embeddings.position_embedding.weight": Slot("vision.W_pos"),
+    }
+    table |= norm_names(f"{prefix}pre_layrnorm", "vision.ln_pre", bias=True)
+    for layer in range(cfg.n_layers):
+        there, here = f"{prefix}encoder.layers.{layer}", f"vision.blocks.{layer}"
+        table |= norm_names(f"{there}.layer_norm1", f"{here}.ln1", bias=True)
+        table |= norm_names(f"{there}.layer_norm2", f"{here}.ln2", bias=True)
+        table |= qkv_names(cfg, f"{there}.self_attn", f"{here}.attn.qkv")
+        table |= weight_and_bias(f"{there}.self_attn.out_proj", f"{here}.attn.o")
+        table |= weight_and_bias(f"{there}.mlp.fc1", f"{here}.mlp.up")
+        table |= weight_and_bias(f"{there}.mlp.fc2", f"{here}.mlp.down")
+    return table
+
+
+def open_clip_tower_names(cfg: VisionConfig, prefix: str = "visual.") -> Table:
+    """The image tower of an open_clip CLIP (`VisionTransformer` under `prefix`)."""
+    table = {
+        f"{prefix}class_embedding": Slot("vision.class_embed"),
+        f"{prefix}conv1.weight": Slot("vision.patch_embed.weight"),
+        f"{prefix}positional_embedding": Slot("vision.W_pos"),
+    }
+    table |= norm_names(f"{prefix}ln_pre", "vision.ln_pre", bias=True)
+    for layer in range(cfg.n_layers):
+        there, here = f"{prefix}transformer.resblocks.{layer}", f"vision.blocks.{layer}"
+        table |= norm_names(f"{there}.ln_1", f"{here}.ln1", bias=True)
+        table |= norm_names(f"{there}.ln_2", f"{here}.ln2", bias=True)
+        for kind in ("weight", "bias"):
+            table[f"{there}.attn.in_proj_{kind}"] = Slot(f"{here}.attn.qkv.{kind}")
+        table |= weight_and_bias(f"{there}.attn.out_proj", f"{here}.attn.o")
+        table |= weight_and_bias(f"{there}.mlp.c_fc", f"{here}.mlp.up")
+        table |= weight_and_bias(f"{there}.mlp.c_proj", f"{here}.mlp.down")
+    return table
+
+
+def projector_names(bias: bool, prefix: str = "multi_modal_projector.") -> Table:
+    """LLaVA's projector."""
+    table = {}
+    for layer in ("linear_1", "linear_2"):
+        for kind in ("weight", "bias") if bias else ("weight",):
+            table[f"{prefix}{layer}.{kind}"] = Slot(f"projector.{layer}.{kind}")
+    return table

@@ -1,0 +1,109 @@
+"""Options that several commands share, and what is checked about them before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mmlens.cli.errors import UserError
+
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default the GPU if there is one.")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Precision of the weights; by default the checkpoint's own."),
+]
+Model = Annotated[
+    str, typer.Option(help='"demo", a checkpoint folder, or a name on the Hugging Face hub.')
+]
+Sites = Annotated[str, typer.Option(help="Where activations are restored, separated by commas.")]
+Window = Annotated[int, typer.Option(min=1, help="How many adjacent layers are restored together.")]
+Method = Annotated[
+    Literal["branch", "naive"],
+    typer.Option(help="naive: a whole forward pass per cell; slow, the reference."),
+]
+
+
+def comma_list(text: str, name: str) -> tuple[str, ...]:
+    """The parts of an option like ``--sites attn_out,mlp_out``, without repetitions.
+
+    Raises:
+        UserError: there are none.
+    """
+    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        raise UserError(f"{name} names nothing: {text!r}")
+    return parts
+
+
+def check_picture(path: Path) -> None:
+    """Look at the file without the seconds that torch takes to import.
+
+    Raises:
+        UserError: no such file, or nothing that Pillow knows as a picture.
+    """
+    from PIL import Image
+
+    if not path.exists():
+        raise UserError(f"no such file: {path}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a picture")
+    try:
+        with Image.open(path):
+            pass
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a picture that can be read ({error})") from error
+
+
+def check_phrase(question: str, phrase: str, template: str | None) -> None:
+    """Look for the constraint before the model is loaded.
+
+    Raises:
+        UserError: it is neither in the question nor in the template.
+    """
+    from mmlens.spans import SpanNotFoundError, find_span
+
+    try:
+        find_span(question, phrase)
+    except SpanNotFoundError as error:
+        try:
+            find_span(template or "", phrase)
+        except SpanNotFoundError:
+            raise UserError(f"--constraint: {error}") from error
+
+
+def check_device(device: str | None) -> None:
+    """Whether torch knows this device and the machine has it.
+
+    Raises:
+        UserError: it does not.
+    """
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used: {reason}") from error
+
+
+def writable_folder(folder: Path) -> Path:
+    """Make the folder for results now, not after minutes of work.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return folder

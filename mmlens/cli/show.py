@@ -1,0 +1,103 @@
+"""What the commands print and save about answers and traces."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from mmlens.cli.console import err, out, waiting
+
+if TYPE_CHECKING:
+    from mmlens.inputs import MultimodalInputs
+    from mmlens.model import HookedMultimodalTransformer
+    from mmlens.tracing import CausalTrace
+
+BAR_CELLS = 20
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def bar(share: float, cells: int = BAR_CELLS) -> str:
+    """A bar for a number between 0 and 1, to an eighth of a character."""
+    eighths = round(min(max(share, 0.0), 1.0) * cells * 8)
+    whole, rest = divmod(eighths, 8)
+    return "█" * whole + (EIGHTHS[rest] if rest else "")
+
+
+def first_sentence(text: str) -> str:
+    """A small model does not stop by itself: what it says up to the end of a sentence or line."""
+    return re.split(r"(?<=[.!?])\s|\n", text.strip(), maxsplit=1)[0]
+
+
+def print_answers(
+    model: HookedMultimodalTransformer,
+    clean: MultimodalInputs,
+    corrupted: MultimodalInputs,
+    *,
+    question: str,
+    replaced: str,
+    top: int = 5,
+) -> None:
+    """The model's answer, its most probable next tokens, and what the corruption leaves of them.
+
+    Args:
+        question: as the user put it.
+        replaced: what the corruption did, as the heading of its column.
+    """
+    import torch
+
+    with torch.no_grad(), waiting("asking the model ..."):
+        before, after = (model(x)[0, -1].float().softmax(-1) for x in (clean, corrupted))
+        answer = first_sentence(str(model.generate(clean, max_new_tokens=12)))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("next token")
+    table.add_column("clean run", min_width=BAR_CELLS + 6)
+    table.add_column(escape(replaced), min_width=BAR_CELLS + 6)
+    for token in before.topk(top).indices.tolist():
+        shares = (before[token].item(), after[token].item())
+        cells = [f"{share:.3f} [blue]{bar(share)}[/]" for share in shares]
+        table.add_row(escape(repr(model.to_str_tokens([token])[0])), *cells)
+    console = out()
+    console.print(f"[dim]question[/]  {escape(question)}")
+    console.print(f"[dim]model[/]     [bold]{escape(answer)}[/]\n")
+    console.print(table)
+    console.print()
+
+
+def print_trace(trace: CausalTrace) -> None:
+    """The terminal heatmap, under a line that says what it is."""
+    from mmlens.plots.terminal import TerminalHeatmap
+
+    console = out()
+    window = "one layer" if trace.window == 1 else f"{trace.window} layers"
+    console.print(
+        f"P([bold]{escape(trace.answer.strip())}[/]) is {trace.clean:.3f} in the clean run and "
+        f"{trace.corrupted:.3f} in the corrupted one; restoring {window} "
+        "of the clean run changes that by:\n"
+    )
+    console.print(TerminalHeatmap(trace))
+
+
+def save_trace(trace: CausalTrace, folder: Path) -> None:
+    """`trace.safetensors`, `.csv`, `.html` and, where a browser can draw it, `.png`."""
+    from mmlens.files import write_atomically
+    from mmlens.plots.save import FigureNotSaved, save_figure
+
+    with waiting("saving ..."):
+        trace.save(folder / "trace.safetensors")
+        write_atomically(folder / "trace.csv", trace.to_dataframe().to_csv(index=False))
+        figure = trace.plot()
+        save_figure(figure, folder / "trace.html")
+        names = ["trace.safetensors", "trace.csv", "trace.html"]
+        remark = ""
+        try:
+            save_figure(figure, folder / "trace.png")
+            names.append("trace.png")
+        except FigureNotSaved as error:
+            remark = f"no trace.png: {error}"
+    out().print(f"\nsaved in {escape(str(folder))}: {', '.join(names)}", soft_wrap=True)
+    if remark:
+        err().print(remark, style="dim", markup=False, soft_wrap=True)

@@ -1,0 +1,40 @@
+"""One transformer layer: attention, then the MLP, each added to the residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmlens.components.attention import Attention
+from mmlens.components.mlp import MLP
+from mmlens.components.norm import make_norm
+from mmlens.config import TransformerConfig
+from mmlens.hook_points import HookPoint
+
+Residual = Float[Tensor, "batch pos d_model"]
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm block; the same in the decoder (causal, rotary) and the vision tower (neither)."""
+
+    def __init__(self, cfg: TransformerConfig, *, causal: bool, rotary: bool) -> None:
+        super().__init__()
+        self.ln1 = make_norm(cfg)
+        self.attn = Attention(cfg, causal=causal, rotary=rotary)
+        self.ln2 = make_norm(cfg)
+        self.mlp = MLP(cfg)
+        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]
+        self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
+        self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
+        self.hook_mlp_out = HookPoint()  # [batch, pos, d_model]
+        self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
+
+    def forward(self, resid: Residual, **attention: Any) -> Residual:
+        """The residual stream behind this layer; `attention` is passed on to `Attention`."""
+        resid = self.hook_resid_pre(resid)
+        attn_out = self.hook_attn_out(self.attn(self.ln1(resid), **attention))
+        resid = self.hook_resid_mid(resid + attn_out)
+        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(resid)))
+        return self.hook_resid_post(resid + mlp_out)

@@ -1,0 +1,85 @@
+"""The vision tower: a CLIP image encoder (Radford et al. 2021), as far as the projector needs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmlens.components.block import TransformerBlock
+from mmlens.components.norm import make_norm
+from mmlens.config import VisionConfig
+from mmlens.hook_points import HookedRootModule, HookPoint
+
+Pixels = Float[Tensor, "image channel height width"]
+Residual = Float[Tensor, "image pos d_model"]
+
+
+class HookedVisionTransformer(HookedRootModule):
+    """Patches, a class token and learnt positions, a norm, then blocks that see everything.
+
+    Position 0 is the class token; patch (row, column) is position `1 + row * columns + column`.
+    """
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = nn.Conv2d(
+            cfg.n_channels, cfg.d_model, cfg.patch_size, cfg.patch_size, bias=cfg.patch_bias
+        )
+        self.class_embed = nn.Parameter(torch.empty(cfg.d_model).normal_(std=0.02))
+        positions = torch.empty(1 + cfg.n_patches, cfg.d_model)
+        self.W_pos = nn.Parameter(positions.normal_(std=0.02))
+        self.ln_pre = make_norm(cfg)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(cfg, causal=False, rotary=False) for _ in range(cfg.n_layers)
+        )
+        self.hook_patch_embed = HookPoint()  # [image, patch, d_model]
+        self.hook_pos_embed = HookPoint()  # [1, pos, d_model]
+        self.hook_embed = HookPoint()  # [image, pos, d_model]
+        self.hook_out = HookPoint()  # [image, visual_token, d_features]
+        self.setup()
+
+    def forward(self, pixels: Pixels) -> Float[Tensor, "image visual_token d_features"]:
+        """The features of every visual token, as the projector gets them.
+
+        Pictures of another size than `cfg.image_size` get interpolated positions (bicubic, as
+        Hugging Face's `interpolate_pos_encoding`).
+
+        Raises:
+            ValueError: a picture's sides are no multiples of the patch size.
+        """
+        resid = self.hook_embed(self.embed(pixels))
+        resid = self.ln_pre(resid)
+        streams = [resid]
+        for block in self.blocks:
+            resid = block(resid)
+            streams.append(resid)
+        features = torch.cat([streams[layer] for layer in self.cfg.feature_layers], dim=-1)
+        if self.cfg.select == "default":
+            features = features[:, 1:]
+        return self.hook_out(features)
+
+    def embed(self, pixels: Pixels) -> Residual:
+        """Class token and patches, with their positions added."""
+        height, width = pixels.shape[-2:]
+        patch = self.cfg.patch_size
+        if height % patch or width % patch:
+            raise ValueError(
+                f"pictures of {height} x {width} pixels do not divide into patches of "
+                f"{patch} x {patch}"
+            )
+        patches = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))
+        patches = self.hook_patch_embed(patches.flatten(2).transpose(1, 2))
+        class_token = self.class_embed.expand(len(pixels), 1, -1)
+        positions = self.position_embeddings(height // patch, width // patch)
+        return torch.cat([class_token, patches], dim=1) + self.hook_pos_embed(positions)
+
+    def position_embeddings(self, rows: int, columns: int) -> Float[Tensor, "1 pos d_model"]:
+        """The learnt positions, interpolated where the picture has another grid."""
+        if (rows, columns) == self.cfg.grid:
+            return self.W_pos[None]
+        grid = self.W_pos[1:].unflatten(0, self.cfg.grid).permute(2, 0, 1)[None]
+        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+        return torch.cat([self.W_pos[None, :1], grid.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,1 @@
+"""The embedded demo model: its weights, its pictures, its questions."""

@@ -1,0 +1,252 @@
+"""An intervention: a hook function, and where it acts.
+
+    site x layers x positions x hook function
+
+Since an intervention says where it acts, the engine (`mmlens.branching`) knows what it cannot
+change: everything below its first layer, and every position before its first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mmlens.hook_points import HookPoint
+from mmlens.hooks import HookFunction, position_axis, takes_positions
+
+if TYPE_CHECKING:
+    from mmlens.model import HookedMultimodalTransformer
+
+BLOCK_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+ATTENTION_SITES = ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")
+MLP_SITES = ("pre", "pre_linear", "post")
+NORM_SITES = ("ln1.scale", "ln1.normalized", "ln2.scale", "ln2.normalized")
+LAYERED_SITES = BLOCK_SITES + ATTENTION_SITES + MLP_SITES + NORM_SITES
+MODEL_SITES = {
+    "embed": "hook_embed",
+    "input_embed": "hook_input_embed",
+    "ln_final.scale": "ln_final.hook_scale",
+    "ln_final.normalized": "ln_final.hook_normalized",
+    "vision.patch_embed": "vision.hook_patch_embed",
+    "vision.pos_embed": "vision.hook_pos_embed",
+    "vision.embed": "vision.hook_embed",
+    "vision.ln_pre.scale": "vision.ln_pre.hook_scale",
+    "vision.ln_pre.normalized": "vision.ln_pre.hook_normalized",
+    "vision.out": "vision.hook_out",
+    "projector.in": "projector.hook_in",
+    "projector.pre": "projector.hook_pre",
+    "projector.post": "projector.hook_post",
+    "projector.out": "projector.hook_out",
+}
+
+
+def hook_name(site: str, layer: int | None = None) -> str:
+    """The hook point of a short site name.
+
+    Args:
+        site: one of `LAYERED_SITES`, with "vision." before it for the tower; or of `MODEL_SITES`,
+            which have no layers.
+        layer: which block; None for `MODEL_SITES`.
+
+    Raises:
+        ValueError: no such site, or a layer missing or too many.
+
+    Example:
+        >>> hook_name("mlp_out", 3)
+        'blocks.3.hook_mlp_out'
+        >>> hook_name("vision.z", 0)
+        'vision.blocks.0.attn.hook_z'
+    """
+    if site in MODEL_SITES:
+        if layer is not None:
+            raise ValueError(f"site {site!r} has no layers; leave them out")
+        return MODEL_SITES[site]
+    tower, short = ("vision.", site[7:]) if site.startswith("vision.") else ("", site)
+    if short not in LAYERED_SITES:
+        raise ValueError(
+            f"unknown site {site!r}; sites are {', '.join(LAYERED_SITES)} (with 'vision.' before "
+            f"them for the tower) and {', '.join(MODEL_SITES)}"
+        )
+    if layer is None:
+        raise ValueError(f"site {site!r} needs layers")
+    if short in NORM_SITES:
+        norm, part = short.split(".")
+        return f"{tower}blocks.{layer}.{norm}.hook_{part}"
+    module = "attn." if short in ATTENTION_SITES else "mlp." if short in MLP_SITES else ""
+    return f"{tower}blocks.{layer}.{module}hook_{short}"
+
+
+def window(
+    site: str,
+    center: int,
+    width: int,
+    model: HookedMultimodalTransformer | None = None,
+) -> range:
+    """The layers of a window of `width` around `center`, clipped to the model.
+
+    They are center - width // 2 ... center - width // 2 + width - 1, as in ROME (Meng et al. 2022):
+    1 is the layer alone, 3 is one to each side. (The paper's released script takes 2 w + 1 layers
+    for its `--window w`.)
+
+    Args:
+        site: decides whose layers are meant, the decoder's or (with "vision.") the tower's.
+        model: clips at its last layer; without it only at layer 0.
+
+    Raises:
+        ValueError: a width below 1, or a centre outside of the model.
+
+    Example:
+        >>> window("mlp_out", 5, 3)
+        range(4, 7)
+    """
+    if width < 1:
+        raise ValueError(f"a window of {width} layers; it needs at least 1")
+    n_layers = None if model is None else n_layers_of(site, model)
+    if center < 0 or (n_layers is not None and center >= n_layers):
+        last = "" if n_layers is None else f" ... {n_layers - 1}"
+        raise ValueError(f"a window around layer {center}; layers are 0{last}")
+    first = center - width // 2
+    stop = first + width if n_layers is None else min(first + width, n_layers)
+    return range(max(first, 0), stop)
+
+
+def n_layers_of(site: str, model: HookedMultimodalTransformer) -> int:
+    """How many layers the stack of a site has.
+
+    Raises:
+        ValueError: a tower's site, for a model without one.
+    """
+    if not site.startswith("vision."):
+        return model.cfg.n_layers
+    if model.cfg.vision is None:
+        raise ValueError(f"site {site!r}: this model has no vision tower")
+    return model.cfg.vision.n_layers
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Intervention:
+    """`hook`, applied at `site` of every one of `layers`, at `positions`.
+
+    Args:
+        site: a short name, see `hook_name`.
+        layers: any set of layers; None for a site without layers.
+        positions: any positions (queries, for scores and patterns); None for all. They count along
+            the activation: for the vision tower, its own patches.
+        hook: a function of `mmlens.hooks` or your own `f(slice, hook)`. It sees only the slice at
+            `positions`, in their order; it returns what takes the slice's place, or None to leave
+            it (an edit in place counts). With a parameter `positions` it is told them.
+
+    Raises:
+        ValueError: no such site, layers missing or too many, negative positions.
+        TypeError: positions that are no integers, such as a mask.
+
+    Example:
+        >>> early = Intervention("mlp_out", range(4), inputs.span("constraint"), zero())
+        >>> model.run_with_hooks(inputs, fwd_hooks=early.fwd_hooks())
+    """
+
+    site: str
+    layers: tuple[int, ...] | None
+    """Ascending."""
+    positions: Int[Tensor, " n"] | None
+    """On the CPU, each once."""
+    hook: HookFunction
+
+    def __init__(
+        self,
+        site: str,
+        layers: Iterable[int] | int | None,
+        positions: Tensor | Sequence[int] | int | None,
+        hook: HookFunction,
+    ) -> None:
+        layers = [layers] if isinstance(layers, int) else layers
+        # A frozen dataclass can be filled no other way.
+        object.__setattr__(self, "site", site)
+        object.__setattr__(self, "layers", None if layers is None else tuple(sorted(set(layers))))
+        object.__setattr__(self, "positions", as_positions(positions))
+        object.__setattr__(self, "hook", hook)
+        # A wrong site or a missing layer is an error here, not in the run.
+        hook_name(site, None if layers is None else 0)
+
+    def hook_names(self) -> list[str]:
+        """The hook points it acts on."""
+        if self.layers is None:
+            return [hook_name(self.site)]
+        return [hook_name(self.site, layer) for layer in self.layers]
+
+    def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
+        """`(name, function)` pairs for `run_with_hooks`; concatenate those of several."""
+        return [(name, self.edit) for name in self.hook_names()]
+
+    @cached_property
+    def first_position(self) -> int | None:
+        """The first position it touches; 0 where it touches all, None where it touches none."""
+        if self.positions is None:
+            return 0
+        return min(self.positions.tolist(), default=None)
+
+    @cached_property
+    def _last_position(self) -> int:
+        return -1 if self.positions is None else max(self.positions.tolist(), default=-1)
+
+    @cached_property
+    def _options(self) -> dict[str, Any]:
+        return {"positions": self.positions} if takes_positions(self.hook) else {}
+
+    def edit(self, activation: Tensor, hook: HookPoint, first: int = 0) -> Tensor:
+        """The activation with the declared slice edited; its positions count from `first`.
+
+        Raises:
+            IndexError: positions that the activation does not have.
+            ValueError: the function returned another shape than it was given.
+        """
+        if self.positions is None:
+            return self._edit_slice(activation, hook)
+        axis = position_axis(str(hook.name))
+        if self._last_position >= first + activation.shape[axis]:
+            raise IndexError(
+                f"{hook.name} has positions 0 ... {first + activation.shape[axis] - 1}; "
+                f"there is no {self._last_position}"
+            )
+        if self.first_position is None:
+            return activation
+        index = (self.positions - first).to(activation.device)
+        edited = self._edit_slice(activation.index_select(axis, index), hook)
+        return activation.index_copy(axis, index, edited)
+
+    def _edit_slice(self, slice: Tensor, hook: HookPoint) -> Tensor:
+        edited = self.hook(slice, hook=hook, **self._options)
+        if edited is None:
+            return slice
+        if edited.shape != slice.shape:
+            raise ValueError(
+                f"{hook.name}: the hook function was given {tuple(slice.shape)} and returned "
+                f"{tuple(edited.shape)}"
+            )
+        return edited.to(slice)
+
+
+def as_positions(
+    positions: Tensor | Sequence[int] | int | None,
+) -> Int[Tensor, " n"] | None:
+    """Positions as a LongTensor on the CPU, each once, in the order given; None stays None.
+
+    Raises:
+        ValueError: negative positions.
+        TypeError: no integers.
+    """
+    if positions is None:
+        return None
+    given = torch.as_tensor(positions)
+    if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
+        raise TypeError(f"positions are integers, not {given.dtype}; for a mask, mask.nonzero()")
+    each = list(dict.fromkeys(given.flatten().tolist()))
+    if min(each, default=0) < 0:
+        raise ValueError(f"positions count from 0; got {each}")
+    return torch.tensor(each, dtype=torch.long)

@@ -1,0 +1,1 @@
+"""Pictures of results: interactive figures (plotly), and heatmaps for the terminal (rich)."""

@@ -1,0 +1,125 @@
+"""Layer profiles averaged over many questions, with intervals: sites x roles, models as lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from plotly import graph_objects as go
+from plotly.subplots import make_subplots
+
+from mmlens.plots.style import GRID, INK, LINES, LineStyle, layout, site_title
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("model", "site", "role", "layer", "mean", "low", "high")
+
+
+def plot_layer_profile(
+    df: pd.DataFrame,
+    *,
+    y_title: str = "indirect effect",
+    title: str | None = None,
+    subtitle: str | None = None,
+    share_y: Literal["all", "site", "none"] = "all",
+) -> go.Figure:
+    """Draw mean effects per layer: a row of panels per role, a column per site, a line per model.
+
+    Args:
+        df: columns `model`, `site`, `role` (where it was restored: "constraint", "last"),
+            `layer`, `mean`, `low`, `high` (ends of the interval), one row per point. Panels and
+            lines come in the order in which they first occur.
+        y_title: what the values are.
+        title: above everything.
+        subtitle: below the title: how many questions, which interval.
+        share_y: which panels have the same y axis: "all", those of the same "site", or "none".
+
+    Raises:
+        ValueError: a column is missing, or there are no rows.
+
+    Example:
+        >>> save_figure(plot_layer_profile(df, subtitle="60 questions, 95 % interval"), "p.png")
+    """
+    if missing := [name for name in COLUMNS if name not in df.columns]:
+        raise ValueError(f"a layer profile needs the columns {', '.join(missing)} as well")
+    if not len(df):
+        raise ValueError("a layer profile of no rows cannot be drawn")
+    sites, roles, models = (list(df[name].unique()) for name in ("site", "role", "model"))
+    figure = make_subplots(
+        rows=len(roles),
+        cols=len(sites),
+        shared_yaxes={"all": "all", "site": "columns", "none": False}[share_y],
+        shared_xaxes=True,
+        horizontal_spacing=0.03 if share_y == "all" else 0.07,
+        vertical_spacing=0.08,
+        column_titles=[site_title(site) for site in sites],
+        row_titles=[str(role) for role in roles],
+    )
+    for index, model in enumerate(models):
+        style = LINES[index % len(LINES)]
+        for row, role in enumerate(roles, start=1):
+            for column, site in enumerate(sites, start=1):
+                chosen = (df["model"] == model) & (df["site"] == site) & (df["role"] == role)
+                points = df[chosen].sort_values("layer")
+                first = row == 1 and column == 1
+                for shape in _line_with_band(points, str(model), style, in_legend=first):
+                    figure.add_trace(shape, row=row, col=column)
+    figure.add_hline(y=0, line={"color": INK, "width": 1})
+    figure.update_xaxes(gridcolor=GRID, zeroline=False)
+    figure.update_xaxes(title_text="layer", row=len(roles))
+    figure.update_yaxes(gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(title_text=y_title, col=1)
+    # The legend stands between the headings and the panels: its height is known, theirs as well.
+    top = 70 + 30 * bool(title) + 20 * bool(subtitle)
+    height = top + 65 + 230 * len(roles)
+    figure.update_layout(
+        layout(
+            width=max(640, 120 + 290 * len(sites)),
+            height=height,
+            margin={"t": top, "l": 75, "r": 45, "b": 65},
+            legend={
+                "orientation": "h",
+                "x": 0,
+                "y": 1 - (top - 58) / height,
+                "yref": "container",
+                "yanchor": "top",
+            },
+        )
+    )
+    figure.update_layout(title_text=title)
+    if subtitle:
+        figure.update_layout(title_subtitle={"text": subtitle, "font": {"size": 12}})
+    return figure
+
+
+def _line_with_band(
+    points: pd.DataFrame, name: str, style: LineStyle, *, in_legend: bool
+) -> list[go.Scatter]:
+    """The interval as a closed outline, and the mean on top of it."""
+    layers = points["layer"].tolist()
+    low, high = points["low"].tolist(), points["high"].tolist()
+    band = go.Scatter(
+        x=layers + layers[::-1],
+        y=high + low[::-1],
+        fill="toself",
+        fillcolor=style.fill(),
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        legendgroup=name,
+        showlegend=False,
+    )
+    line = go.Scatter(
+        x=layers,
+        y=points["mean"].tolist(),
+        customdata=list(zip(low, high, strict=True)),
+        name=name,
+        legendgroup=name,
+        showlegend=in_legend,
+        mode="lines+markers",
+        line={"color": style.color, "dash": style.dash, "width": 2},
+        marker={"symbol": style.symbol, "size": 5},
+        hovertemplate=f"{name}<br>layer %{{x}}<br>%{{y:.4f}} "
+        "(%{customdata[0]:.4f} to %{customdata[1]:.4f})<extra></extra>",
+    )
+    return [band, line]

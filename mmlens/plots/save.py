@@ -1,0 +1,84 @@
+"""Figures as files: a web page that needs no network, or a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmlens.files import write_atomically
+
+if TYPE_CHECKING:
+    from plotly import graph_objects as go
+
+SUFFIXES = (".html", ".png", ".pdf", ".svg")
+
+
+class FigureNotSaved(RuntimeError):
+    """A figure could not be written as a picture; the message says what is missing."""
+
+
+def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> Path:
+    """Write a figure; the suffix of `path` decides how.
+
+    ``.html`` is one self-contained page (about 5 MB: plotly.js is inside) that works offline.
+    ``.png``, ``.pdf`` and ``.svg`` are drawn by kaleido in a Chrome or Chromium on this machine.
+    The file appears whole or not at all.
+
+    Args:
+        figure: any plotly figure.
+        path: where to; its folder must exist.
+        scale: pixels of a PNG per pixel of the figure's layout.
+
+    Returns:
+        `path` as a `Path`.
+
+    Raises:
+        ValueError: the suffix is none of these.
+        FigureNotSaved: kaleido or a browser is missing, or the browser failed.
+
+    Example:
+        >>> save_figure(trace.plot(), "trace.pdf")
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"a figure is saved as {', '.join(SUFFIXES)}, not as {path.name!r}")
+    if suffix == ".html":
+        content = figure.to_html(include_plotlyjs=True, full_html=True).encode()
+    else:
+        content = render(figure, suffix[1:], scale)
+    return write_atomically(path, content)
+
+
+def render(figure: go.Figure, image_format: str, scale: float) -> bytes:
+    """The figure as ``png``, ``pdf`` or ``svg``, drawn by kaleido."""
+    try:
+        import kaleido
+        from kaleido.errors import ChromeNotFoundError
+    except ImportError as error:
+        raise FigureNotSaved(
+            f"a figure as {image_format} needs the package kaleido: pip install 'mmlens[demo]' "
+            "(.html needs nothing)"
+        ) from error
+    # MathJax would be fetched from the network at every start.
+    page = kaleido.PageGenerator(mathjax=False)
+    options: dict[str, Any] = {
+        "format": image_format,
+        "scale": scale,
+        "width": figure.layout.width or 900,
+        "height": figure.layout.height or 500,
+    }
+    try:
+        return kaleido.calc_fig_sync(
+            figure.to_dict(), opts=options, kopts={"n": 1, "page_generator": page}
+        )
+    except ChromeNotFoundError as error:
+        raise FigureNotSaved(
+            f"a figure as {image_format} needs Chrome or Chromium, and none was found: install "
+            "one (apt-get install chromium), or set BROWSER_PATH to it (.html needs nothing)"
+        ) from error
+    except Exception as error:  # whatever can go wrong in another program
+        raise FigureNotSaved(
+            f"the browser that draws {image_format} figures failed ({type(error).__name__}: "
+            f"{error}); .html needs none"
+        ) from error

@@ -1,0 +1,131 @@
+"""A causal trace in the terminal: one coloured cell per layer, or shades where there is no colour.
+
+Cells go from dark blue (no effect) to yellow (cividis); negative ones are magenta and carry a
+minus sign where they matter, so that nothing hangs on telling two colours apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from plotly.colors import sample_colorscale, unlabel_rgb
+from rich.color import Color
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.style import Style
+from rich.text import Text
+
+from mmlens.plots.labels import shorten, visible
+from mmlens.plots.style import site_title
+
+if TYPE_CHECKING:
+    from mmlens.tracing import CausalTrace
+
+SHADES = " ·░▒▓█"
+NEGATIVE = ("#00224e", "#d7499a")
+#: negative effects smaller than this share of the largest one get no sign
+NOTABLE = 0.05
+MAX_LABEL = 22
+#: up to so many groups of positions each get a block with one row per site
+MAX_BLOCKS = 3
+#: "  +0.123 at 12" after the last cell
+PEAK_WIDTH = 15
+
+
+class TerminalHeatmap:
+    """What ``rich.print`` shows of a trace: layers to the right, effects as cells.
+
+    With up to three groups of positions there is one block per group and one row per site; with
+    more, one block per site and one row per position. Every row ends with its largest effect.
+
+    Args:
+        trace: the result of `mmlens.causal_trace`; its indirect effect is shown.
+
+    Example:
+        >>> rich.print(TerminalHeatmap(trace))
+    """
+
+    def __init__(self, trace: CausalTrace) -> None:
+        self.layers = list(trace.layers)
+        effects = trace.indirect_effect.detach().float().cpu().tolist()
+        self.blocks = list(_blocks(trace, effects))
+        values = [value for _, rows in self.blocks for _, row in rows for value in row]
+        self.unit = max((abs(value) for value in values), default=0.0) or 1e-6
+        self.has_negative = min(values, default=0.0) < -NOTABLE * self.unit
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        colored = console.color_system in ("256", "truecolor")
+        label_width = max(len(label) for _, rows in self.blocks for label, _ in rows)
+        room = max(options.max_width - label_width - PEAK_WIDTH - 1, 8)
+        cell = 2 if 2 * len(self.layers) <= room else 1
+        merged = math.ceil(len(self.layers) * cell / room)
+        for title, rows in self.blocks:
+            yield Text(title, style="bold")
+            for label, values in rows:
+                line = Text(f"{label:>{label_width}} ", no_wrap=True)
+                for start in range(0, len(values), merged):
+                    value = max(values[start : start + merged], key=abs)
+                    line.append_text(self._cell(value, cell, colored))
+                yield line.append(self._peak(values))
+            yield Text(" " * (label_width + 1) + self._axis(cell, merged), style="dim")
+        yield self._legend(label_width, colored)
+
+    def _cell(self, value: float, width: int, colored: bool) -> Text:
+        # The square root: the residual stream carries everything, and a tenth of that, at another
+        # site, should still be seen.
+        size = min(abs(value) / self.unit, 1.0) ** 0.5
+        shade = SHADES[round(size * (len(SHADES) - 1))]
+        if value < 0:
+            shade = "-" if value < -NOTABLE * self.unit else " "
+        if not colored:
+            return Text(shade * width)
+        scale = list(NEGATIVE) if value < 0 else "cividis"
+        red, green, blue = unlabel_rgb(sample_colorscale(scale, [size])[0])
+        background = Color.from_rgb(red, green, blue)
+        ink = Color.parse("#ffffff")
+        mark = "-" if shade == "-" else " "
+        return Text(mark * width, style=Style(color=ink, bgcolor=background))
+
+    def _peak(self, values: list[float]) -> str:
+        best = max(range(len(values)), key=lambda index: abs(values[index]))
+        return f"  {values[best]:+.3f} at {self.layers[best]}"
+
+    def _axis(self, cell: int, merged: int) -> str:
+        """Layer numbers below the cells, as many as fit."""
+        shown = self.layers[::merged]
+        axis = ""
+        for index, layer in enumerate(shown):
+            at = index * cell
+            if layer % 5 == 0 and len(axis) <= at:
+                axis = axis.ljust(at) + f"{layer} "
+        return axis.rstrip() + "  layer"
+
+    def _legend(self, label_width: int, colored: bool) -> Text:
+        """The scale, from the largest negative effect (if there is any) to the largest one."""
+        legend = Text(" " * (label_width + 1), no_wrap=True)
+        steps = [(step / 9) ** 2 * self.unit for step in range(10)]
+        if self.has_negative:
+            legend.append(f"{-self.unit:.2f} ")
+            for value in steps[:0:-1]:
+                legend.append_text(self._cell(-value, 1, colored))
+            legend.append(" ")
+        legend.append("0 ")
+        for value in steps:
+            legend.append_text(self._cell(value, 1, colored))
+        return legend.append(f" {self.unit:.2f} (halfway: {self.unit / 4:.2f})")
+
+
+def _blocks(
+    trace: CausalTrace, effects: list[list[list[float]]]
+) -> Iterator[tuple[str, list[tuple[str, list[float]]]]]:
+    """Titles and rows, from effects [site][group][layer]."""
+    sites = [site_title(site) for site in trace.sites]
+    groups = [shorten(visible(label), MAX_LABEL) for label in trace.group_labels]
+    if len(groups) <= MAX_BLOCKS:
+        for group, label in enumerate(groups):
+            rows = [(site, effects[index][group]) for index, site in enumerate(sites)]
+            yield f"restored at: {label}", rows
+    else:
+        for index, site in enumerate(sites):
+            yield site, list(zip(groups, effects[index], strict=True))

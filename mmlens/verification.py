@@ -1,0 +1,51 @@
+"""Are all hooks alive? Perturb each, and look whether the output changes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmlens.inputs import MultimodalInputs
+    from mmlens.model import HookedMultimodalTransformer
+
+
+@torch.inference_mode()
+def dead_hooks(model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> list[str]:
+    """Names of hook points that do not fire or do not change the logits when they are edited.
+
+    Every activation is edited by noise of its own size, at all positions. A hook inside a decoder
+    block is tried from that block's own input on; what lies below is the same.
+    """
+    entering = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.cfg.n_layers)]
+    _, cache = model.run_with_cache(inputs, names_filter=entering)
+    dead = []
+    for name in model.hook_dict:
+        input: Any = inputs
+        options: dict[str, Any] = {}
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1])
+            input = cache[entering[layer]]
+            options = {"start_at_layer": layer, "attention_mask": inputs.attention_mask}
+        # Listening alone may choose another kernel, so the unedited run listens as well.
+        unedited, edited = (
+            model.run_with_hooks(input, fwd_hooks=[(name, hook)], **options)
+            for hook in (listen, perturb)
+        )
+        if torch.equal(unedited, edited):
+            dead.append(name)
+    return dead
+
+
+def listen(activation: Tensor, hook: Any) -> None:
+    """Look, and change nothing."""
+
+
+def perturb(activation: Tensor, hook: Any) -> Tensor:
+    """The activation with noise of its own size; what is masked (-inf) stays masked."""
+    generator = torch.Generator(activation.device).manual_seed(0)
+    noise = torch.randn(activation.shape, generator=generator, device=activation.device)
+    size = activation[activation.isfinite()].float().std().nan_to_num(1.0).clamp(min=0.1)
+    return activation + (noise * size).to(activation.dtype)

@@ -1,0 +1,66 @@
+"""What every test gets: shapes checked at run time, no network for models, a fresh seed.
+
+- Signatures of ``mmlens`` are enforced while tests run (jaxtyping's shapes, through beartype).
+  ``MMLENS_TYPECHECK=0`` turns that off, to see whether it is the check that fails.
+- Nothing is fetched from a model hub.
+- ``seed`` is another number on every run, shown when a test fails; ``MMLENS_TEST_SEED=n`` fixes it.
+"""
+
+import os
+import random
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[variable] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+from jaxtyping import install_import_hook
+
+# The hook decorates modules as they are imported, so it comes before anything of mmlens does.
+if os.environ.get("MMLENS_TYPECHECK", "1") != "0":
+    # As for mypy, a parameter declared as float may be an int.
+    install_import_hook(
+        "mmlens", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )
+
+import numpy as np
+import torch
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+
+# A first call that loads a model is slow without being wrong, so there is no deadline.
+hypothesis.settings.register_profile("mmlens", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("mmlens")
+
+
+@pytest.fixture
+def seed() -> int:
+    """A seed that nobody chose, already given to random, numpy and torch."""
+    chosen = os.environ.get("MMLENS_TEST_SEED")
+    value = int(chosen) if chosen else secrets.randbelow(2**31)
+    print(f"to repeat this run: MMLENS_TEST_SEED={value}")  # pytest shows it when the test fails
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def require() -> Callable[[Any, str], None]:
+    """``require(found, reason)`` skips the test without ``found``; in CI it fails instead.
+
+    For what a person's machine may lack (a browser, say) and CI must have.
+    """
+
+    def check(found: Any, reason: str) -> None:
+        if found:
+            return
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must have it: {reason}")
+        pytest.skip(reason)
+
+    return check

@@ -1,0 +1,317 @@
+"""The command line: bad input is one line and exit code 2, a trace is what the library gives."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from tiny_checkpoint import write_tiny_llava
+
+import mmlens
+from mmlens.cli import main
+from mmlens.cli.show import bar
+from mmlens.plots import save
+
+QUESTION = "the capital of this country is the city of"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llava(tmp_path_factory.mktemp("tiny-llava"))
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def no_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures cannot be drawn (and the test does not wait for Chromium)."""
+
+    def fail(*_: object) -> bytes:
+        raise save.FigureNotSaved("no browser here")
+
+    monkeypatch.setattr(save, "render", fail)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Run the command line in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(exit.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def rejected(run):
+    """Run with bad input; returns the one line."""
+
+    def rejected(*arguments: object) -> str:
+        code, out, err = run(*arguments)
+        assert code == 2, err
+        assert out == ""
+        # A spinner's traces are no lines: nothing of it is written where there is no terminal.
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert len(lines) == 1, err
+        assert lines[0].startswith("mmlens: ")
+        return lines[0]
+
+    return rejected
+
+
+class TestBadInput:
+    def test_no_such_file(self, rejected, tmp_path):
+        line = rejected("trace", tmp_path / "no.png", QUESTION, "--constraint", "this country")
+        assert "no such file" in line
+        assert "no.png" in line
+
+    def test_a_folder(self, rejected, tmp_path):
+        line = rejected("trace", tmp_path, QUESTION, "--constraint", "this country")
+        assert "folder" in line
+
+    def test_not_an_image(self, rejected, tmp_path):
+        (tmp_path / "text.png").write_text("hello")
+        line = rejected("trace", tmp_path / "text.png", QUESTION, "--constraint", "this country")
+        assert "not a picture" in line
+
+    def test_a_damaged_image(self, rejected, tmp_path, picture, checkpoint):
+        cut = tmp_path / "cut.png"
+        cut.write_bytes(picture.read_bytes()[:2000])
+        common = ("--constraint", "this country", "--model", checkpoint)
+        line = rejected("trace", cut, QUESTION, *common)
+        assert "cut.png" in line
+
+    def test_a_constraint_that_is_not_in_the_question(self, rejected, picture):
+        line = rejected("trace", picture, QUESTION, "--constraint", "that island")
+        assert "that island" in line
+        assert QUESTION in line
+
+    def test_a_missing_constraint(self, rejected, picture):
+        assert "--constraint" in rejected("trace", picture, QUESTION)
+
+    @pytest.mark.parametrize("model", ["no-such-model", "/no/such/folder", "nobody/no-such-model"])
+    def test_an_unknown_model(self, rejected, picture, model):
+        line = rejected(
+            "trace", picture, QUESTION, "--constraint", "this country", "--model", model
+        )
+        assert model in line
+
+    def test_a_folder_that_is_no_checkpoint(self, rejected, picture, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+        line = rejected(
+            "trace", picture, QUESTION, "--constraint", "this country", "--model", tmp_path
+        )
+        assert "bert" in line
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            (("--sites", "mlp_out,mlp_uot"), "mlp_uot"),
+            (("--sites", "vision.mlp_out"), "vision.mlp_out"),
+            (("--sites", " , "), "--sites"),
+            (("--window", "0"), "--window"),
+            (("--window", "two"), "--window"),
+            (("--positions", "first"), "first"),
+            (("--positions", "each,last"), "each"),
+            (("--device", "abacus"), "abacus"),
+            (("--dtype", "int3"), "int3"),
+            (("--method", "magic"), "magic"),
+            (("--nonsense", "1"), "--nonsense"),
+        ],
+    )
+    def test_a_bad_option(self, rejected, picture, options, expected):
+        line = rejected("trace", picture, QUESTION, "--constraint", "this country", *options)
+        assert expected in line
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            (("--corrupt-with", " "), "replacement"),
+            (("--template", "nothing to fill in"), "{question}"),
+            (("--answer", ""), "empty"),
+        ],
+    )
+    def test_what_only_the_model_can_tell(
+        self, rejected_late, picture, checkpoint, options, expected
+    ):
+        line = rejected_late(
+            "trace", picture, QUESTION,
+            "--constraint", "this country", "--model", checkpoint, *options,
+        )  # fmt: skip
+        assert expected in line
+
+    def test_a_folder_that_cannot_be_made(self, rejected, picture, tmp_path):
+        (tmp_path / "file").write_text("")
+        line = rejected(
+            "trace", picture, QUESTION, "--constraint", "this country",
+            "--out", tmp_path / "file" / "below",
+        )  # fmt: skip
+        assert "cannot write" in line
+
+    def test_an_unknown_command(self, rejected):
+        assert "conjure" in rejected("conjure")
+
+    def test_an_unknown_country(self, rejected, tmp_path):
+        line = rejected("demo", "--country", "Atlantis", "--out", tmp_path)
+        assert "Atlantis" in line
+
+    def test_a_misspelt_country(self, rejected, tmp_path):
+        assert "Hungary" in rejected("demo", "--country", "Hungry", "--out", tmp_path)
+
+    def test_an_unknown_relation(self, rejected, tmp_path):
+        line = rejected("demo", "--relation", "president", "--out", tmp_path)
+        assert "president" in line
+        assert "capital" in line
+
+
+@pytest.fixture
+def rejected_late(run):
+    """As `rejected`, where something may have been printed before."""
+
+    def rejected_late(*arguments: object) -> str:
+        code, _, err = run(*arguments)
+        assert code == 2, err
+        assert err.startswith("mmlens: ")
+        assert err.count("\n") == 1, err
+        return err
+
+    return rejected_late
+
+
+class TestTrace:
+    def options(self, checkpoint: Path, *more: object) -> tuple[object, ...]:
+        return ("--constraint", "this country", "--model", checkpoint, *more)
+
+    def test_it_saves_what_the_library_computes(
+        self, run, picture, checkpoint, tmp_path, no_browser
+    ):
+        common = self.options(checkpoint, "--window", 2, "--out", tmp_path / "out")
+        code, out, err = run("trace", picture, QUESTION, *common)
+        assert code == 0, err
+
+        model = mmlens.HookedMultimodalTransformer.from_pretrained(checkpoint)
+        inputs = model.prepare(QUESTION, picture, spans={"constraint": "this country"})
+        corrupted = mmlens.swap_span(model, inputs, "constraint", "Paris")
+        groups = [inputs.span("constraint"), inputs.span("last")]
+        expected = mmlens.causal_trace(model, inputs, corrupted, window=2, positions=groups)
+
+        saved = mmlens.CausalTrace.load(tmp_path / "out" / "trace.safetensors")
+        assert torch.allclose(saved.restored, expected.restored, atol=1e-6)
+        assert saved.group_labels == ("this country", "the last token")
+        table = pd.read_csv(tmp_path / "out" / "trace.csv")
+        assert len(table) == expected.restored.numel()
+        assert "Plotly" in (tmp_path / "out" / "trace.html").read_text()
+        assert f"{expected.clean:.3f}" in out
+        assert "MLP output" in out
+        assert "no browser here" in err
+
+    def test_a_missing_browser_is_no_failure(self, run, picture, checkpoint, tmp_path, no_browser):
+        common = self.options(checkpoint, "--sites", "mlp_out", "--out", tmp_path)
+        code, out, _ = run("trace", picture, QUESTION, *common)
+        assert code == 0
+        assert {file.name for file in tmp_path.iterdir()} == {
+            "trace.csv", "trace.html", "trace.safetensors",
+        }  # fmt: skip
+        assert "trace.png" not in out
+
+    def test_each_position_has_a_row(self, run, picture, checkpoint):
+        common = self.options(checkpoint, "--positions", "each", "--sites", "mlp_out,attn_out")
+        code, out, err = run("trace", picture, QUESTION, *common)
+        assert code == 0, err
+        rows = [
+            line.split()[0] for line in out.splitlines() if re.search(r"[+-]\d\.\d{3} at \d", line)
+        ]
+        assert rows[-6:] == ["this", "country", "is", "the", "city", "of"]
+
+    def test_nothing_is_written_without_out(self, run, picture, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        code, _, _ = run("trace", picture, QUESTION, *self.options(checkpoint, "--sites", "z"))
+        assert code == 0
+        assert not list(tmp_path.iterdir())
+
+    def test_both_methods_print_the_same(self, run, picture, checkpoint):
+        outs = [
+            run("trace", picture, QUESTION, *self.options(checkpoint, "--method", method))[1]
+            for method in ("branch", "naive")
+        ]
+        assert outs[0] == outs[1]
+
+    def test_an_answer_and_a_template(self, run, picture, checkpoint):
+        common = self.options(
+            checkpoint, "--answer", "Rome", "--template", "a picture . {question}"
+        )
+        code, out, err = run("trace", picture, QUESTION, *common)
+        assert code == 0, err
+        assert "P(Rome)" in out
+
+
+class TestProgram:
+    def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mmlens", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def test_the_version(self):
+        done = self.call("--version")
+        assert done.returncode == 0
+        assert done.stdout.startswith("mmlens ")
+
+    def test_bad_input_is_an_exit_code(self, tmp_path):
+        done = self.call("trace", str(tmp_path / "no.png"), "q", "--constraint", "q")
+        assert done.returncode == 2
+        assert done.stderr == f"mmlens: no such file: {tmp_path / 'no.png'}\n"
+
+    def test_help_names_the_commands(self, run):
+        code, out, _ = run("--help")
+        assert code == 0
+        assert "demo" in out
+        assert "trace" in out
+        assert run()[1] == out
+
+    def test_arguments_are_looked_at_before_anything_heavy_is_imported(self):
+        program = (
+            "import sys\n"
+            "from mmlens.cli import main\n"
+            "try:\n"
+            "    main(['trace', 'no.png', 'q', '--constraint', 'q'])\n"
+            "except SystemExit:\n"
+            "    heavy = {'torch', 'transformers', 'transformer_lens', 'pandas'}\n"
+            "    print(heavy & set(sys.modules))\n"
+        )
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == "set()\n"
+
+
+class TestDemo:
+    def test_it_answers_rightly_and_saves(self, run, tmp_path, no_browser):
+        code, out, err = run("demo", "--out", tmp_path)
+        assert code == 0, err
+        assert "Rome" in out
+        assert "restored at: this country" in out
+        saved = mmlens.CausalTrace.load(tmp_path / "trace.safetensors")
+        assert saved.restored.shape == (3, 2, 30)
+        assert saved.clean > saved.corrupted
+
+
+def test_bars_are_as_long_as_their_numbers():
+    assert bar(0.0) == ""
+    assert bar(1.0, cells=4) == "████"
+    assert bar(0.5, cells=4) == "██"
+    assert bar(0.5 + 1 / 32, cells=4) == "██▏"
+    assert bar(7.0, cells=4) == "████"

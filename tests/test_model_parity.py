@@ -1,0 +1,443 @@
+"""Logits, loss and every activation that both have equal Hugging Face's, on random odd models.
+
+The tolerance is DESIGN.md's 1e-4 absolute in float32. Activations here are of order 1 to 10, where
+one rounding is up to 5e-7 and a sum over d_model or d_mlp terms some ten times that; 1e-4 leaves
+room for a few layers of it, while any wrong bias, mask, angle or head would be off by 0.1 or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_models import (
+    IMAGE,
+    PAD,
+    SHAPES,
+    Prompts,
+    Shape,
+    hooked,
+    random_llama,
+    random_llava,
+    random_prompts,
+)
+from torch import Tensor, nn
+from transformers.models.clip import modeling_clip
+from transformers.models.llama import modeling_llama
+
+TOLERANCE = 1e-4
+
+
+# What Hugging Face computes, under our names
+
+
+def heads(d_head: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.unflatten(-1, (-1, d_head))
+
+
+@contextmanager
+def recorded(modules: dict[str, nn.Module], store: dict[str, Tensor]) -> Iterator[None]:
+    """Inputs and outputs of modules, as `name:in` and `name:out`."""
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(given, Tensor):
+                store[f"{name}:in"] = given
+            output = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, Tensor):
+                store[f"{name}:out"] = output
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(keep(name), with_kwargs=True)
+        for name, module in modules.items()
+        if name
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recorded_attention(source: Any, store: list[tuple[Tensor, ...]]) -> Iterator[None]:
+    """Queries, keys (rotated), mask and pattern of each call of eager attention."""
+    original = source.eager_attention_forward
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, *a: Any, **k: Any) -> Any:
+        output, pattern = original(module, query, key, value, mask, *a, **k)
+        store.append((query, key, pattern))
+        return output, pattern
+
+    source.eager_attention_forward = attend
+    try:
+        yield
+    finally:
+        source.eager_attention_forward = original
+
+
+def attention_activations(
+    prefix: str, query: Tensor, key: Tensor, pattern: Tensor, rotary: bool
+) -> dict[str, Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)
+    found = {
+        f"{prefix}.hook_attn_scores": scores / query.shape[-1] ** 0.5,
+        f"{prefix}.hook_pattern": pattern,
+    }
+    if rotary:
+        found[f"{prefix}.hook_rot_q"] = query.transpose(1, 2)
+        found[f"{prefix}.hook_rot_k"] = key.transpose(1, 2)
+    return found
+
+
+def decoder_activations(hf: nn.Module, prefix: str, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+    decoder = hf.get_submodule(prefix)
+    by_head = heads(decoder.config.head_dim)
+    found = {
+        "hook_embed": seen[f"{prefix}.embed_tokens:out"],
+        "hook_input_embed": seen[f"{prefix}.layers.0:in"],
+        "ln_final.hook_normalized": seen[f"{prefix}.norm:out"] / decoder.norm.weight,
+    }
+    for layer, block in enumerate(decoder.layers):
+        there, here = f"{prefix}.layers.{layer}", f"blocks.{layer}"
+        mlp_in = seen[f"{there}.post_attention_layernorm:in"]
+        found |= {
+            f"{here}.hook_resid_pre": seen[f"{there}:in"],
+            f"{here}.hook_resid_mid": mlp_in,
+            f"{here}.hook_resid_post": seen[f"{there}:out"],
+            f"{here}.hook_attn_out": seen[f"{there}.self_attn:out"],
+            f"{here}.hook_mlp_out": seen[f"{there}.mlp:out"],
+            f"{here}.attn.hook_q": by_head(seen[f"{there}.self_attn.q_proj:out"]),
+            f"{here}.attn.hook_k": by_head(seen[f"{there}.self_attn.k_proj:out"]),
+            f"{here}.attn.hook_v": by_head(seen[f"{there}.self_attn.v_proj:out"]),
+            f"{here}.attn.hook_z": by_head(seen[f"{there}.self_attn.o_proj:in"]),
+            f"{here}.mlp.hook_pre": seen[f"{there}.mlp.gate_proj:out"],
+            f"{here}.mlp.hook_pre_linear": seen[f"{there}.mlp.up_proj:out"],
+            f"{here}.mlp.hook_post": seen[f"{there}.mlp.down_proj:in"],
+            f"{here}.ln1.hook_normalized": seen[f"{there}.input_layernorm:out"]
+            / block.input_layernorm.weight,
+            f"{here}.ln2.hook_normalized": seen[f"{there}.post_attention_layernorm:out"]
+            / block.post_attention_layernorm.weight,
+        }
+    for name in [name for name in found if name.endswith("hook_normalized")]:
+        site = name.removesuffix(".hook_normalized")
+        norm_in = {"ln1": "hook_resid_pre", "ln2": "hook_resid_mid"}
+        layer, _, which = site.rpartition(".")
+        x = found[f"{layer}.{norm_in[which]}"] if layer else seen[f"{prefix}.norm:in"]
+        eps = decoder.config.rms_norm_eps
+        found[f"{site}.hook_scale"] = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    return found
+
+
+def tower_activations(hf: nn.Module, n_layers: int, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "model.vision_tower"
+    tower = hf.get_submodule(prefix)
+    by_head = heads(tower.config.hidden_size // tower.config.num_attention_heads)
+    found = {
+        "vision.hook_patch_embed": seen[f"{prefix}.embeddings.patch_embedding:out"]
+        .flatten(2)
+        .transpose(1, 2),
+        "vision.hook_pos_embed": tower.embeddings.position_embedding.weight[None],
+        "vision.hook_embed": seen[f"{prefix}.embeddings:out"],
+        "projector.hook_in": seen["model.multi_modal_projector:in"],
+        "projector.hook_pre": seen["model.multi_modal_projector.linear_1:out"],
+        "projector.hook_post": seen["model.multi_modal_projector.linear_2:in"],
+        "projector.hook_out": seen["model.multi_modal_projector:out"],
+    }
+    found["vision.hook_out"] = found["projector.hook_in"]
+    norms = {"ln_pre": (tower.pre_layrnorm, f"{prefix}.pre_layrnorm")}
+    for layer in range(n_layers):
+        there, here = f"{prefix}.encoder.layers.{layer}", f"vision.blocks.{layer}"
+        block = tower.encoder.layers[layer]
+        norms[f"blocks.{layer}.ln1"] = (block.layer_norm1, f"{there}.layer_norm1")
+        norms[f"blocks.{layer}.ln2"] = (block.layer_norm2, f"{there}.layer_norm2")
+        found |= {
+            f"{here}.hook_resid_pre": seen[f"{there}:in"],
+            f"{here}.hook_resid_mid": seen[f"{there}.layer_norm2:in"],
+            f"{here}.hook_resid_post": seen[f"{there}:out"],
+            f"{here}.hook_attn_out": seen[f"{there}.self_attn:out"],
+            f"{here}.hook_mlp_out": seen[f"{there}.mlp:out"],
+            f"{here}.attn.hook_q": by_head(seen[f"{there}.self_attn.q_proj:out"]),
+            f"{here}.attn.hook_k": by_head(seen[f"{there}.self_attn.k_proj:out"]),
+            f"{here}.attn.hook_v": by_head(seen[f"{there}.self_attn.v_proj:out"]),
+            f"{here}.attn.hook_z": by_head(seen[f"{there}.self_attn.out_proj:in"]),
+            f"{here}.mlp.hook_pre": seen[f"{there}.mlp.fc1:out"],
+            f"{here}.mlp.hook_post": seen[f"{there}.mlp.fc2:in"],
+        }
+    for site, (norm, there) in norms.items():
+        x = seen[f"{there}:in"]
+        scale = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+        found[f"vision.{site}.hook_scale"] = scale
+        # Not from its output: dividing by a weight that may be near zero would magnify rounding.
+        found[f"vision.{site}.hook_normalized"] = (x - x.mean(-1, keepdim=True)) / scale
+    return found
+
+
+@torch.no_grad()
+def hf_activations(hf: nn.Module, prompts: Prompts, tower_layers: int) -> tuple[Any, dict]:
+    """Transformers' output in eager attention, and its activations under our names."""
+    hf.set_attn_implementation("eager")
+    seen: dict[str, Tensor] = {}
+    in_decoder: list[tuple[Tensor, ...]] = []
+    in_tower: list[tuple[Tensor, ...]] = []
+    with (
+        recorded(dict(hf.named_modules()), seen),
+        recorded_attention(modeling_llama, in_decoder),
+        recorded_attention(modeling_clip, in_tower),
+    ):
+        output = hf(**prompts.for_hf(), output_hidden_states=True, output_attentions=True)
+    multimodal = hasattr(hf.config, "vision_config")
+    found = decoder_activations(hf, "model.language_model" if multimodal else "model", seen)
+    for layer, attended in enumerate(in_decoder):
+        found |= attention_activations(f"blocks.{layer}.attn", *attended, rotary=True)
+    if prompts.pixel_values is not None:
+        found |= tower_activations(hf, tower_layers, seen)
+        for layer, attended in enumerate(in_tower[:tower_layers]):
+            prefix = f"vision.blocks.{layer}.attn"
+            found |= attention_activations(prefix, *attended, rotary=False)
+    return output, found
+
+
+# Comparison
+
+
+def difference(name: str, ours: Tensor, theirs: Tensor, prompts: Prompts) -> float:
+    """The largest difference, over positions that are not padding."""
+    assert ours.shape == theirs.shape, (name, ours.shape, theirs.shape)
+    if name.startswith(("vision.", "projector.")):
+        return float((ours - theirs).abs().max())
+    real = prompts.real
+    if not name.endswith(("hook_attn_scores", "hook_pattern")):
+        return float((ours - theirs)[real].abs().max())
+    ours, theirs = ours.transpose(1, 2)[real], theirs.transpose(1, 2)[real]  # [query, head, key]
+    if name.endswith("scores"):
+        n_pos = prompts.tokens.shape[1]
+        visible = torch.ones(n_pos, n_pos, dtype=torch.bool).tril() & real[:, None, :]
+        visible = visible[real][:, None].expand_as(ours)
+        assert (ours[~visible] == -torch.inf).all(), name
+        ours, theirs = ours[visible], theirs[visible]
+    return float((ours - theirs).abs().max())
+
+
+@torch.no_grad()
+def compare_everything(hf: nn.Module, model: Any, prompts: Prompts) -> None:
+    """Logits, loss and all hooks; the two sets of hooks must be the same."""
+    tower_layers = model.cfg.vision.n_layers if model.vision else 0
+    output, theirs = hf_activations(hf, prompts, tower_layers)
+    names = set(model.hook_dict) - {n for n in model.hook_dict if n.endswith("hook_result")}
+    if prompts.pixel_values is None:
+        names = {name for name in names if not name.startswith(("vision.", "projector."))}
+    assert set(theirs) == names
+    logits, cache = model.run_with_cache(prompts.for_mmlens(model))
+    # Tiny logits, or attention that is nearly uniform, would show nothing.
+    assert output.logits[prompts.real].std() > 0.1
+    assert all(
+        theirs[f"blocks.{i}.attn.hook_attn_scores"].std() > 0.2 for i in range(model.cfg.n_layers)
+    )
+    assert float((logits - output.logits)[prompts.real].abs().max()) < TOLERANCE
+    differences = {n: difference(n, cache[n], theirs[n], prompts) for n in sorted(names)}
+    wrong = {name: value for name, value in differences.items() if not value < TOLERANCE}
+    assert not wrong
+    for layer in range(model.cfg.n_layers):
+        there = output.hidden_states[layer][prompts.real]
+        here = cache["resid_pre", layer][prompts.real]
+        assert torch.allclose(here, there, atol=TOLERANCE, rtol=0)
+        attentions = (cache["pattern", layer] - output.attentions[layer]).transpose(1, 2)
+        assert float(attentions[prompts.real].abs().max()) < TOLERANCE
+    # Without anything listening, attention and norms take other, fused kernels.
+    fused = model(prompts.for_mmlens(model))
+    assert float((fused - output.logits)[prompts.real].abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_logits_and_every_hook_equal_hugging_face(shape: Shape, seed: int, tmp_path: Path) -> None:
+    hf = random_llava(shape)
+    model = hooked(hf, tmp_path)
+    prompts = random_prompts(hf.config, images=[1, 0, 2])
+    compare_everything(hf, model, prompts)
+
+
+@pytest.mark.parametrize("images", [[1], [3], [2, 2], [0, 1, 3, 1]], ids=str)
+def test_any_number_of_pictures_in_a_row(images: list[int], seed: int, tmp_path: Path) -> None:
+    hf = random_llava()
+    compare_everything(hf, hooked(hf, tmp_path), random_prompts(hf.config, images))
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "tied", "biases", "yarn rotary"])
+def test_a_language_model_alone_equals_hugging_face(name: str, seed: int, tmp_path: Path) -> None:
+    hf = random_llama(SHAPES[name])
+    model = hooked(hf, tmp_path)
+    assert model.vision is None and model.projector is None
+    compare_everything(hf, model, random_prompts(hf.config, images=[0, 0]))
+
+
+def test_a_llava_without_a_picture_is_its_language_model(seed: int, tmp_path: Path) -> None:
+    hf = random_llava()
+    compare_everything(hf, hooked(hf, tmp_path), random_prompts(hf.config, images=[0, 0]))
+
+
+@pytest.mark.parametrize("grid", [(2, 5), (4, 4), (3, 1)], ids=str)
+@pytest.mark.parametrize("select", ["default", "full"])
+def test_pictures_of_another_size_than_the_towers(
+    grid: tuple[int, int], select: str, seed: int, tmp_path: Path
+) -> None:
+    hf = random_llava(select=select)
+    model = hooked(hf, tmp_path)
+    assert model.cfg.vision is not None
+    patch, n_visual = model.cfg.vision.patch_size, grid[0] * grid[1] + (select == "full")
+    pixels = torch.randn(2, 3, grid[0] * patch, grid[1] * patch)
+    tokens = torch.tensor([[1, 9, *[IMAGE] * n_visual, 11, *[IMAGE] * n_visual, 5, 8]])
+    inputs = model.inputs_from_tokens(tokens, pixels)
+    assert inputs.grid_size == grid
+    with torch.no_grad():
+        features = hf.model.get_image_features(
+            pixels,
+            vision_feature_layer=hf.config.vision_feature_layer,
+            vision_feature_select_strategy=select,
+            interpolate_pos_encoding=True,
+            return_dict=True,
+        )
+        expected = hf(tokens, mm_encoder_outputs={"image": features}).logits
+        logits, cache = model.run_with_cache(inputs)
+    visual = torch.stack(list(features.pooler_output))
+    assert float((cache["projector.hook_out"] - visual).abs().max()) < TOLERANCE
+    assert float((logits - expected).abs().max()) < TOLERANCE
+
+
+def test_position_ids_do_not_change_what_rotary_attention_gives(seed: int, tmp_path: Path) -> None:
+    """Transformers' own forward counts padding; only differences of positions matter."""
+    hf = random_llava()
+    model = hooked(hf, tmp_path)
+    prompts = random_prompts(hf.config, images=[1, 0])
+    given = {**prompts.for_hf(), "position_ids": None}
+    with torch.no_grad():
+        expected, logits = hf(**given).logits, model(prompts.for_mmlens(model))
+    assert float((logits - expected)[prompts.real].abs().max()) < TOLERANCE
+
+
+def test_hugging_face_style_call(seed: int, tmp_path: Path) -> None:
+    hf = random_llava()
+    model = hooked(hf, tmp_path)
+    prompts = random_prompts(hf.config, images=[1, 2])
+    with torch.no_grad():
+        called = model(
+            prompts.tokens,
+            pixel_values=prompts.pixel_values,
+            attention_mask=prompts.attention_mask,
+        )
+        assert torch.equal(called, model(prompts.for_mmlens(model)))
+
+
+# Loss
+
+
+def labels_of(prompts: Prompts) -> Tensor:
+    """The tokens that count: text that follows a real token."""
+    labels = prompts.tokens.masked_fill((prompts.tokens == IMAGE) | ~prompts.real, -100)
+    labels[:, 1:][~prompts.real[:, :-1]] = -100  # the first token of a padded row follows nothing
+    return labels
+
+
+def test_loss_equals_hugging_face(seed: int, tmp_path: Path) -> None:
+    hf = random_llava()
+    model = hooked(hf, tmp_path)
+    prompts = random_prompts(hf.config, images=[1, 0, 2])
+    labels = labels_of(prompts)
+    inputs = prompts.for_mmlens(model)
+    with torch.no_grad():
+        expected = hf(**prompts.for_hf(), labels=labels).loss
+        logits, loss = model(inputs, return_type="both")
+        per_token = model(inputs, return_type="loss", loss_per_token=True)
+        by_hand = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+        ).view_as(per_token)
+    counted = labels[:, 1:] != -100
+    assert torch.equal(per_token.isnan(), ~counted)
+    assert torch.allclose(loss, expected, atol=TOLERANCE, rtol=0)
+    assert torch.allclose(per_token[counted], by_hand[counted], atol=TOLERANCE, rtol=0)
+    assert torch.allclose(per_token.nanmean(), loss, atol=TOLERANCE, rtol=0)
+
+
+def test_gradients_equal_hugging_face(seed: int, tmp_path: Path) -> None:
+    """The loss's gradient with respect to the pixels passes through everything."""
+    hf = random_llava(tied=True)
+    model = hooked(hf, tmp_path)
+    prompts = random_prompts(hf.config, images=[1, 2])
+    pixels = prompts.pixel_values
+    assert pixels is not None
+    theirs, ours = pixels.clone().requires_grad_(), pixels.clone().requires_grad_()
+    hf(**{**prompts.for_hf(), "pixel_values": theirs}, labels=labels_of(prompts)).loss.backward()
+    model(
+        prompts.tokens,
+        pixel_values=ours,
+        attention_mask=prompts.attention_mask,
+        return_type="loss",
+    ).backward()
+    assert theirs.grad is not None and ours.grad is not None
+    assert float(theirs.grad.abs().max()) > 1e-3
+    assert torch.allclose(ours.grad, theirs.grad, atol=TOLERANCE, rtol=1e-3)
+    ours_embed, theirs_embed = model.embed.W_E.grad, hf.lm_head.weight.grad
+    assert torch.allclose(ours_embed, theirs_embed, atol=TOLERANCE, rtol=1e-3)
+
+
+# Half precision
+
+
+def rms_error(logits: Tensor, exact: Tensor) -> float:
+    return float((logits.double() - exact).pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("listening", [False, True], ids=["fused", "all hooks listen"])
+@torch.no_grad()
+def test_half_precision_is_as_exact_as_hugging_face(
+    dtype: torch.dtype, listening: bool, seed: int, tmp_path: Path
+) -> None:
+    """The error against a float64 run of the same (rounded) weights is at most 1.1 x theirs.
+
+    Errors of single logits are noise, and so is the error of one model: a small change early on
+    grows more in some models than in others, for both alike. So each model's root mean square error
+    is divided by theirs, and the statement is about the geometric mean of these ratios.
+    """
+    ratios = []
+    for index in range(24):
+        hf = random_llava(list(SHAPES.values())[index % 3]).to(dtype)
+        model = hooked(hf, tmp_path / str(index))
+        assert model.cfg.dtype == dtype and model.W_E.dtype == dtype
+        prompts = random_prompts(hf.config, images=[1, 2])
+        assert prompts.pixel_values is not None
+        inputs = prompts.for_mmlens(model)
+        hf.set_attn_implementation("eager" if listening else "sdpa")
+        logits = model.run_with_cache(inputs)[0] if listening else model(inputs)
+        assert logits.dtype == dtype
+        theirs = hf(**prompts.for_hf()).logits[prompts.real]
+        rounded = prompts.pixel_values.to(dtype).double()  # both towers begin with this
+        hf = hf.to(torch.float64)
+        hf.set_attn_implementation("sdpa")  # eager attention takes its softmax in float32
+        exact = hf(**{**prompts.for_hf(), "pixel_values": rounded}).logits[prompts.real]
+        ratios.append(rms_error(logits[prompts.real], exact) / rms_error(theirs, exact))
+    ratio = float(torch.tensor(ratios).log().mean().exp())
+    print(f"error / Hugging Face's: {ratio:.3f}, single models to {max(ratios):.2f}")
+    assert ratio <= 1.1
+
+
+def test_padding_does_not_reach_the_real_positions(seed: int, tmp_path: Path) -> None:
+    hf = random_llava()
+    model = hooked(hf, tmp_path)
+    short = random_prompts(hf.config, images=[1], words=[4])
+    longer = Prompts(
+        nn.functional.pad(short.tokens, (7, 0), value=PAD),
+        nn.functional.pad(short.attention_mask, (7, 0)),
+        short.pixel_values,
+    )
+    with torch.no_grad():
+        alone, padded = model(short.for_mmlens(model)), model(longer.for_mmlens(model))
+    assert float((alone - padded[:, 7:]).abs().max()) < TOLERANCE
