@@ -31,9 +31,10 @@ def test_a_patching_sweep_of_transformer_lens_equals_a_naive_trace(seed: int) ->
     model = small_language_model()
     clean = torch.randint(1, 47, (1, 7))
     corrupted = clean.clone()
-    corrupted[0, 2] = 46 - clean[0, 2]
-    answer = 11
-    _, cache = model.run_with_cache(clean)
+    corrupted[0, 2] = clean[0, 2] % 46 + 1  # another of 1 ... 46
+    logits, cache = model.run_with_cache(clean)
+    change = logits[0, -1].softmax(-1) - model(corrupted)[0, -1].softmax(-1)
+    answer = int(change.abs().argmax())  # the token for which there is most to find
 
     def probability(logits: torch.Tensor) -> torch.Tensor:
         return logits[0, -1].softmax(-1)[answer]
