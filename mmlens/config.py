@@ -31,6 +31,12 @@ class TransformerConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    parallel_attn_mlp: bool = False
+    """Attention and MLP read the same normalised stream, side by side (Phi)."""
+    window_size: int | None = None
+    """How many positions a query of a "local" layer looks back at, its own included."""
+    attn_types: tuple[Literal["global", "local"], ...] | None = None
+    """Per layer; None means every layer is "global"."""
     attn_only: bool = False
     """Always False: TransformerLens's cache asks for it."""
 
@@ -39,6 +45,11 @@ class TransformerConfig:
             raise ValueError(
                 f"n_heads={self.n_heads} is no multiple of n_key_value_heads={self.n_kv_heads}"
             )
+        types = self.attn_types or ()
+        if types and len(types) != self.n_layers:
+            raise ValueError(f"attn_types has {len(types)} entries for {self.n_layers} layers")
+        if "local" in types and not self.window_size:
+            raise ValueError(f"local attention needs a window_size, not {self.window_size}")
 
     @property
     def n_kv_heads(self) -> int:
@@ -50,10 +61,14 @@ class TransformerConfig:
         """What attention scores are divided by: the square root of `d_head`."""
         return self.d_head**0.5
 
+    def window(self, layer: int) -> int | None:
+        """The window of a layer's attention; None where it sees everything before it."""
+        return self.window_size if self.attn_types and self.attn_types[layer] == "local" else None
+
 
 @dataclass(kw_only=True)
 class VisionConfig(TransformerConfig):
-    """A CLIP-style vision tower, up to the layers whose features the projector takes.
+    """A CLIP or SigLIP vision tower, up to the layers whose features the projector takes.
 
     Blocks behind the last feature layer are not built: nothing would depend on them.
     """
@@ -65,9 +80,21 @@ class VisionConfig(TransformerConfig):
     """Residual streams handed to the projector, concatenated: 0 is the input of block 0, l the
     output of block l - 1."""
     select: Literal["default", "full"] = "default"
-    """`default` drops the class token, `full` keeps it in front of the patches."""
+    """`full` hands over every position; `default` drops the first one, CLIP's class token."""
+    class_token: bool = True
+    """CLIP has one, at position 0; SigLIP has none."""
+    pre_norm: bool = True
+    """CLIP normalises what enters its first block; SigLIP does not."""
     n_channels: int = 3
     patch_bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select == "default" and not self.class_token:
+            # Hugging Face would drop the first patch, which leaves no grid of visual tokens.
+            raise ValueError(
+                "select='default' drops the class token, and this tower has none: take 'full'"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -84,16 +111,18 @@ class VisionConfig(TransformerConfig):
     @property
     def n_visual_tokens(self) -> int:
         """Visual tokens of one picture, as the language model gets them."""
-        return self.n_patches + (self.select == "full")
+        return self.n_patches + (self.class_token and self.select == "full")
 
 
 @dataclass(kw_only=True)
 class ProjectorConfig:
-    """The two-layer projector from visual features to the language model's residual stream."""
+    """The projector from visual features to the language model's residual stream."""
 
     d_in: int
     d_hidden: int
     d_out: int
+    n_layers: int = 2
+    """Linear layers, with the activation in between; 1 is a single linear map."""
     act_fn: str = "gelu"
     bias: bool = True
 
@@ -107,6 +136,7 @@ class MultimodalConfig(TransformerConfig):
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10000.0})
     """Hugging Face's own description of the rotary embedding: `rope_theta`, `rope_type`, ..."""
     tie_word_embeddings: bool = False
+    unembed_bias: bool = False
     image_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -8,7 +8,7 @@ attend to keys and values of earlier positions: that is all that branching needs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,10 +70,11 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
         self.hook_input_embed = HookPoint()  # [batch, pos, d_model]
         self.blocks = nn.ModuleList(
-            TransformerBlock(cfg, causal=True, rotary=True) for _ in range(cfg.n_layers)
+            TransformerBlock(cfg, causal=True, rotary=True, layer=layer)
+            for layer in range(cfg.n_layers)
         )
         self.ln_final = make_norm(cfg)
-        self.unembed = Unembed(cfg.d_vocab, cfg.d_model)
+        self.unembed = Unembed(cfg.d_vocab, cfg.d_model, bias=cfg.unembed_bias)
         if cfg.tie_word_embeddings:
             self.unembed.weight = self.embed.W_E
         self.rotary = Rotary(cfg)
@@ -98,21 +99,31 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
     ) -> HookedMultimodalTransformer:
         """Load a published checkpoint, a local folder, or the embedded model ("demo").
 
         Args:
-            name_or_path: "demo", a folder, or a name on the Hugging Face hub.
+            name_or_path: "demo", a folder, a GGUF file, or a name on the Hugging Face hub.
             device: where to put it; by default the GPU if there is one.
             dtype: by default the checkpoint's own.
             revision: branch, tag or commit on the hub.
+            device_map: "auto" spreads the model over all GPUs (through accelerate); or module
+                names with their devices. Instead of `device`.
 
         Raises:
-            CheckpointError: not found, no format knows it, or names and shapes do not fit.
+            CheckpointError: not found, no format knows it, quantised, or names and shapes do not
+                fit.
+
+        Example:
+            >>> HookedMultimodalTransformer.from_pretrained(
+            ...     "llava-hf/llava-1.5-7b-hf", dtype=torch.bfloat16, device_map="auto")
         """
         from mmlens.checkpoints import load_model
 
-        return load_model(name_or_path, device=device, dtype=dtype, revision=revision)
+        return load_model(
+            name_or_path, device=device, dtype=dtype, revision=revision, device_map=device_map
+        )
 
     # Inputs
 
@@ -182,7 +193,7 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
             tokens = tokens.masked_fill(is_image, 0)  # a placeholder outside of the vocabulary
         resid = self.hook_embed(self.embed(tokens))
         if inputs.pixel_values is not None and self.vision is not None and self.projector:
-            visual = self.projector(self.vision(inputs.pixel_values)).to(resid.dtype)
+            visual = self.projector(self.vision(inputs.pixel_values)).to(resid)
             if visual.shape[0] * visual.shape[1] != int(is_image.sum()):
                 raise ValueError(
                     f"{int(is_image.sum())} image tokens, but {visual.shape[0]} pictures of "

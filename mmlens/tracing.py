@@ -272,7 +272,8 @@ def position_groups(
     if sites[0].startswith("vision.") and model.cfg.vision is not None:
         columns = model.cfg.vision.grid[1]
         patches = range(model.cfg.vision.n_patches)
-        labels = ["<cls>", *(f"<patch {i // columns},{i % columns}>" for i in patches)]
+        labels = ["<cls>"] * model.cfg.vision.class_token
+        labels += [f"<patch {i // columns},{i % columns}>" for i in patches]
         if positions is None:
             raise ValueError("sites of the vision tower have positions of their own: give them")
     if positions is None:

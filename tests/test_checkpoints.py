@@ -257,8 +257,8 @@ def test_unknown_family(folder: Path) -> None:
 
 
 def test_another_decoder(folder: Path) -> None:
-    edit_config(folder, text_config={"model_type": "mistral"})
-    refused(folder, "mistral", "llama")
+    edit_config(folder, text_config={"model_type": "gpt2"})
+    refused(folder, "gpt2", "llama, mistral, qwen2, phi")
 
 
 def test_no_weights(folder: Path) -> None:

@@ -15,23 +15,19 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 
 from mmlens.checkpoints import hf_llava, language_model
+from mmlens.checkpoints.devices import DeviceMap
 from mmlens.checkpoints.errors import CheckpointError
-from mmlens.checkpoints.loader import (
-    WeightFile,
-    build,
-    fill,
-    has_own_head,
-    safetensors_of,
-    stream,
-)
+from mmlens.checkpoints.loader import build, has_own_head
 from mmlens.checkpoints.names import Table
 from mmlens.checkpoints.processors import chat_template, load_image_processor, load_tokenizer
+from mmlens.checkpoints.weight_files import weight_files
 from mmlens.config import MultimodalConfig
 from mmlens.model import HookedMultimodalTransformer
 
 __all__ = ["FORMATS", "CheckpointError", "CheckpointFormat", "format_of", "load_model"]
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+HUB_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
+SAFETENSORS, PICKLES = ["*.safetensors"], ["pytorch_model*.bin"]
 
 
 @runtime_checkable
@@ -57,31 +53,42 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    device_map: DeviceMap | None = None,
 ) -> HookedMultimodalTransformer:
-    """The model of a checkpoint folder, a hub name, or "demo".
+    """The model of a checkpoint folder, a GGUF file, a hub name, or "demo".
 
     Raises:
-        CheckpointError: it is not there, is of no known format, or does not fit its config.json.
+        CheckpointError: it is not there, is of no known format, is quantised, or does not fit its
+            config.json; or `device_map` does not fit the model.
+        ValueError: both `device` and `device_map`.
     """
+    if device is not None and device_map is not None:
+        raise ValueError(f"device={device!r} and device_map={device_map!r}: give one of the two")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if str(name_or_path) == "demo":
         from mmlens.checkpoints import demo
 
         return demo.load(where, dtype or torch.float32)
+    if str(name_or_path).endswith(".gguf") and Path(name_or_path).expanduser().is_file():
+        from mmlens.checkpoints import gguf
+
+        return gguf.load(Path(name_or_path).expanduser(), where, dtype or torch.float32)
     folder = find_folder(name_or_path, revision)
     format = format_of(folder)
     cfg = format.config(folder)
-    files = [WeightFile(path) for path in safetensors_of(folder)]
+    files = weight_files(folder)
     if cfg.tie_word_embeddings:
         untied = format.table(replace(cfg, tie_word_embeddings=False))
         cfg.tie_word_embeddings = not has_own_head(files, format.rename, untied)
-    model = build(cfg, dtype or checkpoint_dtype(folder), where)
-    fill(
-        model,
-        stream(files, where),
+    model = build(
+        cfg,
+        files,
         format.table(cfg),
         ignored=format.IGNORED,
         rename=format.rename,
+        dtype=dtype or checkpoint_dtype(folder),
+        device=where,
+        device_map=device_map,
         where=str(folder),
     )
     cfg.model_name = str(name_or_path)
@@ -109,7 +116,13 @@ def find_folder(name_or_path: str | Path, revision: str | None) -> Path:
 
     name = str(name_or_path)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        # Pickles only where there are no safetensors: the same weights are often there twice.
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        for patterns in (SAFETENSORS, PICKLES):
+            snapshot_download(name, revision=revision, allow_patterns=patterns)
+            if any(found.glob(patterns[0])):
+                break
+        return found
     except Exception as error:  # the hub client raises errors of several libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -131,6 +144,12 @@ def format_of(folder: Path) -> CheckpointFormat:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise CheckpointError(
+            f"{folder} is quantised ({method}); mmlens reads and edits plain weights: take the "
+            "checkpoint that it was made from"
+        )
     for format in FORMATS.values():
         if format.recognises(config):
             return format

@@ -15,9 +15,15 @@ from typing import Any
 import torch
 
 from mmlens.checkpoints import language_model, open_clip
-from mmlens.checkpoints.loader import WeightFile, build, fill, safetensors_of, stream
-from mmlens.checkpoints.names import Table, llama_names, open_clip_tower_names, projector_names
+from mmlens.checkpoints.loader import build
+from mmlens.checkpoints.names import (
+    Table,
+    decoder_names,
+    open_clip_tower_names,
+    projector_names,
+)
 from mmlens.checkpoints.processors import IMAGE_PLACEHOLDER, load_tokenizer
+from mmlens.checkpoints.weight_files import WeightFile, weight_files
 from mmlens.config import MultimodalConfig, ProjectorConfig
 from mmlens.demo.language_model import language_model_folder
 from mmlens.model import HookedMultimodalTransformer
@@ -39,13 +45,20 @@ def load(device: torch.device, dtype: torch.dtype) -> HookedMultimodalTransforme
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_PLACEHOLDER]})
     cfg = config(folder, settings, tower)
     cfg.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    model = build(cfg, dtype, device)
     weights = [
-        *(WeightFile(path, "language_model.") for path in safetensors_of(folder)),
+        *weight_files(folder, "language_model."),
         WeightFile(here / "vision.safetensors", "vision_tower."),
         WeightFile(here / "projector.safetensors", "multi_modal_projector."),
     ]
-    fill(model, stream(weights, device), table(cfg), ignored=IGNORED, where="the demo model")
+    model = build(
+        cfg,
+        weights,
+        table(cfg),
+        ignored=IGNORED,
+        dtype=dtype,
+        device=device,
+        where="the demo model",
+    )
     model.tokenizer = tokenizer
     model.image_processor = open_clip.image_transform(tower["model_cfg"], tower["preprocess_cfg"])
     return model
@@ -73,7 +86,7 @@ def table(cfg: MultimodalConfig) -> Table:
     """Every tensor that is used, and where it goes."""
     assert cfg.vision is not None and cfg.projector is not None
     return (
-        llama_names(cfg, "language_model.model.", "language_model.lm_head")
+        decoder_names(cfg, "language_model.model.", "language_model.lm_head")
         | open_clip_tower_names(cfg.vision, "vision_tower.visual.")
-        | projector_names(cfg.projector.bias)
+        | projector_names(cfg.projector, prefix="multi_modal_projector.")
     )

@@ -1,6 +1,7 @@
 r"""Hugging Face LLaVA: `LlavaForConditionalGeneration` (llava-hf/llava-1.5-7b-hf and its like).
 
-Decoder: Llama. Tower: CLIP. Projector: linear_1, activation, linear_2.
+Decoder: Llama, Mistral (bakLlava), Qwen2 or Phi. Tower: CLIP or SigLIP. Projector: linear_1,
+activation, linear_2.
 
 Prompt: the checkpoint's own chat template ("USER: <image>\n{question} ASSISTANT:" for LLaVA 1.5).
 Pictures: the checkpoint's own image processor.
@@ -19,15 +20,16 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mmlens.checkpoints.errors import CheckpointError
-from mmlens.checkpoints.hf_configs import clip_vision_config, generation_ends, llama_fields
-from mmlens.checkpoints.names import Table, clip_tower_names, llama_names, projector_names
+from mmlens.checkpoints.hf_configs import decoder_fields, generation_ends, vision_config
+from mmlens.checkpoints.names import Table, decoder_names, projector_names, tower_names
+from mmlens.checkpoints.weight_files import has_tensor
 from mmlens.config import MultimodalConfig, ProjectorConfig
 
 # Blocks of the tower behind the feature layer and its last norm are in the checkpoint, unused.
 IGNORED = (
     r"vision_tower\.encoder\.layers\.\d+\.(layer_norm\d|self_attn\.\w+_proj|mlp\.fc\d)\.(weight|bias)",
     r"vision_tower\.post_layernorm\..*",
+    r"vision_tower\.head\..*",  # SigLIP's pooling
     r".*\.position_ids",
     r".*\.rotary_emb\.inv_freq",
     r"language_model\.lm_head\.weight",  # a copy of tied embeddings
@@ -43,16 +45,11 @@ def config(folder: Path) -> MultimodalConfig:
     """The configuration in our terms.
 
     Raises:
-        CheckpointError: a decoder other than Llama or a tower other than CLIP.
+        CheckpointError: a decoder or a tower that is not among the supported ones.
     """
     hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     text, vision = hf.text_config, hf.vision_config
-    if text.model_type != "llama" or vision.model_type != "clip_vision_model":
-        raise CheckpointError(
-            f"{folder}: LLaVA with a {text.model_type!r} decoder and a {vision.model_type!r} "
-            "tower; supported here: 'llama' with 'clip_vision_model'"
-        )
-    tower = clip_vision_config(vision, hf.vision_feature_layer, hf.vision_feature_select_strategy)
+    tower = vision_config(vision, hf.vision_feature_layer, hf.vision_feature_select_strategy)
     projector = ProjectorConfig(
         d_in=vision.hidden_size * len(tower.feature_layers),
         d_hidden=text.hidden_size,
@@ -60,11 +57,14 @@ def config(folder: Path) -> MultimodalConfig:
         act_fn=hf.projector_hidden_act,
         bias=hf.multimodal_projector_bias,
     )
-    fields = llama_fields(text)
+    fields = decoder_fields(text) | {"tie_word_embeddings": hf.tie_word_embeddings}
     fields["eos_token_ids"] = generation_ends(folder, fields["eos_token_ids"])
+    # Phi's output layer has a bias; transformers' LLaVA kept it in its first two layouts only.
+    fields["unembed_bias"] = fields.get("unembed_bias", False) and has_tensor(
+        folder, r"(language_model\.)?lm_head\.bias"
+    )
     return MultimodalConfig(
         **fields,
-        tie_word_embeddings=hf.tie_word_embeddings,
         image_token_id=hf.image_token_index,
         vision=tower,
         projector=projector,
@@ -83,5 +83,8 @@ def rename(name: str) -> str:
 def table(cfg: MultimodalConfig) -> Table:
     """Every tensor that is used, and where it goes."""
     assert cfg.vision is not None and cfg.projector is not None
-    decoder = llama_names(cfg, "language_model.model.", "language_model.lm_head")
-    return decoder | clip_tower_names(cfg.vision) | projector_names(cfg.projector.bias)
+    return (
+        decoder_names(cfg, "language_model.model.", "language_model.lm_head")
+        | tower_names(cfg.vision, "vision_tower.")
+        | projector_names(cfg.projector, prefix="multi_modal_projector.")
+    )

@@ -1,4 +1,4 @@
-"""One streaming loader for all formats: safetensors, tensor by tensor, to where they belong.
+"""One streaming loader for all formats: tensor by tensor, to where they belong.
 
 The model is built on the meta device, its parameters are allocated once on the target device, and
 each tensor is read straight into its place. Nothing is handed out before everything has fitted.
@@ -6,74 +6,19 @@ each tensor is read straight into its place. Nothing is handed out before everyt
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from mmlens.checkpoints.devices import DeviceMap, allocate
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.names import Slot, Table
+from mmlens.checkpoints.weight_files import WeightFile, stream
 from mmlens.config import MultimodalConfig
 from mmlens.model import HookedMultimodalTransformer
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """A safetensors file, and what is put in front of its tensors' names."""
-
-    path: Path
-    prefix: str = ""
-
-
-def safetensors_of(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder: one, or the shards that its index lists.
-
-    Raises:
-        CheckpointError: there are none, or a listed shard is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise CheckpointError(
-                f"{folder}: {len(missing)} of {len(names)} shards that {index.name} lists are "
-                f"missing: {', '.join(missing)}"
-            )
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{folder} holds no *.safetensors; convert its weights to safetensors first"
-        )
-    return files
-
-
-def stream(
-    files: Iterable[WeightFile],
-    device: torch.device,
-    only: Callable[[str], bool] = lambda name: True,
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the files (whose name `only` accepts) with its prefixed name, one at a time.
-
-    Raises:
-        CheckpointError: a file is truncated or no safetensors file.
-    """
-    for file in files:
-        try:
-            with safe_open(file.path, framework="pt", device=str(device)) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if only(file.prefix + name):
-                        yield file.prefix + name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{file.path} is truncated or not a safetensors file ({error}); download it again"
-            ) from error
 
 
 def has_own_head(files: Sequence[WeightFile], rename: Callable[[str], str], table: Table) -> bool:
@@ -87,20 +32,76 @@ def has_own_head(files: Sequence[WeightFile], rename: Callable[[str], str], tabl
     ends = {
         name for name, slot in table.items() if slot.parameter in ("embed.W_E", "unembed.weight")
     }
-    found = [t for _, t in stream(files, torch.device("cpu"), lambda name: rename(name) in ends)]
+    found = [t for _, t in stream(files, only=lambda name: rename(name) in ends)]
     return len(found) == 2 and not torch.equal(*found)
 
 
 def build(
-    cfg: MultimodalConfig, dtype: torch.dtype, device: torch.device
+    cfg: MultimodalConfig,
+    files: Sequence[WeightFile],
+    table: Table,
+    *,
+    ignored: Sequence[str] = (),
+    rename: Callable[[str], str] = str,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: DeviceMap | None = None,
+    where: str = "the checkpoint",
 ) -> HookedMultimodalTransformer:
-    """A model with allocated, not yet filled parameters."""
+    """The model of a configuration, with the files' weights.
+
+    Args:
+        table: which tensor goes where; every one of its slots must be filled.
+        ignored: regular expressions of tensors that the format leaves out on purpose.
+        rename: brings a name to the form that `table` uses (older layouts of a format).
+        where: what the weights are called in messages.
+
+    Raises:
+        CheckpointError: tensors that are unknown, missing or of another shape, all in one message
+            and before anything is allocated; or a `device_map` that does not fit.
+    """
     with torch.device("meta"):
-        model = HookedMultimodalTransformer(cfg)
-    model = model.to(dtype).to_empty(device=device)
+        model = HookedMultimodalTransformer(cfg).to(dtype)
+    shapes = {name: shape for file in files for name, shape in file.shapes().items()}
+    check(model, shapes, table, ignored=ignored, rename=rename, where=where)
+    allocate(model, device, device_map)
     if cfg.tie_word_embeddings:
         model.unembed.weight = model.embed.W_E
+    tensors = stream(files, device if device_map is None else "cpu")
+    fill(model, tensors, table, rename, total=len(shapes), where=where)
     return model
+
+
+def check(
+    model: HookedMultimodalTransformer,
+    shapes: Mapping[str, Sequence[int]],
+    table: Table,
+    *,
+    ignored: Sequence[str] = (),
+    rename: Callable[[str], str] = str,
+    where: str = "the checkpoint",
+) -> None:
+    """Raise one CheckpointError that lists every tensor that does not fit the model."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unfilled = dict(table)
+    problems: list[str] = []
+    for original, shape in shapes.items():
+        name = rename(original)
+        slot = table.get(name)
+        if slot is None:
+            if not any(re.fullmatch(pattern, name) for pattern in ignored):
+                problems.append(f"  unknown tensor {original} {list(shape)}")
+            continue
+        unfilled.pop(name, None)
+        expected = slot.of(parameters).shape
+        if tuple(shape) != tuple(expected):
+            problems.append(f"  {original} is {list(shape)}, the config makes it {list(expected)}")
+    problems += [f"  missing tensor {name}" for name in unfilled]
+    problems += [f"  nothing fills {name}" for name in unreachable(parameters, table, model)]
+    if problems:
+        listed = "\n".join(problems[:20])
+        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(f"{where} does not fit its config.json:\n{listed}{more}")
 
 
 @torch.no_grad()
@@ -108,45 +109,23 @@ def fill(
     model: HookedMultimodalTransformer,
     tensors: Iterable[tuple[str, Tensor]],
     table: Table,
-    *,
-    ignored: Sequence[str] = (),
     rename: Callable[[str], str] = str,
+    *,
+    total: int | None = None,
     where: str = "the checkpoint",
 ) -> None:
-    """Copy every tensor into its slot.
+    """Copy every tensor that the table knows into its slot.
 
     Args:
-        table: which tensor goes where; every one of its slots must be filled.
-        ignored: regular expressions of tensors that the format leaves out on purpose.
-        rename: brings a name to the form that `table` uses (older layouts of a format).
-
-    Raises:
-        CheckpointError: tensors that are unknown, missing or of another shape, all in one message.
+        total: how many tensors there are, for the progress bar (which is shown to a person, and
+            only where it takes longer than a moment).
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    unfilled = dict(table)
-    problems: list[str] = []
-    for original, tensor in tensors:
-        name = rename(original)
-        slot = table.get(name)
-        if slot is None:
-            if not any(re.fullmatch(pattern, name) for pattern in ignored):
-                problems.append(f"  unknown tensor {original} {list(tensor.shape)}")
-            continue
-        unfilled.pop(name, None)
-        place = parameters[slot.parameter][slot.start : slot.stop]
-        if tensor.shape != place.shape:
-            problems.append(
-                f"  {original} is {list(tensor.shape)}, the config makes it {list(place.shape)}"
-            )
-            continue
-        place.copy_(tensor)
-    problems += [f"  missing tensor {name}" for name in unfilled]
-    problems += [f"  nothing fills {name}" for name in unreachable(parameters, table, model)]
-    if problems:
-        shown = "\n".join(problems[:20])
-        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise CheckpointError(f"{where} does not fit its config.json:\n{shown}{more}")
+    bar = tqdm(tensors, f"loading {where}", total, leave=False, disable=None, delay=1.0)
+    for original, tensor in bar:
+        slot = table.get(rename(original))
+        if slot is not None:
+            slot.of(parameters).copy_(tensor)
 
 
 def unreachable(

@@ -4,15 +4,18 @@ A table maps the checkpoint's tensor name to a `Slot`: a parameter of ours, or s
 (queries, keys and values share the rows of one fused projection, gate and input those of another).
 Formats differ in prefixes; the tables take them as arguments.
 
-Sources: the names are those of transformers' `modeling_llama.py` and `modeling_clip.py`, and of
-open_clip's `transformer.py`.
+Sources: the names are those of transformers' `modeling_llama.py`, `modeling_phi.py`,
+`modeling_clip.py` and `modeling_siglip.py`, and of open_clip's `transformer.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mmlens.config import MultimodalConfig, TransformerConfig, VisionConfig
+from torch import Tensor
+
+from mmlens.config import MultimodalConfig, ProjectorConfig, TransformerConfig, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class Slot:
     parameter: str
     start: int = 0
     stop: int | None = None
+
+    def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The place itself, a view of the parameter."""
+        return parameters[self.parameter][self.start : self.stop]
 
 
 Table = dict[str, Slot]
@@ -50,12 +57,21 @@ def qkv_names(cfg: TransformerConfig, prefix: str, parameter: str) -> Table:
     return table
 
 
-def llama_names(cfg: MultimodalConfig, prefix: str = "model.", head: str = "lm_head") -> Table:
-    """A Llama decoder (transformers' `LlamaModel` under `prefix`, its output layer at `head`)."""
-    table = {f"{prefix}embed_tokens.weight": Slot("embed.W_E")}
-    table |= norm_names(f"{prefix}norm", "ln_final", bias=False)
+def decoder_names(cfg: MultimodalConfig, prefix: str = "model.", head: str = "lm_head") -> Table:
+    """A decoder as transformers names it, under `prefix`, with its output layer at `head`."""
+    names = phi_names if cfg.parallel_attn_mlp else llama_names
+    table = names(cfg, prefix)
+    table[f"{prefix}embed_tokens.weight"] = Slot("embed.W_E")
     if not cfg.tie_word_embeddings:
         table[f"{head}.weight"] = Slot("unembed.weight")
+    if cfg.unembed_bias:
+        table[f"{head}.bias"] = Slot("unembed.bias")
+    return table
+
+
+def llama_names(cfg: MultimodalConfig, prefix: str) -> Table:
+    """The layers and the last norm of Llama, Mistral and Qwen2."""
+    table = norm_names(f"{prefix}norm", "ln_final", bias=False)
     for layer in range(cfg.n_layers):
         there, here = f"{prefix}layers.{layer}", f"blocks.{layer}"
         table |= norm_names(f"{there}.input_layernorm", f"{here}.ln1", bias=False)
@@ -72,14 +88,31 @@ def llama_names(cfg: MultimodalConfig, prefix: str = "model.", head: str = "lm_h
     return table
 
 
-def clip_tower_names(cfg: VisionConfig, prefix: str = "vision_tower.") -> Table:
-    """A CLIP vision tower as transformers names it (`CLIPVisionModel` under `prefix`)."""
+def phi_names(cfg: MultimodalConfig, prefix: str) -> Table:
+    """The layers and the last norm of Phi."""
+    table = norm_names(f"{prefix}final_layernorm", "ln_final", bias=True)
+    for layer in range(cfg.n_layers):
+        there, here = f"{prefix}layers.{layer}", f"blocks.{layer}"
+        table |= norm_names(f"{there}.input_layernorm", f"{here}.ln1", bias=True)
+        table |= qkv_names(cfg, f"{there}.self_attn", f"{here}.attn.qkv")
+        table |= weight_and_bias(f"{there}.self_attn.dense", f"{here}.attn.o")
+        table |= weight_and_bias(f"{there}.mlp.fc1", f"{here}.mlp.up")
+        table |= weight_and_bias(f"{there}.mlp.fc2", f"{here}.mlp.down")
+    return table
+
+
+def tower_names(cfg: VisionConfig, prefix: str = "vision_tower.") -> Table:
+    """A CLIP or SigLIP vision tower as transformers names it (`CLIPVisionModel` under `prefix`)."""
     table = {
-        f"{prefix}embeddings.class_embedding": Slot("vision.class_embed"),
         f"{prefix}embeddings.patch_embedding.weight": Slot("vision.patch_embed.weight"),
         f"{prefix}embeddings.position_embedding.weight": Slot("vision.W_pos"),
     }
-    table |= norm_names(f"{prefix}pre_layrnorm", "vision.ln_pre", bias=True)
+    if cfg.patch_bias:
+        table[f"{prefix}embeddings.patch_embedding.bias"] = Slot("vision.patch_embed.bias")
+    if cfg.class_token:
+        table[f"{prefix}embeddings.class_embedding"] = Slot("vision.class_embed")
+    if cfg.pre_norm:
+        table |= norm_names(f"{prefix}pre_layrnorm", "vision.ln_pre", bias=True)
     for layer in range(cfg.n_layers):
         there, here = f"{prefix}encoder.layers.{layer}", f"vision.blocks.{layer}"
         table |= norm_names(f"{there}.layer_norm1", f"{here}.ln1", bias=True)
@@ -111,10 +144,16 @@ def open_clip_tower_names(cfg: VisionConfig, prefix: str = "visual.") -> Table:
     return table
 
 
-def projector_names(bias: bool, prefix: str = "multi_modal_projector.") -> Table:
-    """LLaVA's projector."""
+def projector_names(
+    cfg: ProjectorConfig, layers: Sequence[str] = ("linear_1", "linear_2"), prefix: str = ""
+) -> Table:
+    """A projector, whose linear layers are called `layers` under `prefix`.
+
+    transformers says `linear_1` and `linear_2`; LLaVA's code has an `nn.Sequential`, so that its
+    layers are `0`, `2`, `4` ...
+    """
     table = {}
-    for layer in ("linear_1", "linear_2"):
-        for kind in ("weight", "bias") if bias else ("weight",):
-            table[f"{prefix}{layer}.{kind}"] = Slot(f"projector.{layer}.{kind}")
+    for index, layer in enumerate(layers, start=1):
+        for kind in ("weight", "bias") if cfg.bias else ("weight",):
+            table[f"{prefix}{layer}.{kind}"] = Slot(f"projector.linear_{index}.{kind}")
     return table

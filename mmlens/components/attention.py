@@ -32,13 +32,24 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Bool[Tenso
     return ones.tril(diagonal=n_keys - n_queries)
 
 
+def window_mask(
+    n_queries: int, n_keys: int, window: int, device: torch.device
+) -> Bool[Tensor, "query key"]:
+    """True where a key is at most `window - 1` positions back (Mistral, Jiang et al. 2023, 2)."""
+    ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    return ones.triu(diagonal=n_keys - n_queries - window + 1)
+
+
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(d_head)) V, summed over heads through W_O."""
 
-    def __init__(self, cfg: TransformerConfig, *, causal: bool, rotary: bool) -> None:
+    def __init__(
+        self, cfg: TransformerConfig, *, causal: bool, rotary: bool, window: int | None = None
+    ) -> None:
         super().__init__()
         self.cfg = cfg
         self.causal = causal
+        self.window = window
         width_q, width_kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
         self.widths = [width_q, width_kv, width_kv]
         self.qkv = nn.Linear(cfg.d_model, sum(self.widths), bias=cfg.qkv_bias)
@@ -82,11 +93,21 @@ class Attention(nn.Module):
             k = self.hook_rot_k(rotate(k, *cos_sin))
         if cache is not None:
             k, v = cache.extend(layer, k, v)
+        mask = self.within_window(mask, q, k)
         if has_listeners(self.hook_attn_scores, self.hook_pattern):
             z = self.attend_openly(q, k, v, mask)
         else:
             z = self.attend_fused(q, k, v, mask)
         return self.project(self.hook_z(z))
+
+    def within_window(self, mask: Mask | None, q: Heads, k: Tensor) -> Mask | None:
+        """The mask without the keys that lie further back than this layer sees."""
+        n_queries, n_keys = q.shape[1], k.shape[1]
+        if self.window is None or n_keys <= self.window:
+            return mask
+        if mask is None:
+            mask = causal_mask(n_queries, n_keys, q.device)[None, None]
+        return mask & window_mask(n_queries, n_keys, self.window, q.device)
 
     def attend_fused(self, q: Heads, k: Tensor, v: Tensor, mask: Mask | None) -> Heads:
         """Heads' outputs `z`, without the pattern ever being written down."""

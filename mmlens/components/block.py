@@ -17,24 +17,36 @@ Residual = Float[Tensor, "batch pos d_model"]
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm block; the same in the decoder (causal, rotary) and the vision tower (neither)."""
+    """A pre-norm block; the same in the decoder (causal, rotary) and the vision tower (neither).
 
-    def __init__(self, cfg: TransformerConfig, *, causal: bool, rotary: bool) -> None:
+    Where `cfg.parallel_attn_mlp`, attention and MLP share one norm and do not see each other: there
+    is no `ln2`, and no stream between the two.
+    """
+
+    def __init__(
+        self, cfg: TransformerConfig, *, causal: bool, rotary: bool, layer: int = 0
+    ) -> None:
         super().__init__()
+        self.parallel = cfg.parallel_attn_mlp
         self.ln1 = make_norm(cfg)
-        self.attn = Attention(cfg, causal=causal, rotary=rotary)
-        self.ln2 = make_norm(cfg)
+        self.attn = Attention(cfg, causal=causal, rotary=rotary, window=cfg.window(layer))
         self.mlp = MLP(cfg)
         self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]
         self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
-        self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
+        if not self.parallel:
+            self.ln2 = make_norm(cfg)
+            self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
         self.hook_mlp_out = HookPoint()  # [batch, pos, d_model]
         self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
 
     def forward(self, resid: Residual, **attention: Any) -> Residual:
         """The residual stream behind this layer; `attention` is passed on to `Attention`."""
         resid = self.hook_resid_pre(resid)
-        attn_out = self.hook_attn_out(self.attn(self.ln1(resid), **attention))
+        normalized = self.ln1(resid)
+        attn_out = self.hook_attn_out(self.attn(normalized, **attention))
+        if self.parallel:
+            mlp_out = self.hook_mlp_out(self.mlp(normalized))
+            return self.hook_resid_post(attn_out + mlp_out + resid)
         resid = self.hook_resid_mid(resid + attn_out)
         mlp_out = self.hook_mlp_out(self.mlp(self.ln2(resid)))
         return self.hook_resid_post(resid + mlp_out)

@@ -23,13 +23,14 @@ class Embed(nn.Module):
 class Unembed(nn.Module):
     """The output projection; `weight` may be the embedding's own parameter."""
 
-    def __init__(self, d_vocab: int, d_model: int) -> None:
+    def __init__(self, d_vocab: int, d_model: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_vocab, d_model).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(d_vocab)) if bias else None
 
     def forward(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Logits."""
-        return F.linear(resid, self.weight)
+        return F.linear(resid, self.weight, self.bias)
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
@@ -38,5 +39,5 @@ class Unembed(nn.Module):
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """Zeros: these families have no bias here."""
-        return self.weight.new_zeros(self.weight.shape[0])
+        """Output bias; zeros where the model has none."""
+        return self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias

@@ -11,21 +11,38 @@ from mmlens.hook_points import HookPoint
 
 
 class Projector(nn.Module):
-    """LLaVA's projector: Linear, GELU, Linear (Liu et al. 2023, "Improved baselines", 3.2)."""
+    """LLaVA's projector: Linear, GELU, Linear (Liu et al. 2023, "Improved baselines", 3.2).
+
+    A projector of one layer is a linear map, without `hook_pre` and `hook_post`; behind the second
+    layer of a deeper one come `hook_pre_2` and `hook_post_2`, and so on.
+    """
 
     def __init__(self, cfg: ProjectorConfig) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(cfg.d_in, cfg.d_hidden, bias=cfg.bias)
+        self.n_layers = cfg.n_layers
+        widths = [cfg.d_in, *[cfg.d_hidden] * (cfg.n_layers - 1), cfg.d_out]
         self.act = ACT2FN[cfg.act_fn]
-        self.linear_2 = nn.Linear(cfg.d_hidden, cfg.d_out, bias=cfg.bias)
         self.hook_in = HookPoint()  # [image, visual_token, d_in]
-        self.hook_pre = HookPoint()  # [image, visual_token, d_hidden]
-        self.hook_post = HookPoint()  # [image, visual_token, d_hidden]
+        for layer in range(1, cfg.n_layers + 1):
+            linear = nn.Linear(widths[layer - 1], widths[layer], bias=cfg.bias)
+            self.add_module(f"linear_{layer}", linear)
+            if layer < cfg.n_layers:  # [image, visual_token, d_hidden]
+                self.add_module(hook_name("pre", layer), HookPoint())
+                self.add_module(hook_name("post", layer), HookPoint())
         self.hook_out = HookPoint()  # [image, visual_token, d_out]
 
     def forward(
         self, features: Float[Tensor, "image visual_token d_in"]
     ) -> Float[Tensor, "image visual_token d_out"]:
         """Visual tokens, in the language model's residual stream."""
-        pre = self.hook_pre(self.linear_1(self.hook_in(features)))
-        return self.hook_out(self.linear_2(self.hook_post(self.act(pre))))
+        x = self.hook_in(features)
+        for layer in range(1, self.n_layers):
+            pre = self.get_submodule(f"linear_{layer}")(x)
+            post = self.act(self.get_submodule(hook_name("pre", layer))(pre))
+            x = self.get_submodule(hook_name("post", layer))(post)
+        return self.hook_out(self.get_submodule(f"linear_{self.n_layers}")(x))
+
+
+def hook_name(kind: str, layer: int) -> str:
+    """`hook_pre` and `hook_post` of the first layer; those of later ones carry its number."""
+    return f"hook_{kind}" if layer == 1 else f"hook_{kind}_{layer}"

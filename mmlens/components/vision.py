@@ -1,4 +1,7 @@
-"""The vision tower: a CLIP image encoder (Radford et al. 2021), as far as the projector needs."""
+"""The vision tower, as far as the projector needs it.
+
+An image encoder of CLIP (Radford et al. 2021) or of SigLIP (Zhai et al. 2023).
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ Residual = Float[Tensor, "image pos d_model"]
 
 
 class HookedVisionTransformer(HookedRootModule):
-    """Patches, a class token and learnt positions, a norm, then blocks that see everything.
+    """Patches with learnt positions, then blocks that see everything.
 
-    Position 0 is the class token; patch (row, column) is position `1 + row * columns + column`.
+    CLIP has a class token at position 0, so that patch (row, column) is position
+    `1 + row * columns + column`, and a norm before the first block. SigLIP has neither.
     """
 
     def __init__(self, cfg: VisionConfig) -> None:
@@ -28,10 +32,12 @@ class HookedVisionTransformer(HookedRootModule):
         self.patch_embed = nn.Conv2d(
             cfg.n_channels, cfg.d_model, cfg.patch_size, cfg.patch_size, bias=cfg.patch_bias
         )
-        self.class_embed = nn.Parameter(torch.empty(cfg.d_model).normal_(std=0.02))
-        positions = torch.empty(1 + cfg.n_patches, cfg.d_model)
+        if cfg.class_token:
+            self.class_embed = nn.Parameter(torch.empty(cfg.d_model).normal_(std=0.02))
+        positions = torch.empty(cfg.class_token + cfg.n_patches, cfg.d_model)
         self.W_pos = nn.Parameter(positions.normal_(std=0.02))
-        self.ln_pre = make_norm(cfg)
+        if cfg.pre_norm:
+            self.ln_pre = make_norm(cfg)
         self.blocks = nn.ModuleList(
             TransformerBlock(cfg, causal=False, rotary=False) for _ in range(cfg.n_layers)
         )
@@ -51,7 +57,8 @@ class HookedVisionTransformer(HookedRootModule):
             ValueError: a picture's sides are no multiples of the patch size.
         """
         resid = self.hook_embed(self.embed(pixels))
-        resid = self.ln_pre(resid)
+        if self.cfg.pre_norm:
+            resid = self.ln_pre(resid)
         streams = [resid]
         for block in self.blocks:
             resid = block(resid)
@@ -62,24 +69,27 @@ class HookedVisionTransformer(HookedRootModule):
         return self.hook_out(features)
 
     def embed(self, pixels: Pixels) -> Residual:
-        """Class token and patches, with their positions added."""
+        """Patches (behind the class token, if there is one), with their positions added."""
         height, width = pixels.shape[-2:]
         patch = self.cfg.patch_size
-        if height % patch or width % patch:
+        # At its own size, SigLIP leaves a strip at the right and bottom out (384 = 27 x 14 + 6).
+        if (height, width) != self.cfg.image_size and (height % patch or width % patch):
             raise ValueError(
                 f"pictures of {height} x {width} pixels do not divide into patches of "
                 f"{patch} x {patch}"
             )
         patches = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))
         patches = self.hook_patch_embed(patches.flatten(2).transpose(1, 2))
-        class_token = self.class_embed.expand(len(pixels), 1, -1)
+        if self.cfg.class_token:
+            patches = torch.cat([self.class_embed.expand(len(pixels), 1, -1), patches], dim=1)
         positions = self.position_embeddings(height // patch, width // patch)
-        return torch.cat([class_token, patches], dim=1) + self.hook_pos_embed(positions)
+        return patches + self.hook_pos_embed(positions)
 
     def position_embeddings(self, rows: int, columns: int) -> Float[Tensor, "1 pos d_model"]:
         """The learnt positions, interpolated where the picture has another grid."""
         if (rows, columns) == self.cfg.grid:
             return self.W_pos[None]
-        grid = self.W_pos[1:].unflatten(0, self.cfg.grid).permute(2, 0, 1)[None]
+        n_class = int(self.cfg.class_token)
+        grid = self.W_pos[n_class:].unflatten(0, self.cfg.grid).permute(2, 0, 1)[None]
         grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
-        return torch.cat([self.W_pos[None, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([self.W_pos[None, :n_class], grid.flatten(2).transpose(1, 2)], dim=1)

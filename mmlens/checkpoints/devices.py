@@ -1,0 +1,102 @@
+"""Where a model's parameters lie: on one device, or spread over several GPUs through accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmlens.checkpoints.errors import CheckpointError
+
+DeviceMap = str | Mapping[str, Any]
+"""Module names to devices, or one of accelerate's own plans ("auto", "balanced", "sequential")."""
+
+PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
+# A block's residual stream stays on one device; so do the tower and the projector.
+KEPT_WHOLE = ["TransformerBlock", "HookedVisionTransformer", "Projector"]
+
+
+def allocate(model: nn.Module, device: torch.device, device_map: DeviceMap | None) -> None:
+    """Give a model that was built on the meta device its (unfilled) parameters.
+
+    Args:
+        device: where all of it goes without a `device_map`.
+
+    Raises:
+        CheckpointError: an unknown plan, or a map that leaves parameters out or puts some of them
+            where hooks could not edit them (offloaded to CPU or disk).
+    """
+    if device_map is None:
+        model.to_empty(device=device)
+        return
+    if isinstance(device_map, str):
+        device_map = planned(model, device_map)
+    places = {torch.device(place) for place in device_map.values() if place != "disk"}
+    if "disk" in device_map.values() or (len(places) > 1 and torch.device("cpu") in places):
+        away = [name for name, place in device_map.items() if str(place) in ("cpu", "disk")]
+        raise CheckpointError(
+            f"device_map puts {', '.join(map(repr, away[:5]))} where their weights are not at "
+            "hand (offloaded): the model does not fit these GPUs. Use a smaller dtype "
+            "(dtype=torch.bfloat16), more GPUs, or device='cpu'"
+        )
+    spread(model, device_map)
+
+
+def planned(
+    model: nn.Module, plan: str, max_memory: dict[int | str, int | str] | None = None
+) -> dict[str, Any]:
+    """The device map of accelerate for this model.
+
+    Args:
+        max_memory: bytes (or "20GiB") per GPU number; by default what is free.
+
+    Raises:
+        CheckpointError: a plan that accelerate does not know.
+    """
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    if plan not in PLANS:
+        raise CheckpointError(
+            f"device_map={plan!r}; it is one of {', '.join(PLANS)}, or names of modules with "
+            "their devices"
+        )
+    if plan != "sequential":
+        max_memory = get_balanced_memory(
+            model,
+            max_memory=max_memory,
+            no_split_module_classes=KEPT_WHOLE,
+            low_zero=plan == "balanced_low_0",
+        )
+    return infer_auto_device_map(model, max_memory, no_split_module_classes=KEPT_WHOLE)
+
+
+def spread(model: nn.Module, device_map: Mapping[str, Any]) -> None:
+    """Allocate each module where the map says, and let activations follow.
+
+    Raises:
+        CheckpointError: the map leaves parameters out.
+    """
+    from accelerate import dispatch_model
+
+    for name, place in device_map.items():
+        part = model.get_parameter(name) if is_parameter(model, name) else None
+        if part is None:
+            model.get_submodule(name).to_empty(device=torch.device(place))
+        else:
+            owner, _, leaf = name.rpartition(".")
+            new = torch.empty_like(part, device=torch.device(place))
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(new))
+    left = [name for name, part in model.named_parameters() if part.is_meta]
+    if left:
+        raise CheckpointError(
+            f"device_map leaves {len(left)} parameters out: {', '.join(left[:5])}"
+        )
+    dispatch_model(model, dict(device_map), force_hooks=True)
+
+
+def is_parameter(model: nn.Module, name: str) -> bool:
+    """Whether the name is that of a parameter rather than of a module."""
+    return name in dict(model.named_parameters())
