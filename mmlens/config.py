@@ -80,21 +80,14 @@ class VisionConfig(TransformerConfig):
     """Residual streams handed to the projector, concatenated: 0 is the input of block 0, l the
     output of block l - 1."""
     select: Literal["default", "full"] = "default"
-    """`full` hands over every position; `default` drops the first one, CLIP's class token."""
+    """`full` hands over every position; `default` drops the first one: CLIP's class token, or the
+    first patch of a tower without one (TinyLLaVA does so)."""
     class_token: bool = True
     """CLIP has one, at position 0; SigLIP has none."""
     pre_norm: bool = True
     """CLIP normalises what enters its first block; SigLIP does not."""
     n_channels: int = 3
     patch_bias: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.select == "default" and not self.class_token:
-            # Hugging Face would drop the first patch, which leaves no grid of visual tokens.
-            raise ValueError(
-                "select='default' drops the class token, and this tower has none: take 'full'"
-            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -111,7 +104,7 @@ class VisionConfig(TransformerConfig):
     @property
     def n_visual_tokens(self) -> int:
         """Visual tokens of one picture, as the language model gets them."""
-        return self.n_patches + (self.class_token and self.select == "full")
+        return self.n_patches + self.class_token - (self.select == "default")
 
 
 @dataclass(kw_only=True)
@@ -147,6 +140,8 @@ class MultimodalConfig(TransformerConfig):
     original_architecture: str = ""
     default_template: str | None = None
     """What `template="auto"` means; None leaves the choice to the tokenizer's chat template."""
+    default_prepend_bos: bool = True
+    """Whether prompts begin with BOS unless the caller says otherwise."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where the model is, and below in which dtype: kept by the model itself."""
     dtype: torch.dtype = torch.float32

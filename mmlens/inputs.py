@@ -227,11 +227,14 @@ class MultimodalInputs:
             )
         rows = torch.arange(row0, row1, device=self.device)
         cols = torch.arange(col0, col1, device=self.device)
-        inside = (rows[:, None] * n_cols + cols).flatten()
-        return self._image_start(image, batch) + self._n_class_tokens + inside
+        inside = (rows[:, None] * n_cols + cols).flatten() + self._first_patch
+        if inside[0] < 0:
+            raise ValueError("patch (0, 0) has no visual token: this model leaves it out")
+        return self._image_start(image, batch) + inside
 
     @property
-    def _n_class_tokens(self) -> int:
+    def _first_patch(self) -> int:
+        """Where patch (0, 0) stands among an image's tokens: -1 where it has none."""
         rows, cols = self.grid_size or (0, 0)
         return self.n_visual_tokens - rows * cols
 
@@ -263,10 +266,12 @@ class MultimodalInputs:
         """
         where = torch.full((*self.tokens.shape, 3), -1, dtype=torch.long)
         if self.grid_size is not None:
-            cell = torch.full((self.n_visual_tokens, 2), -1, dtype=torch.long)
-            cell[self._n_class_tokens :] = torch.cartesian_prod(
+            cell = torch.cartesian_prod(
                 torch.arange(self.grid_size[0]), torch.arange(self.grid_size[1])
             )
+            # A class token in front of the patches, or the first patch left out.
+            class_token = torch.full((max(self._first_patch, 0), 2), -1, dtype=torch.long)
+            cell = torch.cat([class_token, cell])[-self.n_visual_tokens :]
             for row, starts in enumerate(self.image_starts):
                 for image, start in enumerate(starts):
                     where[row, start : start + self.n_visual_tokens, 0] = image

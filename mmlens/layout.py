@@ -209,15 +209,15 @@ def check_pictures(images: Sized | None, pixel_values: Tensor | None) -> None:
 
 
 def check_grid(grid_size: tuple[int, int] | None, n_visual_tokens: int) -> None:
-    """Raise a ValueError unless an image has as many tokens as patches, or one more."""
+    """Raise a ValueError unless an image has as many tokens as patches, or one more or less."""
     if grid_size is None:
         return
     n_patches = grid_size[0] * grid_size[1]
-    if n_visual_tokens not in (n_patches, n_patches + 1):
+    if abs(n_visual_tokens - n_patches) > 1:
         raise ValueError(
             f"{n_visual_tokens} visual tokens per image do not fit a grid of {grid_size[0]} x "
-            f"{grid_size[1]} patches: there must be {n_patches}, or {n_patches + 1} with a class "
-            f"token"
+            f"{grid_size[1]} patches: there must be {n_patches}, {n_patches + 1} with a class "
+            f"token, or {n_patches - 1} without the first patch"
         )
 
 

@@ -139,9 +139,12 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         *,
         spans: Any = None,
         template: Any = "auto",
-        prepend_bos: bool = True,
+        prepend_bos: bool | None = None,
     ) -> MultimodalInputs:
-        """Text and pictures to model inputs with named positions; see `mmlens.prompts.prepare`."""
+        """Text and pictures to model inputs with named positions; see `mmlens.prompts.prepare`.
+
+        `prepend_bos=None` does what the model was trained with (`cfg.default_prepend_bos`).
+        """
         return prepare(
             self.tokenizer,
             self.image_processor,
@@ -151,7 +154,7 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
             spans=spans,
             template=template,
             default_template=self.cfg.default_template,
-            prepend_bos=prepend_bos,
+            prepend_bos=self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos,
             device=self.device,
         )
 

@@ -24,7 +24,7 @@ class TokenMethods(nn.Module):
     prepare: Callable[..., MultimodalInputs]
     W_U: Any
 
-    def to_tokens(self, text: str | list[str], prepend_bos: bool = True) -> Tokens:
+    def to_tokens(self, text: str | list[str], prepend_bos: bool | None = None) -> Tokens:
         """Token ids of text without pictures, left-padded."""
         return self.prepare(text, template=None, prepend_bos=prepend_bos).tokens
 

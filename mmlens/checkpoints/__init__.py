@@ -17,6 +17,7 @@ import torch
 from mmlens.checkpoints import hf_llava, language_model
 from mmlens.checkpoints.devices import DeviceMap
 from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.hub import find_folder
 from mmlens.checkpoints.loader import build, has_own_head
 from mmlens.checkpoints.names import Table
 from mmlens.checkpoints.processors import chat_template, load_image_processor, load_tokenizer
@@ -25,9 +26,6 @@ from mmlens.config import MultimodalConfig
 from mmlens.model import HookedMultimodalTransformer
 
 __all__ = ["FORMATS", "CheckpointError", "CheckpointFormat", "format_of", "load_model"]
-
-HUB_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
-SAFETENSORS, PICKLES = ["*.safetensors"], ["pytorch_model*.bin"]
 
 
 @runtime_checkable
@@ -96,39 +94,6 @@ def load_model(
     model.tokenizer = load_tokenizer(folder)
     model.image_processor = load_image_processor(folder) if cfg.vision else None
     return model
-
-
-def find_folder(name_or_path: str | Path, revision: str | None) -> Path:
-    """A local folder, or the hub's, downloaded.
-
-    Raises:
-        CheckpointError: neither a folder nor to be had from the hub.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(name_or_path).count("/") != 1:
-        raise CheckpointError(
-            f"unknown model {str(name_or_path)!r}: not a folder, not 'demo', and not a hub name "
-            "like 'llava-hf/llava-1.5-7b-hf'"
-        )
-    from huggingface_hub import snapshot_download
-
-    name = str(name_or_path)
-    try:
-        # Pickles only where there are no safetensors: the same weights are often there twice.
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-        for patterns in (SAFETENSORS, PICKLES):
-            snapshot_download(name, revision=revision, allow_patterns=patterns)
-            if any(found.glob(patterns[0])):
-                break
-        return found
-    except Exception as error:  # the hub client raises errors of several libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"unknown model {name!r}: no such folder, and the hub did not give it "
-            f"({reason}). Without network, download it elsewhere and pass the folder."
-        ) from error
 
 
 def format_of(folder: Path) -> CheckpointFormat:

@@ -96,19 +96,18 @@ def vision_config(
     Args:
         feature_layer: index into transformers' `hidden_states`: 0 is the input of the first block,
             -1 the output of the last, -2 of the one before. A list is concatenated.
-        select: "default" drops the class token, "full" keeps all positions.
+        select: "default" drops the first position (CLIP's class token), "full" keeps all.
 
     Raises:
-        CheckpointError: another kind of tower, a layer that is not there, or "default" for a tower
-            without a class token.
+        CheckpointError: another kind of tower, or a layer or a `select` that is not there.
     """
     if config.model_type not in TOWERS:
         raise CheckpointError(f"a {config.model_type!r} tower; supported are {', '.join(TOWERS)}")
     is_clip = config.model_type == "clip_vision_model"
-    if select not in ("default", "full") or (select == "default" and not is_clip):
+    if select not in ("default", "full"):
         raise CheckpointError(
-            f"vision_feature_select_strategy is {select!r} for a {config.model_type!r} tower; "
-            "it can be 'full', or 'default', which drops the class token that only CLIP has"
+            f"vision_feature_select_strategy is {select!r}; it can be 'full', or 'default', which "
+            "drops the first position"
         )
     n_layers = config.num_hidden_layers
     wanted = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
