@@ -6,7 +6,7 @@ A phrase is found in the text first, and then the tokenizer's character offsets 
 hold it. Nothing is searched in token strings, so it works for any tokenizer with offsets.
 
 Public names: `find_span`, `SpanNotFoundError`, `EncodedText`, `encode`, `token_strings`,
-`tokens_of_replacement`.
+`tokens_of_replacement`, `whole_words`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ __all__ = [
     "find_span",
     "token_strings",
     "tokens_of_replacement",
+    "whole_words",
 ]
 
 PLACEHOLDER = "<image>"
@@ -78,7 +79,7 @@ def find_span(text: str, phrase: str, within: tuple[int, int] | None = None) -> 
 
 def _find_words(text: str, phrase: str) -> tuple[int, int] | None:
     for match in re.finditer(f"(?={re.escape(phrase)})", text):
-        if _whole_words(text, match.start(), match.start() + len(phrase)):
+        if whole_words(text, match.start(), match.start() + len(phrase)):
             return match.start(), match.start() + len(phrase)
     return None
 
@@ -101,7 +102,7 @@ def _find_folded(text: str, phrase: str, whole_last_word: bool) -> tuple[int, in
         cut = (match.start() > 0 and places[match.start() - 1] == start) or (
             last + 1 < len(places) and places[last + 1] == end - 1
         )
-        if not cut and _whole_words(text, start, end if whole_last_word else len(text)):
+        if not cut and whole_words(text, start, end if whole_last_word else len(text)):
             return start, end
     return None
 
@@ -118,7 +119,8 @@ def _folded(text: str) -> tuple[str, list[int]]:
     return "".join(letters), places
 
 
-def _whole_words(text: str, start: int, end: int) -> bool:
+def whole_words(text: str, start: int, end: int) -> bool:
+    """Whether no word is cut at either end of `text[start:end]`."""
     return not (_inside_word(text, start) or _inside_word(text, end))
 
 

@@ -1,69 +1,186 @@
-"""A question about a picture, with the words that constrain its answer.
+"""A question about a picture, with the words that constrain its answer; and sets of them.
 
-Every reader of a data set yields `VisualQuestion`s: an analysis written for one runs on all.
+Every reader of a data set gives a `QuestionSet` of `VisualQuestion`s: an analysis written for one
+data set runs on all.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
-__all__ = ["VisualQuestion", "is_right", "normalise_answer"]
+from mmlens.data.metrics import is_right, parse_choice
 
-#: what a model may say before the answer itself: "the Republic of Senegal" is Senegal
-LEADING = re.compile(r"^(the|a|an|city of|country of|republic of|kingdom of|state of)\s+")
-#: apostrophes, and the points of "D.C." but not that of "Guinea.A photo"
-ABBREVIATION = re.compile(r"['ʻ’]|(?<=\b[a-z])\.")
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
+    from mmlens.data.report import Report
 
-def normalise_answer(text: str) -> str:
-    """Lower case, without accents, punctuation (hyphens stay), quotes and leading articles."""
-    text = unicodedata.normalize("NFKD", text)
-    text = "".join(letter for letter in text if not unicodedata.combining(letter)).lower()
-    text = " ".join(re.sub(r"[^\w\s-]", " ", ABBREVIATION.sub("", text)).split())
-    while (shorter := LEADING.sub("", text)) != text:
-        text = shorter
-    return text
+__all__ = ["QuestionSet", "VisualQuestion", "choose_image"]
 
-
-def is_right(continuation: str, answers: Sequence[str]) -> bool:
-    """Whether a model's continuation begins with an accepted answer, as whole words.
-
-    A plural "s" counts as the same word ("Austrians" for "Austrian").
-    """
-    said = normalise_answer(continuation)
-    accepted = filter(None, map(normalise_answer, answers))
-    return any(re.match(rf"{re.escape(answer)}s?(?![\w-])", said) for answer in accepted)
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
 class VisualQuestion:
-    """One question about one picture, in the form of VQA-Constraints."""
+    """One question about one picture (or several), in the form of VQA-Constraints.
+
+    Example:
+        >>> inputs = model.prepare(question.prompt(), question.open_images(),
+        ...                        spans=question.spans())
+    """
 
     question: str
-    image: Any  #: a path or a PIL image; `open_image` opens it
-    visual_constraint: str  #: the words that stand for what is in the picture: "this country"
+    image: Any  #: a path or a PIL image; a tuple of them where there are several; None for none
+    visual_constraint: str = ""  #: the words that stand for what is in the picture: "this country"
     text_constraints: tuple[str, ...] = ()  #: further words that narrow the answer: "north"
     answers: tuple[str, ...] = ()  #: every accepted answer, the usual one first
+    options: tuple[str, ...] = ()  #: of a multiple choice question, in order; `answers` are of them
     subject: str = ""  #: what the picture shows: "France"
     relation: str = ""
     split: str = ""
     source: str = ""  #: data set and row: "demo/FR/capital"
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def open_image(self) -> Any:
-        """The picture as a PIL image in RGB."""
-        from PIL import Image
+    @property
+    def images(self) -> tuple[Any, ...]:
+        """The pictures as they are given, unopened."""
+        if self.image is None:
+            return ()
+        return tuple(self.image) if isinstance(self.image, tuple | list) else (self.image,)
 
-        if isinstance(self.image, (str, Path)):
-            with Image.open(self.image) as picture:
-                return picture.convert("RGB")
-        return self.image.convert("RGB")
+    def open_images(self) -> list[Image]:
+        """The pictures as PIL images in RGB, in the order of the question's `<image>`.
+
+        Raises:
+            ValueError: a file is missing or no picture.
+        """
+        from mmlens.images import load_image
+
+        return [load_image(image) for image in self.images]
+
+    def open_image(self) -> Image:
+        """The only picture, as a PIL image in RGB.
+
+        Raises:
+            ValueError: there are several, or none; or the file is missing or no picture.
+        """
+        opened = self.open_images()
+        if len(opened) != 1:
+            raise ValueError(f"{self.source}: {len(opened)} pictures; open_images opens them all")
+        return opened[0]
+
+    def prompt(self) -> str:
+        """The question, and below it the options with their letters and what to do with them.
+
+        The wording is that of MMMU's evaluation of LLaVA (MMMU-Benchmark/MMMU).
+        """
+        if not self.options:
+            return self.question
+        options = "\n".join(
+            f"({chr(ord('A') + index)}) {option}" for index, option in enumerate(self.options)
+        )
+        order = "Answer with the option's letter from the given choices directly."
+        return f"{self.question}\n\n{options}\n\n{order}"
+
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Characters of the constraints in the question, for `model.prepare`.
+
+        `constraint` is the visual one; the text constraints are `text_constraint`,
+        `text_constraint_1`, ... Punctuation at the ends of a phrase ("this place,") belongs to no
+        span.
+
+        Raises:
+            SpanNotFoundError: (a ValueError) a constraint that is not in the question.
+        """
+        from mmlens.spans import find_span
+
+        phrases = {"constraint": self.visual_constraint} if self.visual_constraint else {}
+        for index, words in enumerate(self.text_constraints):
+            phrases[f"text_constraint_{index}" if index else "text_constraint"] = words
+        found = {name: find_span(self.question, phrase) for name, phrase in phrases.items()}
+        return {name: _trimmed(self.question, *span) for name, span in found.items()}
 
     def is_right(self, continuation: str) -> bool:
-        """Whether a model's continuation of the question begins with an accepted answer."""
-        return is_right(continuation, self.answers)
+        """Whether a model's continuation begins with an accepted answer, or takes the right option.
+
+        See `mmlens.data.metrics` for other measures.
+        """
+        if not self.options:
+            return is_right(continuation, self.answers)
+        chosen = parse_choice(continuation, self.options)
+        return chosen is not None and self.options[chosen] in self.answers
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span without what is no letter and no digit at its ends, unless that is all of it."""
+    inside = [at for at in range(start, end) if text[at].isalnum()]
+    return (inside[0], inside[-1] + 1) if inside else (start, end)
+
+
+class QuestionSet(Sequence[VisualQuestion]):
+    """The questions of a data set, made when they are asked for; pictures stay closed.
+
+    Args:
+        name: of the data set.
+        n: how many there are.
+        make: gives the question of a row, 0 ... n - 1.
+
+    Example:
+        >>> questions = multimodal_known("multimodal_known.csv", "pictures")
+        >>> print(questions.report())
+        >>> for question in questions[:100]: ...
+    """
+
+    def __init__(self, name: str, n: int, make: Callable[[int], VisualQuestion]) -> None:
+        self.name = name
+        self._make = make
+        self._rows: Sequence[int] = range(n)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> VisualQuestion: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> QuestionSet: ...
+
+    def __getitem__(self, index: int | slice) -> VisualQuestion | QuestionSet:
+        if isinstance(index, slice):
+            part = QuestionSet(self.name, 0, self._make)
+            part._rows = self._rows[index]
+            return part
+        return self._make(self._rows[index])
+
+    def __repr__(self) -> str:
+        return f"QuestionSet({self.name!r}, {len(self)} questions)"
+
+    def report(self) -> Report:
+        """What is not as it should be: constraints, pictures, answers; see `mmlens.data.report`."""
+        from mmlens.data.report import check_questions
+
+        return check_questions(self, self.name)
+
+
+def choose_image(candidates: Sequence[str], seed: int, source: str) -> tuple[str, dict[str, Any]]:
+    """One of several pictures that would do, the same for the same seed and source.
+
+    Returns:
+        The choice, and the record of it for `VisualQuestion.extra`.
+
+    Raises:
+        IndexError: no candidates.
+    """
+    chosen = random.Random(f"{seed} {source}").choice(candidates)
+    return chosen, {"image_choice": {"of": len(candidates), "seed": seed, "chosen": chosen}}
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """Names of the picture files in a folder, in a fixed order; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICTURES)
