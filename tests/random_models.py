@@ -11,17 +11,25 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
 from mmlens.inputs import MultimodalInputs
@@ -46,12 +54,15 @@ YARN = {
     "original_max_position_embeddings": 32,
     "rope_theta": 10000.0,
 }
+PARTIAL = {"rope_type": "default", "rope_theta": 9000.0, "partial_rotary_factor": 0.4}
 
 
 @dataclass(frozen=True)
 class Shape:
     """The choices that a random model is made of; what is not said is small and odd."""
 
+    decoder: str = "llama"
+    tower: str = "clip"
     n_layers: int = 3
     n_heads: int = 6
     n_kv_heads: int = 3
@@ -62,6 +73,7 @@ class Shape:
     attention_bias: bool = False
     mlp_bias: bool = False
     rope: dict[str, Any] | None = None
+    window: int | None = None
     feature_layer: int | list[int] = -2
     select: str = "default"
     projector_bias: bool = True
@@ -91,13 +103,38 @@ SHAPES = {
     "class token kept": Shape(select="full"),
     "class token kept, several layers": Shape(select="full", feature_layer=[2, -2]),
     "projector without bias": Shape(projector_bias=False, projector_act="relu"),
+    "mistral": Shape(decoder="mistral", n_heads=4, n_kv_heads=2, d_head=6, d_model=31),
+    "mistral, window": Shape(decoder="mistral", window=6),
+    "qwen2": Shape(decoder="qwen2", n_heads=5, n_kv_heads=1, d_head=8, d_model=35),
+    "qwen2, some windows": Shape(decoder="qwen2", window=5, tied=True),
+    "phi": Shape(decoder="phi", n_heads=3, n_kv_heads=3, d_model=30, rope=PARTIAL),
+    "phi, grouped queries": Shape(decoder="phi", d_model=60, rope=PARTIAL),
+    "siglip": Shape(tower="siglip", select="full"),
+    "siglip, several layers": Shape(tower="siglip", select="full", feature_layer=[-1, 0, 2]),
+    "phi on siglip": Shape(
+        decoder="phi", n_heads=3, n_kv_heads=3, rope=PARTIAL, tower="siglip", select="full"
+    ),
     "deep and narrow": Shape(n_layers=5, n_heads=2, n_kv_heads=1, d_head=4, d_model=10, d_mlp=11),
 }
 
 
-def text_config(shape: Shape, **more: Any) -> LlamaConfig:
+DECODERS = [name for name, shape in SHAPES.items() if shape.decoder != "llama"]
+
+
+def text_config(shape: Shape) -> PreTrainedConfig:
     """The decoder of a shape."""
-    return LlamaConfig(
+    makers: dict[str, Any] = {
+        "llama": partial(LlamaConfig, attention_bias=shape.attention_bias, mlp_bias=shape.mlp_bias),
+        "mistral": partial(MistralConfig, sliding_window=shape.window),
+        "qwen2": partial(
+            Qwen2Config,
+            use_sliding_window=shape.window is not None,
+            sliding_window=shape.window,
+            max_window_layers=1,
+        ),
+        "phi": PhiConfig,
+    }
+    return makers[shape.decoder](
         vocab_size=VOCABULARY,
         hidden_size=shape.d_model,
         intermediate_size=shape.d_mlp,
@@ -106,34 +143,36 @@ def text_config(shape: Shape, **more: Any) -> LlamaConfig:
         num_key_value_heads=shape.n_kv_heads,
         head_dim=shape.d_head,
         max_position_embeddings=N_POSITIONS,
-        attention_bias=shape.attention_bias,
-        mlp_bias=shape.mlp_bias,
         tie_word_embeddings=shape.tied,
         rope_parameters=shape.rope or {"rope_type": "default", "rope_theta": 7000.0},
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
-        **more,
     )
 
 
 def llava_config(shape: Shape) -> LlavaConfig:
     """The whole of a shape."""
-    vision = CLIPVisionConfig(
-        hidden_size=shape.vision_width,
-        intermediate_size=27,
-        num_hidden_layers=shape.vision_layers,
-        num_attention_heads=shape.vision_heads,
-        image_size=shape.patch * shape.grid,
-        patch_size=shape.patch,
-        hidden_act=shape.vision_act,
-        projection_dim=13,
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": shape.vision_width,
+        "intermediate_size": 27,
+        "num_hidden_layers": shape.vision_layers,
+        "num_attention_heads": shape.vision_heads,
+        "patch_size": shape.patch,
+    }
+    side = shape.patch * shape.grid
+    vision: PreTrainedConfig
+    if shape.tower == "siglip":  # with a strip at the right and bottom that fills no patch
+        vision = SiglipVisionConfig(image_size=side + shape.patch - 1, **sizes)
+    else:
+        vision = CLIPVisionConfig(
+            image_size=side, hidden_act=shape.vision_act, projection_dim=13, **sizes
+        )
     return LlavaConfig(
         vision_config=vision,
         text_config=text_config(shape),
         image_token_index=IMAGE,
-        image_seq_length=shape.grid**2 + (shape.select == "full"),
+        image_seq_length=shape.grid**2 + (shape.select == "full" and shape.tower == "clip"),
         vision_feature_layer=shape.feature_layer,
         vision_feature_select_strategy=shape.select,
         projector_hidden_act=shape.projector_act,
@@ -152,6 +191,11 @@ def random_llava(shape: Shape | None = None, **choices: Any) -> LlavaForConditio
 def random_llama(shape: Shape | None = None, **choices: Any) -> LlamaForCausalLM:
     """Transformers' Llama in float32 with lively weights, drawn from torch's generator."""
     return enliven(LlamaForCausalLM(text_config(replace(shape or Shape(), **choices))))
+
+
+def random_language_model(shape: Shape) -> PreTrainedModel:
+    """The decoder of any family alone."""
+    return enliven(AutoModelForCausalLM.from_config(text_config(shape), dtype=torch.float32))
 
 
 @torch.no_grad()
@@ -213,10 +257,13 @@ class Prompts:
         )
 
 
-def random_prompts(config: Any, images: list[int], words: list[int] | None = None) -> Prompts:
+def random_prompts(
+    config: Any, images: list[int], words: list[int] | None = None, text_last: bool = False
+) -> Prompts:
     """One row for each entry of `images`, the number of pictures in it; padded on the left.
 
-    `words` gives the number of text tokens of each row (by default drawn between 3 and 9).
+    `words` gives the number of text tokens of each row (by default drawn between 3 and 9). A
+    picture may be anywhere; with `text_last` there is text behind it.
     """
     vision = getattr(config, "vision_config", None)
     rows = []
@@ -225,7 +272,9 @@ def random_prompts(config: Any, images: list[int], words: list[int] | None = Non
         text = torch.randint(N_SPECIAL, VOCABULARY, (n_words,)).tolist()
         pieces: list[list[int]] = [[word] for word in text]
         for _ in range(n_images):
-            pieces.insert(random.randint(0, len(pieces)), [IMAGE] * config.image_seq_length)
+            pieces.insert(
+                random.randint(0, len(pieces) - text_last), [IMAGE] * config.image_seq_length
+            )
         rows.append([BOS, *(token for piece in pieces for token in piece)])
     longest = max(map(len, rows))
     pixels = None

@@ -7,209 +7,37 @@ room for a few layers of it, while any wrong bias, mask, angle or head would be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hf_reference import hf_activations
 from random_models import (
+    DECODERS,
     IMAGE,
     PAD,
     SHAPES,
     Prompts,
     Shape,
     hooked,
-    random_llama,
+    random_language_model,
     random_llava,
     random_prompts,
 )
 from torch import Tensor, nn
-from transformers.models.clip import modeling_clip
-from transformers.models.llama import modeling_llama
+
+from mmlens.config import MultimodalConfig
 
 TOLERANCE = 1e-4
-
-
-# What Hugging Face computes, under our names
-
-
-def heads(d_head: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.unflatten(-1, (-1, d_head))
-
-
-@contextmanager
-def recorded(modules: dict[str, nn.Module], store: dict[str, Tensor]) -> Iterator[None]:
-    """Inputs and outputs of modules, as `name:in` and `name:out`."""
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(given, Tensor):
-                store[f"{name}:in"] = given
-            output = output[0] if isinstance(output, tuple) else output
-            if isinstance(output, Tensor):
-                store[f"{name}:out"] = output
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(keep(name), with_kwargs=True)
-        for name, module in modules.items()
-        if name
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def recorded_attention(source: Any, store: list[tuple[Tensor, ...]]) -> Iterator[None]:
-    """Queries, keys (rotated), mask and pattern of each call of eager attention."""
-    original = source.eager_attention_forward
-
-    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, *a: Any, **k: Any) -> Any:
-        output, pattern = original(module, query, key, value, mask, *a, **k)
-        store.append((query, key, pattern))
-        return output, pattern
-
-    source.eager_attention_forward = attend
-    try:
-        yield
-    finally:
-        source.eager_attention_forward = original
-
-
-def attention_activations(
-    prefix: str, query: Tensor, key: Tensor, pattern: Tensor, rotary: bool
-) -> dict[str, Tensor]:
-    groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)
-    found = {
-        f"{prefix}.hook_attn_scores": scores / query.shape[-1] ** 0.5,
-        f"{prefix}.hook_pattern": pattern,
-    }
-    if rotary:
-        found[f"{prefix}.hook_rot_q"] = query.transpose(1, 2)
-        found[f"{prefix}.hook_rot_k"] = key.transpose(1, 2)
-    return found
-
-
-def decoder_activations(hf: nn.Module, prefix: str, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-    decoder = hf.get_submodule(prefix)
-    by_head = heads(decoder.config.head_dim)
-    found = {
-        "hook_embed": seen[f"{prefix}.embed_tokens:out"],
-        "hook_input_embed": seen[f"{prefix}.layers.0:in"],
-        "ln_final.hook_normalized": seen[f"{prefix}.norm:out"] / decoder.norm.weight,
-    }
-    for layer, block in enumerate(decoder.layers):
-        there, here = f"{prefix}.layers.{layer}", f"blocks.{layer}"
-        mlp_in = seen[f"{there}.post_attention_layernorm:in"]
-        found |= {
-            f"{here}.hook_resid_pre": seen[f"{there}:in"],
-            f"{here}.hook_resid_mid": mlp_in,
-            f"{here}.hook_resid_post": seen[f"{there}:out"],
-            f"{here}.hook_attn_out": seen[f"{there}.self_attn:out"],
-            f"{here}.hook_mlp_out": seen[f"{there}.mlp:out"],
-            f"{here}.attn.hook_q": by_head(seen[f"{there}.self_attn.q_proj:out"]),
-            f"{here}.attn.hook_k": by_head(seen[f"{there}.self_attn.k_proj:out"]),
-            f"{here}.attn.hook_v": by_head(seen[f"{there}.self_attn.v_proj:out"]),
-            f"{here}.attn.hook_z": by_head(seen[f"{there}.self_attn.o_proj:in"]),
-            f"{here}.mlp.hook_pre": seen[f"{there}.mlp.gate_proj:out"],
-            f"{here}.mlp.hook_pre_linear": seen[f"{there}.mlp.up_proj:out"],
-            f"{here}.mlp.hook_post": seen[f"{there}.mlp.down_proj:in"],
-            f"{here}.ln1.hook_normalized": seen[f"{there}.input_layernorm:out"]
-            / block.input_layernorm.weight,
-            f"{here}.ln2.hook_normalized": seen[f"{there}.post_attention_layernorm:out"]
-            / block.post_attention_layernorm.weight,
-        }
-    for name in [name for name in found if name.endswith("hook_normalized")]:
-        site = name.removesuffix(".hook_normalized")
-        norm_in = {"ln1": "hook_resid_pre", "ln2": "hook_resid_mid"}
-        layer, _, which = site.rpartition(".")
-        x = found[f"{layer}.{norm_in[which]}"] if layer else seen[f"{prefix}.norm:in"]
-        eps = decoder.config.rms_norm_eps
-        found[f"{site}.hook_scale"] = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-    return found
-
-
-def tower_activations(hf: nn.Module, n_layers: int, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "model.vision_tower"
-    tower = hf.get_submodule(prefix)
-    by_head = heads(tower.config.hidden_size // tower.config.num_attention_heads)
-    found = {
-        "vision.hook_patch_embed": seen[f"{prefix}.embeddings.patch_embedding:out"]
-        .flatten(2)
-        .transpose(1, 2),
-        "vision.hook_pos_embed": tower.embeddings.position_embedding.weight[None],
-        "vision.hook_embed": seen[f"{prefix}.embeddings:out"],
-        "projector.hook_in": seen["model.multi_modal_projector:in"],
-        "projector.hook_pre": seen["model.multi_modal_projector.linear_1:out"],
-        "projector.hook_post": seen["model.multi_modal_projector.linear_2:in"],
-        "projector.hook_out": seen["model.multi_modal_projector:out"],
-    }
-    found["vision.hook_out"] = found["projector.hook_in"]
-    norms = {"ln_pre": (tower.pre_layrnorm, f"{prefix}.pre_layrnorm")}
-    for layer in range(n_layers):
-        there, here = f"{prefix}.encoder.layers.{layer}", f"vision.blocks.{layer}"
-        block = tower.encoder.layers[layer]
-        norms[f"blocks.{layer}.ln1"] = (block.layer_norm1, f"{there}.layer_norm1")
-        norms[f"blocks.{layer}.ln2"] = (block.layer_norm2, f"{there}.layer_norm2")
-        found |= {
-            f"{here}.hook_resid_pre": seen[f"{there}:in"],
-            f"{here}.hook_resid_mid": seen[f"{there}.layer_norm2:in"],
-            f"{here}.hook_resid_post": seen[f"{there}:out"],
-            f"{here}.hook_attn_out": seen[f"{there}.self_attn:out"],
-            f"{here}.hook_mlp_out": seen[f"{there}.mlp:out"],
-            f"{here}.attn.hook_q": by_head(seen[f"{there}.self_attn.q_proj:out"]),
-            f"{here}.attn.hook_k": by_head(seen[f"{there}.self_attn.k_proj:out"]),
-            f"{here}.attn.hook_v": by_head(seen[f"{there}.self_attn.v_proj:out"]),
-            f"{here}.attn.hook_z": by_head(seen[f"{there}.self_attn.out_proj:in"]),
-            f"{here}.mlp.hook_pre": seen[f"{there}.mlp.fc1:out"],
-            f"{here}.mlp.hook_post": seen[f"{there}.mlp.fc2:in"],
-        }
-    for site, (norm, there) in norms.items():
-        x = seen[f"{there}:in"]
-        scale = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-        found[f"vision.{site}.hook_scale"] = scale
-        # Not from its output: dividing by a weight that may be near zero would magnify rounding.
-        found[f"vision.{site}.hook_normalized"] = (x - x.mean(-1, keepdim=True)) / scale
-    return found
-
-
-@torch.no_grad()
-def hf_activations(hf: nn.Module, prompts: Prompts, tower_layers: int) -> tuple[Any, dict]:
-    """Transformers' output in eager attention, and its activations under our names."""
-    hf.set_attn_implementation("eager")
-    seen: dict[str, Tensor] = {}
-    in_decoder: list[tuple[Tensor, ...]] = []
-    in_tower: list[tuple[Tensor, ...]] = []
-    with (
-        recorded(dict(hf.named_modules()), seen),
-        recorded_attention(modeling_llama, in_decoder),
-        recorded_attention(modeling_clip, in_tower),
-    ):
-        output = hf(**prompts.for_hf(), output_hidden_states=True, output_attentions=True)
-    multimodal = hasattr(hf.config, "vision_config")
-    found = decoder_activations(hf, "model.language_model" if multimodal else "model", seen)
-    for layer, attended in enumerate(in_decoder):
-        found |= attention_activations(f"blocks.{layer}.attn", *attended, rotary=True)
-    if prompts.pixel_values is not None:
-        found |= tower_activations(hf, tower_layers, seen)
-        for layer, attended in enumerate(in_tower[:tower_layers]):
-            prefix = f"vision.blocks.{layer}.attn"
-            found |= attention_activations(prefix, *attended, rotary=False)
-    return output, found
 
 
 # Comparison
 
 
-def difference(name: str, ours: Tensor, theirs: Tensor, prompts: Prompts) -> float:
+def difference(
+    name: str, ours: Tensor, theirs: Tensor, prompts: Prompts, cfg: MultimodalConfig
+) -> float:
     """The largest difference, over positions that are not padding."""
     assert ours.shape == theirs.shape, (name, ours.shape, theirs.shape)
     if name.startswith(("vision.", "projector.")):
@@ -220,7 +48,11 @@ def difference(name: str, ours: Tensor, theirs: Tensor, prompts: Prompts) -> flo
     ours, theirs = ours.transpose(1, 2)[real], theirs.transpose(1, 2)[real]  # [query, head, key]
     if name.endswith("scores"):
         n_pos = prompts.tokens.shape[1]
-        visible = torch.ones(n_pos, n_pos, dtype=torch.bool).tril() & real[:, None, :]
+        visible = torch.ones(n_pos, n_pos, dtype=torch.bool).tril()
+        window = cfg.window(int(name.split(".")[1]))
+        if window is not None:
+            visible &= torch.ones(n_pos, n_pos, dtype=torch.bool).triu(1 - window)
+        visible = visible & real[:, None, :]
         visible = visible[real][:, None].expand_as(ours)
         assert (ours[~visible] == -torch.inf).all(), name
         ours, theirs = ours[visible], theirs[visible]
@@ -243,7 +75,7 @@ def compare_everything(hf: nn.Module, model: Any, prompts: Prompts) -> None:
         theirs[f"blocks.{i}.attn.hook_attn_scores"].std() > 0.2 for i in range(model.cfg.n_layers)
     )
     assert float((logits - output.logits)[prompts.real].abs().max()) < TOLERANCE
-    differences = {n: difference(n, cache[n], theirs[n], prompts) for n in sorted(names)}
+    differences = {n: difference(n, cache[n], theirs[n], prompts, model.cfg) for n in sorted(names)}
     wrong = {name: value for name, value in differences.items() if not value < TOLERANCE}
     assert not wrong
     for layer in range(model.cfg.n_layers):
@@ -271,9 +103,9 @@ def test_any_number_of_pictures_in_a_row(images: list[int], seed: int, tmp_path:
     compare_everything(hf, hooked(hf, tmp_path), random_prompts(hf.config, images))
 
 
-@pytest.mark.parametrize("name", ["grouped queries", "tied", "biases", "yarn rotary"])
+@pytest.mark.parametrize("name", ["grouped queries", "tied", "biases", "yarn rotary", *DECODERS])
 def test_a_language_model_alone_equals_hugging_face(name: str, seed: int, tmp_path: Path) -> None:
-    hf = random_llama(SHAPES[name])
+    hf = random_language_model(SHAPES[name])
     model = hooked(hf, tmp_path)
     assert model.vision is None and model.projector is None
     compare_everything(hf, model, random_prompts(hf.config, images=[0, 0]))
@@ -370,7 +202,7 @@ def test_gradients_equal_hugging_face(seed: int, tmp_path: Path) -> None:
     """The loss's gradient with respect to the pixels passes through everything."""
     hf = random_llava(tied=True)
     model = hooked(hf, tmp_path)
-    prompts = random_prompts(hf.config, images=[1, 2])
+    prompts = random_prompts(hf.config, images=[1, 2], text_last=True)
     pixels = prompts.pixel_values
     assert pixels is not None
     theirs, ours = pixels.clone().requires_grad_(), pixels.clone().requires_grad_()
@@ -391,6 +223,9 @@ def test_gradients_equal_hugging_face(seed: int, tmp_path: Path) -> None:
 # Half precision
 
 
+HALF = ("grouped queries", "one head", "tied", "qwen2", "phi on siglip", "every head its own keys")
+
+
 def rms_error(logits: Tensor, exact: Tensor) -> float:
     return float((logits.double() - exact).pow(2).mean().sqrt())
 
@@ -409,7 +244,7 @@ def test_half_precision_is_as_exact_as_hugging_face(
     """
     ratios = []
     for index in range(24):
-        hf = random_llava(list(SHAPES.values())[index % 3]).to(dtype)
+        hf = random_llava(SHAPES[HALF[index % len(HALF)]]).to(dtype)
         model = hooked(hf, tmp_path / str(index))
         assert model.cfg.dtype == dtype and model.W_E.dtype == dtype
         prompts = random_prompts(hf.config, images=[1, 2])
