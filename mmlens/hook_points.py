@@ -163,7 +163,8 @@ class ActivationCache(transformer_lens.ActivationCache):
         """TransformerLens's `logit_attrs`, with the final norm's weights in the directions.
 
         TransformerLens expects them to be folded into the unembedding. So the attributions of a
-        whole decomposition add up to the logit.
+        whole decomposition add up to the logit; where the final norm or the unembedding has a bias
+        (Phi), up to the constant `ln_final.b @ W_U + b_U`.
         """
         folded = transformer_lens.ActivationCache(
             self.cache_dict, FoldedFinalNorm(self.model), self.has_batch_dim

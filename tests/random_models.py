@@ -110,6 +110,7 @@ SHAPES = {
     "phi": Shape(decoder="phi", n_heads=3, n_kv_heads=3, d_model=30, rope=PARTIAL),
     "phi, grouped queries": Shape(decoder="phi", d_model=60, rope=PARTIAL),
     "siglip": Shape(tower="siglip", select="full"),
+    "siglip, first patch dropped": Shape(tower="siglip"),
     "siglip, several layers": Shape(tower="siglip", select="full", feature_layer=[-1, 0, 2]),
     "phi on siglip": Shape(
         decoder="phi", n_heads=3, n_kv_heads=3, rope=PARTIAL, tower="siglip", select="full"
@@ -172,7 +173,7 @@ def llava_config(shape: Shape) -> LlavaConfig:
         vision_config=vision,
         text_config=text_config(shape),
         image_token_index=IMAGE,
-        image_seq_length=shape.grid**2 + (shape.select == "full" and shape.tower == "clip"),
+        image_seq_length=shape.grid**2 + (shape.tower == "clip") - (shape.select == "default"),
         vision_feature_layer=shape.feature_layer,
         vision_feature_select_strategy=shape.select,
         projector_hidden_act=shape.projector_act,

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from random_models import Prompts, Shape, hooked, random_llava, random_prompts
+from random_models import (
+    SHAPES,
+    Prompts,
+    Shape,
+    hooked,
+    random_language_model,
+    random_llava,
+    random_prompts,
+)
 from torch import Tensor
 
 TOLERANCE = 1e-4
@@ -212,3 +220,16 @@ def test_attributions_add_up_to_the_logits(run: Run) -> None:
     assert close(gaps, expected)
     directions = model.tokens_to_residual_directions(tokens)
     assert torch.equal(directions, model.W_U.T[tokens])
+
+
+def test_attributions_of_a_parallel_model_with_biases(seed: int, tmp_path: Path) -> None:
+    """Behind a LayerNorm a constant is left over: its bias as the token reads it, and b_U."""
+    hf = random_language_model(SHAPES["phi"])
+    model = hooked(hf, tmp_path)
+    prompts = random_prompts(hf.config, images=[0])
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(prompts.for_mmlens(model))
+    token = int(logits[0, -1].argmax())
+    constant = model.ln_final.b @ model.W_U[:, token] + model.b_U[token]
+    attributed = cache.logit_attrs(cache.decompose_resid(), token).sum(0)
+    assert close(attributed + constant, logits[..., token])

@@ -64,7 +64,19 @@ def no_hook_is_left(model: Any) -> bool:
 
 @pytest.mark.parametrize(
     "name",
-    ["grouped queries", "one head", "biases", "tied", "several feature layers", "class token kept"],
+    [
+        "grouped queries",
+        "one head",
+        "biases",
+        "tied",
+        "several feature layers",
+        "class token kept",
+        "mistral, window",
+        "qwen2, some windows",
+        "phi, grouped queries",
+        "siglip",
+        "phi on siglip",
+    ],
 )
 def test_every_hook_is_alive(name: str, seed: int, tmp_path: Path) -> None:
     hf = random_llava(SHAPES[name])

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import SHAPES, Prompts, Shape, hooked, random_llama, random_llava, random_prompts
+from random_models import (
+    SHAPES,
+    Prompts,
+    hooked,
+    random_language_model,
+    random_llava,
+    random_prompts,
+)
 from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
@@ -58,8 +65,16 @@ def compare(name: str, ours: Tensor, theirs: Tensor, real: Tensor) -> float:
     return float((ours - theirs).abs().max())
 
 
-@pytest.mark.parametrize("name", ["grouped queries", "biases", "one head", "llama3 rotary"])
-@pytest.mark.parametrize("make", [random_llava, random_llama], ids=["LLaVA", "Llama"])
+SAMPLE = ["grouped queries", "biases", "one head", "llama3 rotary", "mistral", "qwen2"]
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *((random_llava, name) for name in [*SAMPLE, "siglip"]),  # it has no LLaVA with Phi
+        *((random_language_model, name) for name in [*SAMPLE, "phi"]),
+    ],
+)
 def test_hooks_equal_the_bridge(make: Any, name: str, seed: int, tmp_path: Path) -> None:
     hf = make(SHAPES[name])
     model = hooked(hf, tmp_path)
@@ -70,6 +85,7 @@ def test_hooks_equal_the_bridge(make: Any, name: str, seed: int, tmp_path: Path)
         for layer in range(model.cfg.n_layers)
         for hook in SHARED_IN_A_BLOCK
     }
+    expected &= set(model.hook_dict)  # Phi has neither ln2 nor a gate, nor a stream in between
     shared = set(ours.keys()) & set(theirs.keys())
     assert shared == expected
     differences = {n: compare(n, ours[n], theirs[n], prompts.real) for n in sorted(shared)}
@@ -92,15 +108,16 @@ def test_weights_have_the_bridges_shapes_and_values(name: str, seed: int, tmp_pa
         assert torch.equal(ours, theirs), weight
 
 
-def test_decompositions_equal_the_bridges(seed: int, tmp_path: Path) -> None:
-    hf = random_llama(Shape(attention_bias=True))
+@pytest.mark.parametrize("name", ["biases", "phi"])
+def test_decompositions_equal_the_bridges(name: str, seed: int, tmp_path: Path) -> None:
+    hf = random_language_model(SHAPES[name])
     model = hooked(hf, tmp_path)
     prompts = random_prompts(hf.config, images=[0], words=[7])
     ours, theirs = both_caches(hf, model, prompts)
     for method, options in [
         ("decompose_resid", {}),
-        ("decompose_resid", {"layer": 2, "mlp_input": True, "apply_ln": True}),
-        ("accumulated_resid", {"incl_mid": True}),
+        ("decompose_resid", {"layer": 2, "mlp_input": name != "phi", "apply_ln": True}),
+        ("accumulated_resid", {"incl_mid": name != "phi"}),
         ("accumulated_resid", {"apply_ln": True}),
         ("stack_head_results", {"pos_slice": -1}),
         ("stack_activation", {"activation_name": "mlp_out"}),
