@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from mmlens.config import MultimodalConfig
 from mmlens.generation import generate_tokens
 from mmlens.hook_points import ActivationCache, HookedRootModule, HookPoint
 from mmlens.inputs import MultimodalInputs
+from mmlens.loss import next_token_loss
 from mmlens.prompts import inputs_from_tokens, prepare
 from mmlens.tokens import TokenMethods
 from mmlens.weights import WeightProperties
@@ -64,6 +64,7 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.checkpoint: Path | None = None  # the folder it came from
         self.vision = HookedVisionTransformer(cfg.vision) if cfg.vision else None
         self.projector = Projector(cfg.projector) if cfg.projector else None
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
@@ -100,6 +101,7 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         dtype: torch.dtype | None = None,
         revision: str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
+        vision_tower: str | Path | None = None,
     ) -> HookedMultimodalTransformer:
         """Load a published checkpoint, a local folder, or the embedded model ("demo").
 
@@ -110,6 +112,9 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
             revision: branch, tag or commit on the hub.
             device_map: "auto" spreads the model over all GPUs (through accelerate); or module
                 names with their devices. Instead of `device`.
+            vision_tower: a folder or hub name to take the tower from, for the formats of LLaVA's
+                code (original LLaVA, Bunny, TinyLLaVA, LLaVA-Phi); by default the checkpoint's own,
+                or else the one that its config.json names.
 
         Raises:
             CheckpointError: not found, no format knows it, quantised, or names and shapes do not
@@ -122,8 +127,24 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         from mmlens.checkpoints import load_model
 
         return load_model(
-            name_or_path, device=device, dtype=dtype, revision=revision, device_map=device_map
+            name_or_path,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            device_map=device_map,
+            vision_tower=vision_tower,
         )
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the model, edits included, in the format, names and shards that it came from.
+
+        Raises:
+            CheckpointError: it came from no checkpoint folder, or that folder has changed.
+            FileExistsError: `folder` has something in it.
+        """
+        from mmlens.checkpoints.saving import save_model
+
+        return save_model(self, Path(folder).expanduser())
 
     # Inputs
 
@@ -376,16 +397,3 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         from mmlens.verification import dead_hooks
 
         return dead_hooks(self, self.to_inputs(input))
-
-
-def next_token_loss(
-    logits: Float[Tensor, "batch pos d_vocab"], inputs: MultimodalInputs, per_token: bool
-) -> Float[Tensor, ""] | Float[Tensor, "batch pos_but_first"]:
-    """Negative log likelihood of every next token that is text, in nats."""
-    targets = inputs.tokens[:, 1:]
-    is_text = (inputs.attention_mask & ~inputs.is_image)[:, 1:] & inputs.attention_mask[:, :-1]
-    targets = targets.masked_fill(~is_text, 0)
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), targets, reduction="none")
-    if per_token:
-        return losses.masked_fill(~is_text, torch.nan)
-    return losses[is_text].mean()

@@ -1,7 +1,8 @@
 """Published checkpoint formats, one file each, and the one way in: `load_model`.
 
 A format is a module with `recognises(config_json)`, `config(folder)`, `rename(name)`, `table(cfg)`
-and `IGNORED`; to add one, write that file and name it in `FORMATS`.
+and `IGNORED`; to add one, write that file and name it in `FORMATS`. A format whose vision tower may
+lie elsewhere also has `vision_tower(folder, given)`, and `config(folder, tower)`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,28 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 
-from mmlens.checkpoints import hf_llava, language_model
+from mmlens.checkpoints import (
+    bunny,
+    hf_llava,
+    language_model,
+    llava_original,
+    llava_phi,
+    llava_phi_msft,
+    tinyllava,
+)
 from mmlens.checkpoints.devices import DeviceMap
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.hub import find_folder
 from mmlens.checkpoints.loader import build, has_own_head
 from mmlens.checkpoints.names import Table
-from mmlens.checkpoints.processors import chat_template, load_image_processor, load_tokenizer
+from mmlens.checkpoints.processors import (
+    add_image_token,
+    begins_with_bos,
+    chat_template,
+    load_image_processor,
+    load_tokenizer,
+)
+from mmlens.checkpoints.towers import VisionTower, Weights, with_tower
 from mmlens.checkpoints.weight_files import weight_files
 from mmlens.config import MultimodalConfig
 from mmlens.model import HookedMultimodalTransformer
@@ -34,13 +50,25 @@ class CheckpointFormat(Protocol):
 
     IGNORED: Sequence[str]
     recognises: Callable[[dict[str, Any]], bool]
-    config: Callable[[Path], MultimodalConfig]
+    config: Callable[..., MultimodalConfig]
     rename: Callable[[str], str]
     table: Callable[[MultimodalConfig], Table]
 
 
+@runtime_checkable
+class FormatWithTower(CheckpointFormat, Protocol):
+    """A format of LLaVA's code, which only names its tower."""
+
+    vision_tower: Callable[[Path, str | Path | None], VisionTower]
+
+
 FORMATS: dict[str, CheckpointFormat] = {
     "Hugging Face LLaVA": cast(CheckpointFormat, hf_llava),
+    "original LLaVA": cast(CheckpointFormat, llava_original),
+    "Bunny": cast(CheckpointFormat, bunny),
+    "TinyLLaVA": cast(CheckpointFormat, tinyllava),
+    "LLaVA-Phi, first layout": cast(CheckpointFormat, llava_phi_msft),
+    "LLaVA-Phi": cast(CheckpointFormat, llava_phi),
     "language model": cast(CheckpointFormat, language_model),
 }
 
@@ -52,12 +80,17 @@ def load_model(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     device_map: DeviceMap | None = None,
+    vision_tower: str | Path | None = None,
 ) -> HookedMultimodalTransformer:
     """The model of a checkpoint folder, a GGUF file, a hub name, or "demo".
 
+    Args:
+        vision_tower: a folder or hub name to take the tower from, for the formats of LLaVA's code;
+            by default it is the checkpoint's own, or else the one that config.json names.
+
     Raises:
         CheckpointError: it is not there, is of no known format, is quantised, or does not fit its
-            config.json; or `device_map` does not fit the model.
+            config.json; or `device_map` does not fit the model; or the tower is not to be had.
         ValueError: both `device` and `device_map`.
     """
     if device is not None and device_map is not None:
@@ -73,27 +106,58 @@ def load_model(
         return gguf.load(Path(name_or_path).expanduser(), where, dtype or torch.float32)
     folder = find_folder(name_or_path, revision)
     format = format_of(folder)
-    cfg = format.config(folder)
+    tower = tower_of(format, folder, vision_tower)
+    cfg = format.config(folder) if tower is None else format.config(folder, tower)
     files = weight_files(folder)
     if cfg.tie_word_embeddings:
         untied = format.table(replace(cfg, tie_word_embeddings=False))
         cfg.tie_word_embeddings = not has_own_head(files, format.rename, untied)
+    weights = Weights(files, format.table(cfg), tuple(format.IGNORED), format.rename)
+    if tower is not None and cfg.vision is not None:
+        weights = with_tower(weights, tower, cfg.vision, always=vision_tower is not None)
     model = build(
         cfg,
-        files,
-        format.table(cfg),
-        ignored=format.IGNORED,
-        rename=format.rename,
+        **weights._asdict(),
         dtype=dtype or checkpoint_dtype(folder),
         device=where,
         device_map=device_map,
         where=str(folder),
     )
     cfg.model_name = str(name_or_path)
-    cfg.default_template = chat_template(folder, with_image=cfg.vision is not None)
-    model.tokenizer = load_tokenizer(folder)
-    model.image_processor = load_image_processor(folder) if cfg.vision else None
+    model.checkpoint = folder.absolute()
+    equip(model, folder, tower)
     return model
+
+
+def tower_of(
+    format: CheckpointFormat, folder: Path, given: str | Path | None
+) -> VisionTower | None:
+    """The tower that a format of LLaVA's code names; None for other formats.
+
+    Raises:
+        CheckpointError: one is given for another format.
+    """
+    if isinstance(format, FormatWithTower):
+        return format.vision_tower(folder, given)
+    if given is not None:
+        raise CheckpointError(
+            f"vision_tower={str(given)!r}: {folder} has a format that holds its own tower, or none"
+        )
+    return None
+
+
+def equip(model: HookedMultimodalTransformer, folder: Path, tower: VisionTower | None) -> None:
+    """Give the model the folder's tokenizer, image processor and prompt template."""
+    cfg = model.cfg
+    model.tokenizer = load_tokenizer(folder)
+    if tower is None:
+        cfg.default_template = chat_template(folder, with_image=cfg.vision is not None)
+        model.image_processor = load_image_processor(folder) if cfg.vision else None
+        return
+    model.image_processor = tower.image_processor()
+    if model.tokenizer is not None:
+        cfg.image_token_id = add_image_token(model.tokenizer)
+        cfg.default_prepend_bos = begins_with_bos(model.tokenizer)
 
 
 def format_of(folder: Path) -> CheckpointFormat:

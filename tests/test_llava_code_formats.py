@@ -1,0 +1,286 @@
+"""The formats that transformers does not know equal what transformers' parts compute together.
+
+The tolerance is the same as in `test_model_parity.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import llava_code_checkpoints as published
+import pytest
+import torch
+from llava_code_checkpoints import Checkpoint, Parts, load, parts, some_images, write, write_tower
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+from mmlens.checkpoints import CheckpointError, format_of
+from mmlens.model import HookedMultimodalTransformer
+
+TOLERANCE = 1e-4
+Writer = Callable[[Parts], Checkpoint]
+CASES: dict[str, tuple[Writer, str, dict]] = {
+    "LLaVA": (published.llava, "original LLaVA", {"decoder": "llama", "tower": "clip"}),
+    "LLaVA, linear": (
+        published.llava, "original LLaVA", {"decoder": "llama", "tower": "clip", "depth": 1},
+    ),
+    "LLaVA, three layers, class token": (
+        published.llava,
+        "original LLaVA",
+        {"decoder": "llama", "tower": "clip", "depth": 3, "layer": -3, "drops_first": False},
+    ),
+    "LLaVA on SigLIP": (
+        published.llava, "original LLaVA", {"decoder": "llama", "tower": "siglip"},
+    ),
+    "Bunny": (published.bunny, "Bunny", {"decoder": "phi", "tower": "siglip"}),
+    "TinyLLaVA": (
+        published.tinyllava,
+        "TinyLLaVA",
+        {"decoder": "phi", "tower": "siglip", "drops_first": True},
+    ),
+    "TinyLLaVA, every patch": (
+        published.tinyllava, "TinyLLaVA", {"decoder": "phi", "tower": "siglip", "depth": 1},
+    ),
+    "TinyLLaVA, Llama on CLIP": (
+        published.tinyllava, "TinyLLaVA", {"decoder": "llama", "tower": "clip"},
+    ),
+    "LLaVA-Phi": (published.llava_phi, "LLaVA-Phi", {"decoder": "phi", "tower": "clip"}),
+    "LLaVA-Phi, LLaVA's fields": (
+        published.llava_phi_flat, "LLaVA-Phi", {"decoder": "phi", "tower": "clip"},
+    ),
+    "LLaVA-Phi, first layout": (
+        published.llava_phi_msft, "LLaVA-Phi, first layout", {"decoder": "phi", "tower": "clip"},
+    ),
+}  # fmt: skip
+
+
+def made(case: str) -> tuple[Parts, Checkpoint]:
+    writer, _, choices = CASES[case]
+    these = parts(**choices)
+    return these, writer(these)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, seed: int) -> str:
+    return request.param
+
+
+def same(a: HookedMultimodalTransformer, b: HookedMultimodalTransformer) -> bool:
+    mine, other = a.state_dict(), b.state_dict()
+    return mine.keys() == other.keys() and all(torch.equal(mine[n], other[n]) for n in mine)
+
+
+# What they compute
+
+
+@torch.no_grad()
+def test_logits_and_every_block_equal_the_parts(case: str, tmp_path: Path) -> None:
+    these, checkpoint = made(case)
+    model = load(write(tmp_path, checkpoint))
+    assert format_of(tmp_path) is not None
+    prompts = these.prompts(some_images())
+    given = these.embeddings(prompts)
+    expected = these.decoder(**given, position_ids=prompts.position_ids, output_hidden_states=True)
+    logits, cache = model.run_with_cache(published.inputs(model, prompts))
+    real = prompts.real
+    assert float((logits - expected.logits)[real].abs().max()) < TOLERANCE
+    visual = these.visual_tokens(prompts.pixel_values)
+    assert float((cache["projector.hook_out"] - visual).abs().max()) < TOLERANCE
+    for layer in range(model.cfg.n_layers):
+        difference = (cache["resid_pre", layer] - expected.hidden_states[layer])[real]
+        assert float(difference.abs().max()) < TOLERANCE
+    # Transformers' last hidden state is behind the last norm.
+    last = model.ln_final(cache["resid_post", model.cfg.n_layers - 1])
+    assert float((last - expected.hidden_states[-1])[real].abs().max()) < TOLERANCE
+
+
+def test_every_hook_is_alive(case: str, tmp_path: Path) -> None:
+    these, checkpoint = made(case)
+    model = load(write(tmp_path, checkpoint))
+    inputs = published.inputs(model, these.prompts([1, 1], text_last=True))
+    assert model.verify_hooks(inputs) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["LLaVA", "Bunny", "TinyLLaVA", "LLaVA-Phi, first layout"])
+def test_greedy_generation_equals_the_decoders(name: str, seed: int, tmp_path: Path) -> None:
+    """In float64, where rounding decides no tie."""
+    these, checkpoint = made(name)
+    model = load(write(tmp_path, checkpoint), dtype=torch.float64)
+    prompts = these.double().prompts([2, 1])
+    expected = these.decoder.generate(
+        **these.embeddings(prompts), max_new_tokens=32, do_sample=False, eos_token_id=-1
+    )
+    inputs = published.inputs(model, prompts)
+    for cached in (True, False):
+        tokens = model.generate(
+            inputs, 32, return_type="tokens", stop_at_eos=False, use_past_kv_cache=cached
+        )
+        assert torch.equal(tokens[:, inputs.n_pos :], expected)
+
+
+def test_each_format_recognises_its_own(tmp_path: Path) -> None:
+    from mmlens.checkpoints import FORMATS
+
+    for name in CASES:
+        write(tmp_path / name, made(name)[1])
+        found = [key for key, form in FORMATS.items() if form is format_of(tmp_path / name)]
+        assert found == [CASES[name][1]]
+
+
+# Files
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("name", ["LLaVA", "Bunny", "TinyLLaVA"])
+def test_every_kind_of_file(
+    name: str, shards: int, pickled: bool, seed: int, tmp_path: Path
+) -> None:
+    _, checkpoint = made(name)
+    expected = load(write(tmp_path / "one", checkpoint))
+    folder = write(tmp_path / "other", checkpoint, shards=shards, pickled=pickled)
+    assert same(load(folder), expected)
+    if shards > 1:
+        file = sorted(folder.glob("*-00002-of-*"))[0]
+        file.unlink()
+        with pytest.raises(CheckpointError, match=f"1 of 3 shards.*{file.name}"):
+            load(folder)
+
+
+# Towers that lie elsewhere
+
+
+def without_tower(checkpoint: Checkpoint, **fields: object) -> Checkpoint:
+    config, tensors = checkpoint
+    kept = {name: tensor for name, tensor in tensors.items() if "vision_tower" not in name}
+    return config | fields, kept
+
+
+def whole_clip(these: Parts) -> CLIPModel:
+    """A CLIP with both halves, whose image half is the tower."""
+    text = {"hidden_size": 12, "intermediate_size": 14, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "vocab_size": 20, "projection_dim": 13}  # fmt: skip
+    vision = these.tower.config.to_dict() | {"projection_dim": 13}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=13))
+    theirs = {name.removeprefix("vision_model."): t for name, t in these.tower.state_dict().items()}
+    own = clip.vision_model.state_dict()
+    clip.vision_model.load_state_dict(
+        {name: theirs[name.removeprefix("vision_model.")] for name in own}
+    )
+    return clip
+
+
+@pytest.mark.parametrize("name", ["LLaVA", "Bunny", "LLaVA-Phi, LLaVA's fields",
+                                  "LLaVA-Phi, first layout"])  # fmt: skip
+def test_the_towers_own_checkpoint(name: str, seed: int, tmp_path: Path) -> None:
+    these, checkpoint = made(name)
+    expected = load(write(tmp_path / "whole", checkpoint))
+    write_tower(tmp_path / "models" / "tower", these)
+    bare = write(tmp_path / "bare", without_tower(checkpoint, mm_vision_tower="../models/tower"))
+    assert same(load(bare), expected)
+    absolute = without_tower(checkpoint, mm_vision_tower=str(tmp_path / "models" / "tower"))
+    assert same(load(write(tmp_path / "absolute", absolute)), expected)
+    lost = write(tmp_path / "lost", without_tower(checkpoint, mm_vision_tower="/nowhere/tower"))
+    assert same(load(lost, vision_tower=tmp_path / "models" / "tower"), expected)
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_a_whole_clip_as_tower(pickled: bool, seed: int, tmp_path: Path) -> None:
+    these, checkpoint = made("LLaVA")
+    expected = load(write(tmp_path / "whole", checkpoint))
+    clip = whole_clip(these)
+    clip.save_pretrained(tmp_path / "clip")
+    if pickled:
+        (tmp_path / "clip" / "model.safetensors").unlink()
+        torch.save(dict(clip.state_dict()), tmp_path / "clip" / "pytorch_model.bin")
+    bare = write(tmp_path / "bare", without_tower(checkpoint))
+    assert same(load(bare, vision_tower=tmp_path / "clip"), expected)
+
+
+@pytest.mark.parametrize("name", ["LLaVA", "TinyLLaVA", "LLaVA-Phi"])
+def test_a_given_tower_replaces_the_checkpoints_own(name: str, seed: int, tmp_path: Path) -> None:
+    these, checkpoint = made(name)
+    other, _ = made(name)
+    folder = write(tmp_path / "model", checkpoint)
+    write_tower(tmp_path / "tower", these)
+    write_tower(tmp_path / "other", other)
+    own = load(folder)
+    assert same(load(folder, vision_tower=tmp_path / "tower"), own)
+    replaced = load(folder, vision_tower=tmp_path / "other")
+    assert torch.equal(replaced.blocks[0].attn.W_Q, own.blocks[0].attn.W_Q)
+    weight = other.tower.get_submodule("embeddings").patch_embedding.weight
+    assert torch.equal(replaced.vision.patch_embed.weight, weight)
+
+
+# What goes wrong
+
+
+def refused(folder: Path, *said: str, **options: object) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load(folder, **options)
+    for text in said:
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"mm_vision_tower": "nobody/has-this-tower"}, ["nobody/has-this-tower", "vision_tower="]),
+        ({"mm_vision_tower": None}, ["names no vision tower"]),
+        ({"mm_projector_type": "identity"}, ["identity", "mlp2x_gelu"]),
+        ({"mm_projector_type": "mlp3x_gelu"}, ["missing tensor model.mm_projector.4.weight"]),
+        ({"mm_projector_type": "linear"}, ["missing tensor model.mm_projector.weight"]),
+        ({"mm_vision_select_layer": -9}, ["-9", "4 layers"]),
+        ({"mm_vision_select_layer": None}, ["mm_vision_select_layer is None"]),
+        ({"mm_vision_select_feature": "cls"}, ["'cls'", "cls_patch"]),
+        ({"image_aspect_ratio": "anyres"}, ["anyres", "'pad'"]),
+        ({"mm_patch_merge_type": "spatial_unpad"}, ["spatial_unpad", "'flat'"]),
+        ({"s2": True}, ["s2 is True"]),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported(
+    fields: dict[str, object], said: list[str], seed: int, tmp_path: Path
+) -> None:
+    these, (config, tensors) = made("LLaVA")
+    write_tower(tmp_path / "tower", these)
+    refused(write(tmp_path, (config | fields, tensors)), *said)
+
+
+def test_a_tower_without_its_weights(seed: int, tmp_path: Path) -> None:
+    """A known tower whose sizes are written down, and whose weights would have to be fetched."""
+    name = "openai/clip-vit-large-patch14-336"
+    _, checkpoint = made("LLaVA")
+    folder = write(tmp_path, without_tower(checkpoint, mm_vision_tower=name, mm_hidden_size=1024))
+    refused(folder, name, "vision_tower=", "hub")
+
+
+def test_a_tower_for_a_model_that_has_its_own(tmp_path: Path) -> None:
+    from random_models import random_llava
+
+    random_llava().save_pretrained(tmp_path)
+    refused(tmp_path, "vision_tower='x'", "holds its own", vision_tower="x")
+
+
+@pytest.mark.parametrize("name", ["LLaVA", "Bunny", "TinyLLaVA", "LLaVA-Phi, first layout"])
+def test_missing_and_unknown_tensors_are_told(name: str, seed: int, tmp_path: Path) -> None:
+    _, (config, tensors) = made(name)
+    lost = sorted(t for t in tensors if "layers.0" in t and "vision" in t)[0]
+    kept = {key: tensor for key, tensor in tensors.items() if key != lost}
+    refused(
+        write(tmp_path, (config, kept | {"adapter.lora_A": torch.zeros(2, 3)})),
+        f"missing tensor {lost}",
+        "unknown tensor adapter.lora_A [2, 3]",
+    )
+
+
+def test_nothing_unknown_hides_behind_the_ignored(seed: int, tmp_path: Path) -> None:
+    extra: dict[str, Tensor] = {
+        "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_norm.weight":
+            torch.ones(7),
+        "model.image_newline": torch.ones(30),
+    }  # fmt: skip
+    _, (config, tensors) = made("LLaVA")
+    refused(write(tmp_path, (config, tensors | extra)), *(f"unknown tensor {n}" for n in extra))
