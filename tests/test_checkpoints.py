@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_folders import (
+    LAYOUTS,
+    WEIGHTS,
+    bare,
+    edit_config,
+    edit_weights,
+    first_layout,
+    load,
+    refused,
+    same,
+    second_layout,
+)
 from random_models import SHAPES, Shape, hooked, random_llama, random_llava, random_prompts
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_checkpoint import tiny_tokenizer, write_tiny_llava
 from torch import Tensor
 from transformers import (
@@ -27,28 +38,6 @@ from mmlens.checkpoints import CheckpointError, hf_llava
 from mmlens.checkpoints.loader import unreachable
 from mmlens.model import HookedMultimodalTransformer
 
-WEIGHTS = "model.safetensors"
-
-
-def load(folder: Path, **options: Any) -> HookedMultimodalTransformer:
-    return HookedMultimodalTransformer.from_pretrained(folder, **{"device": "cpu", **options})
-
-
-def edit_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for name, value in fields.items():
-        if value is None:
-            config.pop(name, None)
-        else:
-            config[name] = value
-    path.write_text(json.dumps(config))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
-    save_file(change(tensors), folder / WEIGHTS, metadata={"format": "pt"})
-
 
 @pytest.fixture
 def folder(seed: int, tmp_path: Path) -> Path:
@@ -58,43 +47,10 @@ def folder(seed: int, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def same(a: HookedMultimodalTransformer, b: HookedMultimodalTransformer) -> bool:
-    mine, other = a.state_dict(), b.state_dict()
-    return mine.keys() == other.keys() and all(torch.equal(mine[n], other[n]) for n in mine)
-
-
 # Layouts
 
 
-def bare(name: str) -> str:
-    """The name without any prefix that a layout has put in front, beginning with its part."""
-    name = re.sub(r"^model\.(?=vision_tower|multi_modal_projector|language_model)", "", name)
-    name = re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
-    return re.sub(r"^language_model\.(?:model\.)?(?!lm_head)", "decoder.", name).replace(
-        "language_model.lm_head", "lm_head"
-    )
-
-
-def first_layout(name: str) -> str:
-    """transformers 4.36 ... 4.51."""
-    name = re.sub("^decoder", "language_model.model", bare(name))
-    name = re.sub("^lm_head", "language_model.lm_head", name)
-    return re.sub("^vision_tower", "vision_tower.vision_model", name)
-
-
-def second_layout(name: str) -> str:
-    """transformers 4.52 and later."""
-    name = re.sub("^decoder", "model.language_model", bare(name))
-    name = re.sub("^vision_tower", "model.vision_tower.vision_model", name)
-    return re.sub("^multi_modal_projector", "model.multi_modal_projector", name)
-
-
-def third_layout(name: str) -> str:
-    """transformers 5, in memory: the tower has lost its middle name."""
-    return second_layout(name).replace("vision_tower.vision_model.", "vision_tower.")
-
-
-@pytest.mark.parametrize("layout", [first_layout, second_layout, third_layout])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_names(layout: Callable[[str], str], folder: Path) -> None:
     expected = load(folder)
     edit_weights(folder, lambda tensors: {layout(n): t for n, t in tensors.items()})
@@ -234,13 +190,6 @@ def test_dtype_and_device(folder: Path) -> None:
 # What goes wrong
 
 
-def refused(folder: Path | str, *said: str) -> None:
-    with pytest.raises(CheckpointError) as error:
-        load(folder)  # type: ignore[arg-type]
-    for text in said:
-        assert text in str(error.value)
-
-
 def test_no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
     refused(folder, str(folder), "config.json")
@@ -372,8 +321,8 @@ def test_published_sizes_fit_name_by_name(size: str, tmp_path: Path) -> None:
         theirs = LlavaForConditionalGeneration(hf_config).state_dict()
         model = HookedMultimodalTransformer(cfg)
     table, parameters = hf_llava.table(cfg), dict(model.named_parameters())
-    assert not unreachable(parameters, table, model)
-    for layout in (first_layout, second_layout, third_layout):
+    assert not unreachable(parameters, table)
+    for layout in LAYOUTS:
         unused = []
         found = set()
         for name, tensor in theirs.items():
