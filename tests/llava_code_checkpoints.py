@@ -87,6 +87,8 @@ class Parts:
     layer: int = -2
     drops_first: bool = True
     """Whether the first position of the tower is left out."""
+    image_id: int = VOCABULARY
+    """What stands in the tokens for every visual token."""
 
     @property
     def n_visual(self) -> int:
@@ -100,7 +102,7 @@ class Parts:
 
     def embeddings(self, prompts: Prompts) -> dict[str, Tensor]:
         """The decoder's arguments, with the pictures spliced in."""
-        visual = prompts.tokens == VOCABULARY
+        visual = prompts.tokens == self.image_id
         embeds = self.decoder.get_input_embeddings()(prompts.tokens.masked_fill(visual, 0))
         if prompts.pixel_values is not None:
             embeds[visual] = self.visual_tokens(prompts.pixel_values).flatten(0, 1)
@@ -123,11 +125,19 @@ class Parts:
 
 
 def parts(
-    decoder: str, tower: str, depth: int = 2, layer: int = -2, drops_first: bool | None = None
+    decoder: str,
+    tower: str,
+    depth: int = 2,
+    layer: int = -2,
+    drops_first: bool | None = None,
+    vocabulary: int = VOCABULARY,
 ) -> Parts:
     """Random ones, in float32."""
+    size = {"vocab_size": vocabulary}
     text: Any = LlamaForCausalLM if decoder == "llama" else PhiForCausalLM
-    text_config: Any = LlamaConfig(**LLAMA) if decoder == "llama" else PhiConfig(**PHI)
+    text_config: Any = (
+        LlamaConfig(**LLAMA | size) if decoder == "llama" else PhiConfig(**PHI | size)
+    )
     vision: Any = CLIPVisionModel if tower == "clip" else SiglipVisionModel
     vision_config: Any = (
         CLIPVisionConfig(**CLIP) if tower == "clip" else SiglipVisionConfig(**SIGLIP)
@@ -197,8 +207,12 @@ def mm_fields(made: Parts) -> dict[str, Any]:
     }
 
 
+def vocabulary(made: Parts) -> dict[str, int]:
+    return {"vocab_size": made.decoder.config.vocab_size}
+
+
 def llava(made: Parts) -> Checkpoint:
-    config = LLAMA | mm_fields(made)
+    config = LLAMA | vocabulary(made) | mm_fields(made)
     config |= {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava"}
     buffers = {
         f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(3) for layer in range(3)
@@ -209,7 +223,7 @@ def llava(made: Parts) -> Checkpoint:
 
 def bunny(made: Parts) -> Checkpoint:
     """As published: without a bias in the head, SigLIP's last layer and its pooling."""
-    config = PHI | mm_fields(made)
+    config = PHI | vocabulary(made) | mm_fields(made)
     del config["mm_vision_select_feature"], config["mm_vision_select_layer"]
     config |= {"architectures": ["BunnyPhiForCausalLM"], "model_type": "bunny-phi"}
     made.decoder.lm_head.bias.data.zero_()
@@ -233,7 +247,7 @@ def tinyllava(made: Parts) -> Checkpoint:
         "image_token_index": -200,
         "llm_model_name_or_path": "microsoft/phi-2",
         "model_type": "tinyllava",
-        "text_config": text | {"torch_dtype": "float32"},
+        "text_config": text | vocabulary(made) | {"torch_dtype": "float32"},
         "vision_config": CLIP if is_clip else SIGLIP,
         "vision_feature_layer": made.layer,
         "vision_feature_select_strategy": "patch" if made.drops_first else "cls_patch",
@@ -252,6 +266,7 @@ def llava_phi(made: Parts) -> Checkpoint:
     selection = {key: fields[key] for key in ("mm_vision_select_feature", "mm_vision_select_layer")}
     tower = CLIP | selection | {"model_type": "llava_phi_clip_vision_model"}
     config = PHI | {
+        **vocabulary(made),
         "architectures": ["LlavaPhiForCausalLM"],
         "model_type": "llava_phi",
         "image_aspect_ratio": "pad",
@@ -269,7 +284,7 @@ def llava_phi(made: Parts) -> Checkpoint:
 
 def llava_phi_flat(made: Parts) -> Checkpoint:
     """LLaVA's code with a Phi in it: LLaVA's fields, no bias in the head."""
-    config = PHI | mm_fields(made)
+    config = PHI | vocabulary(made) | mm_fields(made)
     config |= {"architectures": ["LlavaPhiForCausalLM"], "model_type": "llava_phi"}
     made.decoder.lm_head.bias.data.zero_()
     tensors = decoder_tensors(made) | projector_tensors(made, "model.mm_projector")
@@ -291,8 +306,8 @@ def llava_phi_msft(made: Parts) -> Checkpoint:
         "n_layer": PHI["num_hidden_layers"],
         "n_positions": 128,
         "rotary_dim": 4,
-        "vocab_size": VOCABULARY,
         "tie_word_embeddings": False,
+        **vocabulary(made),
         **mm_fields(made),
     }
     theirs = decoder_tensors(made)
