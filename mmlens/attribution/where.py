@@ -1,0 +1,89 @@
+"""Positions, layers and tokens, as the analyses of this package take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mmlens.inputs import MultimodalInputs
+from mmlens.tracing import given_answer
+
+if TYPE_CHECKING:
+    from mmlens.model import HookedMultimodalTransformer
+
+Where = str | int | Sequence[int] | Int[Tensor, " _"]
+"""A span of the inputs by its name, or positions."""
+
+
+def positions_of(inputs: MultimodalInputs, where: Where) -> Int[Tensor, " n"]:
+    """The positions that a name or numbers stand for, on the CPU, in the order given.
+
+    Raises:
+        UnknownSpanError: (a KeyError) no span of that name.
+        ValueError: no positions, some twice, or some that are not there.
+    """
+    if isinstance(where, str):
+        return inputs.span(where).cpu()
+    positions = torch.as_tensor(where, dtype=torch.long).flatten().cpu()
+    if not len(positions) or not 0 <= int(positions.min()) <= int(positions.max()) < inputs.n_pos:
+        raise ValueError(
+            f"positions {positions.tolist()} are not among 0 ... {inputs.n_pos - 1}; there must be "
+            "at least one"
+        )
+    if len(positions.unique()) < len(positions):
+        raise ValueError(f"positions {positions.tolist()} hold one of them twice")
+    return positions
+
+
+def layers_of(model: HookedMultimodalTransformer, layers: Iterable[int] | None) -> list[int]:
+    """The decoder's layers that are asked for, in the order given; all by default.
+
+    Raises:
+        ValueError: none, some twice, or some that are not there.
+    """
+    n_layers = model.cfg.n_layers
+    chosen = list(range(n_layers) if layers is None else layers)
+    outside = [layer for layer in chosen if not 0 <= layer < n_layers]
+    if outside or not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(
+            f"layers {outside or chosen}: they must be among 0 ... {n_layers - 1}, each once, and "
+            "at least one"
+        )
+    return chosen
+
+
+def check_one_prompt(inputs: MultimodalInputs, what: str) -> None:
+    """Raise a ValueError for a batch: a span has other positions in each row."""
+    if len(inputs) != 1:
+        raise ValueError(f"{what} takes one prompt at a time; this batch has {len(inputs)}")
+
+
+def check_single_run(inputs: MultimodalInputs, what: str) -> None:
+    """Raise a ValueError for anything that runs as several rows: a batch, samples of noise."""
+    check_one_prompt(inputs, what)
+    if inputs.noise is not None and len(inputs.noise) > 1:
+        raise ValueError(f"{what} takes one run; these inputs have {len(inputs.noise)} of noise")
+
+
+def token_id(
+    model: HookedMultimodalTransformer, inputs: MultimodalInputs, token: str | int | None
+) -> int:
+    """An id, the first token of a text behind the prompt, or (None) the most probable next token.
+
+    Raises:
+        ValueError: no such id, no text, or text for a model without a tokenizer.
+    """
+    if token is None:
+        return int(model(inputs)[0, -1].argmax())
+    return int(given_answer(model, inputs, token).tokens[0])
+
+
+def token_names(model: HookedMultimodalTransformer, tokens: Iterable[int]) -> dict[str, str]:
+    """Texts of tokens by their ids, both as text; the ids themselves without a tokenizer."""
+    ids = sorted(set(tokens))
+    texts = [str(token) for token in ids] if model.tokenizer is None else model.to_str_tokens(ids)
+    return {str(token): text for token, text in zip(ids, texts, strict=True)}

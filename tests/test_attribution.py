@@ -1,0 +1,587 @@
+"""Contributions, knockout, logit lens, direct logit attribution, attribution patching.
+
+References are float64 formulas on Hugging Face's eager attention, Hugging Face runs with edited
+masks, and the model's own logits.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from random_models import N_SPECIAL, SHAPES, VOCABULARY, Prompts, Shape, hooked, random_llava
+from random_models import random_prompts as prompts_for
+from small_models import D_VOCAB, language_model, picture, small_inputs, small_model, worded_model
+
+from mmlens import causal_trace, collate, noise_span
+from mmlens.attribution import (
+    AttentionContribution,
+    AttentionKnockout,
+    AttributionPatching,
+    DirectLogitAttribution,
+    LogitLens,
+    attention_contribution,
+    attention_knockout,
+    attention_vectors,
+    attribution_patching,
+    direct_logit_attribution,
+    logit_lens,
+)
+from mmlens.attribution import contributions as contributions_module
+from mmlens.hooks import replace as put
+from mmlens.hooks import scale, zero
+
+# As elsewhere: activations of order 1 in float32, against which any mistake is off by 0.1 or more.
+TOLERANCE = 1e-4
+PROBABILITY = 1e-5
+
+CHOSEN = ["grouped queries", "one head", "one key-value head", "biases", "class token kept"]
+
+
+def hf_contributions(hf, prompts, dtype=torch.float64):
+    """Vectors [layer, head, destination, source, d_model] by the paper's formula."""
+    hf = hf.to(dtype)
+    hf.set_attn_implementation("eager")
+    given = prompts.for_hf()
+    if "pixel_values" in given:
+        given["pixel_values"] = given["pixel_values"].to(dtype)
+    with torch.no_grad():
+        out = hf(**given, output_attentions=True, output_hidden_states=True)
+        layers = hf.model.language_model.layers
+        found = []
+        for block, resid, pattern in zip(layers, out.hidden_states, out.attentions, strict=False):
+            attention = block.self_attn
+            n_heads = pattern.shape[1]
+            v = attention.v_proj(block.input_layernorm(resid))[0]
+            v = v.unflatten(-1, (-1, attention.head_dim))
+            v = v.repeat_interleave(n_heads // v.shape[1], dim=1)
+            W_O = attention.o_proj.weight.unflatten(1, (n_heads, attention.head_dim))
+            moved = torch.einsum("ihd, mhd -> him", v, W_O)
+            found.append(pattern[0][..., None] * moved[:, None])
+    return torch.stack(found)
+
+
+def some_positions(inputs, n):
+    return sorted(random.sample(range(inputs.n_pos), n))
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_contributions_equal_hugging_faces(seed, tmp_path, name):
+    hf = random_llava(replace(SHAPES[name], grid=2))
+    model = hooked(hf, tmp_path)
+    prompts = prompts_for(hf.config, [random.randint(1, 2)])
+    inputs = prompts.for_mmlens(model)
+    expected = hf_contributions(hf, prompts)
+    source, destination = some_positions(inputs, 4), some_positions(inputs, 3)
+    expected = expected[:, :, destination][:, :, :, source]
+    for per_head in (False, True):
+        found = attention_contribution(model, inputs, source, destination, per_head=per_head)
+        vectors = expected if per_head else expected.sum(dim=1)
+        assert found.shape == vectors.shape[:-1]
+        assert (found.values - vectors.norm(dim=-1)).abs().max() <= TOLERANCE
+    vectors = attention_vectors(model, inputs, source, destination)
+    assert (vectors[:, 0] - expected.sum(dim=1)).abs().max() <= TOLERANCE
+
+
+def test_contributions_under_padding(seed, tmp_path):
+    hf = random_llava(Shape(grid=2))
+    model = hooked(hf, tmp_path)
+    long = prompts_for(hf.config, [1, 1], words=[9, 5])
+    short = Prompts(long.tokens[1:], long.attention_mask[1:], long.pixel_values[1:])
+    inputs = short.for_mmlens(model)
+    n_pad = int((~inputs.attention_mask).sum())
+    assert n_pad == 4
+    real = list(range(n_pad, inputs.n_pos))
+    # In float64 transformers' padded queries are NaN.
+    expected = (
+        hf_contributions(hf, short, torch.float32)[:, :, real][:, :, :, real]
+        .sum(dim=1)
+        .norm(dim=-1)
+    )
+    found = attention_contribution(model, inputs, list(range(inputs.n_pos)), real)
+    assert (found[..., n_pad:] - expected).abs().max() <= TOLERANCE
+    assert found[..., :n_pad].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", ["plain", "biased"])
+def test_vectors_sum_to_the_attention_output(seed, kind):
+    bias = kind == "biased"
+    model = small_model(seed, o_bias=bias, qkv_bias=bias)
+    inputs = small_inputs(model, seed)
+    everywhere = list(range(inputs.n_pos))
+    vectors = attention_vectors(model, inputs, everywhere, everywhere)
+    _, cache = model.run_with_cache(inputs)
+    for layer in range(model.cfg.n_layers):
+        out = cache["attn_out", layer] - model.blocks[layer].attn.b_O
+        # Float32 sums in another order: a few roundings of the largest term.
+        bound = 1e-4 * (1 + vectors[layer].abs().max())
+        assert (vectors[layer].sum(dim=2) - out).abs().max() <= bound
+    found = attention_contribution(model, inputs, everywhere, everywhere)
+    assert found.values.triu(diagonal=1).eq(0).all()
+    assert torch.allclose(found.values, vectors[:, 0].norm(dim=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_contributions_follow_the_hooks_on_the_model(seed):
+    model = small_model(seed, o_bias=False)
+    inputs = small_inputs(model, seed)
+    plain = attention_contribution(model, inputs, "text", "last")
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", zero())]):
+        cut = attention_contribution(model, inputs, "text", "last")
+    assert cut[0].eq(0).all() and not cut[1].eq(0).all()
+    assert torch.equal(plain[0], attention_contribution(model, inputs, "text", "last")[0])
+    assert not any(point._forward_hooks for point in model.hook_dict.values())
+
+
+def test_sources_in_pieces_are_the_same(seed, monkeypatch):
+    model = small_model(seed)
+    inputs = small_inputs(model, seed)
+    for per_head in (False, True):
+        options = {"per_head": per_head, "layers": [1, 0]}
+        whole = attention_contribution(model, inputs, "text", "text", **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(contributions_module, "ELEMENTS_AT_ONCE", 1)
+            pieces = attention_contribution(model, inputs, "text", "text", **options)
+        assert torch.allclose(whole.values, pieces.values, rtol=1e-5, atol=1e-6)
+        assert whole.layers == (1, 0)
+
+
+def test_only_the_asked_layers_write_their_pattern_down(seed, monkeypatch):
+    model = small_model(seed)
+    inputs = small_inputs(model, seed)
+    opened = []
+    for layer, block in enumerate(model.blocks):
+        attend = block.attn.attend_openly
+
+        def counted(*args, layer=layer, attend=attend, **options):
+            opened.append((layer, args[0].shape[1]))
+            return attend(*args, **options)
+
+        monkeypatch.setattr(block.attn, "attend_openly", counted)
+    attention_contribution(model, inputs, "image", "last", layers=[1])
+    assert opened == [(1, 1)]  # one layer, one query
+
+
+def test_noise_is_averaged_over(seed):
+    model = small_model(seed)
+    inputs = small_inputs(model, seed)
+    noisy = noise_span(model, inputs, "text", samples=3)
+    each = [
+        attention_contribution(model, replace(inputs, noise=noisy.noise[i : i + 1]), "text", "last")
+        for i in range(3)
+    ]
+    mean = torch.stack([one.values for one in each]).mean(dim=0)
+    found = attention_contribution(model, noisy, "text", "last")
+    assert torch.allclose(found.values, mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def contribution(seed):
+    model = worded_model(seed)
+    inputs = model.prepare(
+        "What is the capital of this country?",
+        picture(seed),
+        spans={"constraint": "this country"},
+        template=None,
+    )
+    return model, inputs, attention_contribution(model, inputs, "image", "constraint")
+
+
+class TestContributionResult:
+    def test_it_is_its_values_in_torch(self, contribution):
+        _, _, found = contribution
+        assert torch.equal(torch.relu(found), found.values)
+        assert torch.equal(found - found.values, torch.zeros_like(found.values))
+        assert torch.allclose(found, found.values)
+
+    def test_the_grid(self, contribution):
+        model, inputs, found = contribution
+        grid = found.image_grid()
+        rows, columns = inputs.grid_size
+        assert grid.shape == (*found.shape[:2], rows, columns)
+        for row in range(rows):
+            for column in range(columns):
+                at = found.source.index(inputs.patch(row, column))
+                assert torch.equal(grid[..., row, column], found[..., at])
+        some = attention_contribution(model, inputs, [inputs.patch(0, 0)], "last", per_head=True)
+        assert some.image_grid().isfinite().sum() == some.values.numel()
+        with pytest.raises(ValueError, match="patch of image 1"):
+            found.image_grid(1)
+        with pytest.raises(ValueError, match="patch of image 0"):
+            attention_contribution(model, inputs, "constraint", "last").image_grid()
+
+    def test_top_and_share(self, contribution):
+        _, _, found = contribution
+        values, positions = found.top(2)
+        for layer in range(found.shape[0]):
+            for j in range(found.shape[1]):
+                order = sorted(range(found.shape[2]), key=lambda i: -found[layer, j, i])[:2]
+                assert values[layer, j].tolist() == [float(found[layer, j, i]) for i in order]
+                at = [found.source.index(position) for position in positions[layer, j].tolist()]
+                assert found[layer, j, at].tolist() == values[layer, j].tolist()
+        share = found.cumulative_share()
+        assert share.diff(dim=-1).ge(0).all()
+        assert torch.equal(share[..., -1], torch.ones_like(share[..., -1]))
+        assert torch.allclose(share[..., 0], values[..., 0] / found.values.sum(dim=-1))
+        with pytest.raises(ValueError, match="k=0"):
+            found.top(0)
+
+    def test_table_and_file(self, contribution, tmp_path):
+        model, inputs, found = contribution
+        heads = attention_contribution(model, inputs, "constraint", "last", per_head=True)
+        for one in (found, heads):
+            table = one.to_dataframe()
+            assert len(table) == one.values.numel()
+            assert table.contribution.tolist() == one.values.flatten().tolist()
+            assert table.source_label[0] == inputs.labels()[one.source[0]]
+            assert ("head" in table) == one.per_head
+            again = AttentionContribution.load(one.save(tmp_path / "it.safetensors"))
+            assert torch.equal(again.values, one.values)
+            assert again.metadata == one.metadata and again.source == one.source
+            assert again.source_patches == one.source_patches
+            pd.testing.assert_frame_equal(again.to_dataframe(), table)
+        with pytest.raises(ValueError, match="holds no AttentionKnockout"):
+            AttentionKnockout.load(tmp_path / "it.safetensors")
+
+
+def test_what_contributions_refuse(seed):
+    model = small_model(seed)
+    inputs = small_inputs(model, seed)
+    n_pos, n_layers = inputs.n_pos, model.cfg.n_layers
+    for source, why in (
+        ([], "at least one"),
+        ([n_pos], f"0 ... {n_pos - 1}"),
+        ([1, 1], "twice"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            attention_contribution(model, inputs, source, "last")
+    with pytest.raises(KeyError, match="subject"):
+        attention_contribution(model, inputs, "subject", "last")
+    for layers in ([], [n_layers], [0, 0]):
+        with pytest.raises(ValueError, match=f"0 ... {n_layers - 1}"):
+            attention_contribution(model, inputs, "text", "last", layers=layers)
+    batch = collate([inputs, inputs], 0)
+    for analysis in (attention_contribution, attention_knockout, attention_vectors):
+        with pytest.raises(ValueError, match="batch has 2"):
+            analysis(model, batch, "text", "last")
+
+
+# Knockout
+
+
+def hf_knockout(hf, prompts, answer, layers, source, destination):
+    """P(answer) of a Hugging Face run whose mask is edited in these layers."""
+
+    def cut(module, args, kwargs):
+        mask = kwargs["attention_mask"].clone()
+        rows = torch.tensor(destination)[:, None]
+        mask[:, :, rows, torch.tensor(source)] = torch.finfo(mask.dtype).min
+        return args, {**kwargs, "attention_mask": mask}
+
+    hf.set_attn_implementation("eager")
+    with ExitStack() as stack, torch.no_grad():
+        for layer in layers:
+            attention = hf.model.language_model.layers[layer].self_attn
+            handle = attention.register_forward_pre_hook(cut, with_kwargs=True)
+            stack.callback(handle.remove)
+        logits = hf(**prompts.for_hf()).logits[0, -1]
+    return logits.softmax(-1)[answer].item()
+
+
+@pytest.mark.parametrize("width", [1, 2, 99])
+def test_knockout_equals_an_edited_mask(seed, tmp_path, width):
+    hf = random_llava(Shape(n_layers=random.randint(2, 4), grid=2))
+    model = hooked(hf, tmp_path)
+    prompts = prompts_for(hf.config, [1], words=[7])
+    inputs = prompts.for_mmlens(model)
+    answer = random.randrange(N_SPECIAL, VOCABULARY)
+    # BOS stays visible: no query is left without a key.
+    source = random.sample(range(1, inputs.n_pos - 1), 3)
+    destination = [*random.sample(range(1, inputs.n_pos - 1), 2), inputs.n_pos - 1]
+    found = attention_knockout(model, inputs, source, destination, window=width, answer=answer)
+    assert found.clean == pytest.approx(
+        hf_knockout(hf, prompts, answer, [], source, destination), abs=PROBABILITY
+    )
+    for layer, probability in zip(found.layers, found.probability.tolist(), strict=True):
+        lowest = layer - width // 2
+        cut = [i for i in range(lowest, lowest + width) if 0 <= i < model.cfg.n_layers]
+        expected = hf_knockout(hf, prompts, answer, cut, source, destination)
+        assert probability == pytest.approx(expected, abs=PROBABILITY)
+
+
+def test_knockout_of_named_spans(seed, tmp_path):
+    model = worded_model(seed)
+    inputs = model.prepare("What is this?", picture(seed), spans={"constraint": "this"})
+    found = attention_knockout(model, inputs, "image", "question", layers=[1], answer="the flag of")
+    assert found.source == tuple(inputs.span("image").tolist())
+    assert len(found.answer_tokens) > 1 and found.answer == "the flag of"
+    assert found.metadata["source"] == "image" and found.metadata["destination"] == "question"
+    assert torch.allclose(found.effect, found.probability - found.clean)
+    table = found.to_dataframe()
+    assert table.layer.tolist() == [1] and table.window.tolist() == [1]
+    again = AttentionKnockout.load(found.save(tmp_path / "it.safetensors"))
+    assert torch.equal(again.probability, found.probability) and again.layers == (1,)
+    most_probable = attention_knockout(model, inputs, "image", "last")
+    assert most_probable.answer_tokens == (int(model(inputs)[0, -1].argmax()),)
+
+
+def test_knockout_of_what_is_never_looked_at(seed):
+    model = small_model(seed)
+    inputs = small_inputs(model, seed)
+    with pytest.raises(ValueError, match="never look at"):
+        attention_knockout(model, inputs, "last", [0, 1])
+    done = []
+    found = attention_knockout(
+        model, inputs, [inputs.n_pos - 1], [0, inputs.n_pos - 1], progress=lambda *n: done.append(n)
+    )
+    assert done[-1] == (model.cfg.n_layers, model.cfg.n_layers)
+    assert found.probability.shape == (model.cfg.n_layers,)
+
+
+# Logit lens and direct logit attribution
+
+
+@pytest.mark.parametrize("norm", ["RMS", "LN"])
+def test_the_lens_behind_the_last_layer_is_the_model(seed, norm):
+    model = small_model(seed, normalization_type=norm)
+    inputs = small_inputs(model, seed)
+    tokens = random.sample(range(D_VOCAB), 3)
+    lens = logit_lens(model, inputs, tokens=tokens, top=4)
+    logits, cache = model.run_with_cache(inputs)
+    expected = logits[0].log_softmax(-1)
+    assert torch.allclose(lens.log_probs[-1], expected[:, tokens], atol=1e-4, rtol=1e-5)
+    assert torch.allclose(lens.top_log_probs[-1], expected.topk(4).values, atol=1e-4, rtol=1e-5)
+    for layer in range(model.cfg.n_layers):
+        read = model.unembed(model.ln_final(cache["resid_post", layer]))[0].log_softmax(-1)
+        assert torch.allclose(lens.log_probs[layer], read[:, tokens], atol=1e-4, rtol=1e-5)
+        for k, token in enumerate(tokens):
+            lower = (read > lens.log_probs[layer, :, k, None] + 1e-4).sum(-1)
+            upper = (read > lens.log_probs[layer, :, k, None] - 1e-4).sum(-1)
+            assert (lower <= lens.ranks[layer, :, k]).all(), token
+            assert (lens.ranks[layer, :, k] <= upper).all(), token
+
+
+def test_the_lens_reads_visual_tokens(seed, tmp_path):
+    model = worded_model(seed)
+    inputs = model.prepare("What is this?", picture(seed))
+    lens = logit_lens(model, inputs, layers=[1], positions="image", tokens=[" flag", 7], top=3)
+    assert lens.log_probs.shape == (1, len(inputs.span("image")), 2)
+    assert lens.positions == tuple(inputs.span("image").tolist())
+    position = lens.positions[-1]
+    logits = model.unembed(model.ln_final(model(inputs, stop_at_layer=2)))[0, position]
+    best = lens.top_strings(1, position)
+    assert best == model.to_str_tokens(logits.topk(3).indices.tolist())
+    assert len(lens.to_dataframe()) == len(lens.positions)
+    again = LogitLens.load(lens.save(tmp_path / "it.safetensors"))
+    assert torch.equal(again.ranks, lens.ranks) and again.names == lens.names
+    assert again.top_strings(1, position) == best
+    with pytest.raises(ValueError, match="top=0"):
+        logit_lens(model, inputs, top=0)
+    noisy = noise_span(model, inputs, "image", samples=2)
+    for analysis in (logit_lens, direct_logit_attribution):
+        with pytest.raises(ValueError, match="have 2 of noise"):
+            analysis(model, noisy)
+
+
+@pytest.mark.parametrize("norm", ["RMS", "LN"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_direct_attributions_sum_to_the_logit(seed, norm, per_head):
+    model = small_model(seed, normalization_type=norm, o_bias=True)
+    inputs = small_inputs(model, seed)
+    token, contrast = random.sample(range(D_VOCAB), 2)
+    found = direct_logit_attribution(model, inputs, token, contrast=contrast, per_head=per_head)
+    logits = model(inputs)[0]
+    assert torch.allclose(found.logits, logits[:, token] - logits[:, contrast], atol=1e-5)
+    total = found.values.sum(dim=0)
+    # Float32: parts may be larger than their sum.
+    size = found.values.abs().sum(dim=0)
+    assert ((total - found.logits).abs() <= 1e-5 * (1 + size)).all()
+    per_layer = model.cfg.n_heads + 1 if per_head else 2
+    assert len(found.components) == 2 + per_layer * model.cfg.n_layers == len(found.values)
+
+
+def test_direct_attribution_agrees_with_transformer_lens(seed):
+    """`ActivationCache.logit_attrs` of its own decomposition, at the last position."""
+    model = language_model(seed, normalization_type="RMS")
+    inputs = small_inputs(model, seed, images=(0,))
+    token = random.randrange(D_VOCAB)
+    _, cache = model.run_with_cache(inputs)
+    parts, labels = cache.decompose_resid(return_labels=True)
+    expected = cache.logit_attrs(parts, tokens=token)[:, 0, -1]
+    found = direct_logit_attribution(model, inputs, token, positions="last")
+    ours = dict(zip(found.components, found.values[:, 0], strict=True))
+    for label, value in zip(labels, expected, strict=True):
+        name = label.replace("_attn_out", ".attn_out").replace("_mlp_out", ".mlp_out")
+        assert torch.allclose(ours[name], value, atol=1e-4, rtol=1e-4), label
+
+
+def test_direct_attribution_of_words(seed, tmp_path):
+    model = worded_model(seed)
+    inputs = model.prepare("What is this?", picture(seed))
+    found = direct_logit_attribution(model, inputs, "flag", contrast="city", positions="image")
+    assert found.token.strip() and found.contrast.strip() and found.token != found.contrast
+    table = found.to_dataframe()
+    assert len(table) == found.values.numel()
+    assert table.value.tolist() == found.values.flatten().tolist()
+    again = DirectLogitAttribution.load(found.save(tmp_path / "it.safetensors"))
+    assert torch.equal(again.values, found.values) and again.components == found.components
+    by_default = direct_logit_attribution(model, inputs)
+    logits = model(inputs)[0, -1]
+    assert torch.allclose(by_default.logits[-1], logits.max(), atol=1e-5)
+    assert by_default.contrast == ""
+
+
+# Attribution patching
+
+
+def pair(model, seed):
+    """Clean and corrupted inputs from tokens: two words in the middle are others."""
+    clean = small_inputs(model, seed, words=(6,))
+    tokens = clean.tokens.clone()
+    for position in clean.span("text").tolist()[1:3]:
+        tokens[0, position] = 2 + (int(tokens[0, position]) + 7) % 57
+    return clean, replace(clean, tokens=tokens)
+
+
+SITES = ("resid_post", "attn_out", "mlp_out")
+
+
+def exact_effects(model, clean, corrupted, found, metric, share=1.0):
+    """The metric's change when a share of the clean - corrupted difference is put in, by cell."""
+    _, clean_cache = model.run_with_cache(clean)
+    _, cache = model.run_with_cache(corrupted)
+    effects = torch.empty_like(found.indirect_effect)
+    for s, site in enumerate(found.sites):
+        for g, group in enumerate(map(list, found.groups)):
+            for i, layer in enumerate(found.layers):
+
+                def move(x, hook, group=group):
+                    step = clean_cache[hook.name] - cache[hook.name]
+                    x[:, group] += share * step[:, group]
+                    return x
+
+                name = f"blocks.{layer}.hook_{site}"
+                effects[s, g, i] = metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, move)]))
+    return effects - metric(model(corrupted))
+
+
+def test_attribution_patching_is_the_derivative(seed):
+    """Equal to the exact patch's central difference, in float64.
+
+    The difference quotient is off by h^2 / 6 times a third derivative and by the rounding of the
+    metric over h: at h = 1e-4, 1e-8 and 1e-12 times factors of the model; 1e-5 of the largest
+    effect leaves three digits for them.
+    """
+    model = small_model(seed, n_layers=2).double()
+    clean, corrupted = (
+        replace(inputs, pixel_values=inputs.pixel_values.double()) for inputs in pair(model, seed)
+    )
+    answer = random.randrange(D_VOCAB)
+
+    def metric(logits):
+        return logits[0, -1].log_softmax(-1)[answer]
+
+    found = attribution_patching(
+        model,
+        clean,
+        corrupted,
+        positions=[clean.span("text")[1:3], clean.span("last")],
+        answer=answer,
+        metric=lambda x: x[:, -1].log_softmax(-1)[:, answer],
+    )
+    h = 1e-4
+    ahead, behind = (exact_effects(model, clean, corrupted, found, metric, x) for x in (h, -h))
+    expected = (ahead - behind) / (2 * h)
+    assert (found.indirect_effect - expected).abs().max() <= 1e-5 * (1 + expected.abs().max())
+    assert found.clean == pytest.approx(float(metric(model(clean))))
+    assert found.corrupted == pytest.approx(float(metric(model(corrupted))))
+
+
+def test_attribution_patching_is_exact_where_the_model_is_linear(seed):
+    """The last layer's sites, the final norm's scale held: the logit is linear in them."""
+    model = small_model(seed, normalization_type="RMS").double()
+    clean, corrupted = (
+        replace(inputs, pixel_values=inputs.pixel_values.double()) for inputs in pair(model, seed)
+    )
+    answer = random.randrange(D_VOCAB)
+    last = model.cfg.n_layers - 1
+    options = {"sites": ("resid_post", "mlp_out"), "layers": [last], "answer": answer}
+    options["positions"] = [clean.span("text")[1:3], clean.span("last")]
+    with model.hooks(fwd_hooks=[("ln_final.hook_scale", put(1.7))]):
+        found = attribution_patching(
+            model, clean, corrupted, metric=lambda x: x[:, -1, answer], **options
+        )
+        expected = exact_effects(model, clean, corrupted, found, lambda x: x[0, -1, answer])
+    assert torch.allclose(found.indirect_effect, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_error_is_that_against_a_causal_trace(seed, tmp_path):
+    model = small_model(seed)
+    clean, corrupted = pair(model, seed)
+    answer = random.randrange(D_VOCAB)
+    groups = [clean.span("text")[1:3], clean.span("last")]
+    found = attribution_patching(model, clean, corrupted, positions=groups, answer=answer)
+    trace = causal_trace(model, clean, corrupted, positions=groups, answer=answer)
+    assert found.clean == pytest.approx(trace.clean, abs=PROBABILITY)
+    assert found.corrupted == pytest.approx(trace.corrupted, abs=PROBABILITY)
+    error = found.error(trace)
+    off = (found.indirect_effect - trace.indirect_effect).abs()
+    assert error.largest == pytest.approx(off.max().item(), rel=1e-4)
+    assert error.mean == pytest.approx(off.mean().item(), rel=1e-4)
+    exact = replace(trace, restored=found.indirect_effect + trace.corrupted)
+    assert found.error(exact).largest <= 1e-6
+    assert found.error(exact).correlation == pytest.approx(1, abs=1e-3)
+    again = AttributionPatching.load(found.save(tmp_path / "it.safetensors"))
+    assert torch.equal(again.indirect_effect, found.indirect_effect)
+    assert again.groups == found.groups and again.error(trace) == error
+    assert len(found.to_dataframe()) == found.indirect_effect.numel()
+    with pytest.raises(ValueError, match="other answer_tokens"):
+        found.error(replace(trace, answer_tokens=(answer + 1,)))
+    with pytest.raises(ValueError, match="3 layers together"):
+        found.error(replace(trace, window=3))
+    with pytest.raises(ValueError, match="of the decoder"):
+        attribution_patching(model, clean, corrupted, sites=("vision.mlp_out",), positions=[[1]])
+
+
+def test_attribution_patching_averages_over_noise(seed):
+    model = small_model(seed, n_layers=2)
+    clean = small_inputs(model, seed)
+    noisy = noise_span(model, clean, "text", samples=3)
+    answer = random.randrange(D_VOCAB)
+    whole = attribution_patching(model, clean, noisy, answer=answer)
+    each = [
+        attribution_patching(
+            model, clean, replace(clean, noise=noisy.noise[i : i + 1]), answer=answer
+        ).indirect_effect
+        for i in range(3)
+    ]
+    mean = torch.stack(each).mean(dim=0)
+    assert torch.allclose(whole.indirect_effect, mean, rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_stays_on_the_model(seed):
+    model = small_model(seed)
+    clean, corrupted = pair(model, seed)
+
+    def fail(logits):
+        raise RuntimeError("no metric")
+
+    with pytest.raises(RuntimeError, match="no metric"):
+        attribution_patching(model, clean, corrupted, metric=fail)
+    logit_lens(model, clean)
+    direct_logit_attribution(model, clean)
+    assert not any(point._forward_hooks for point in model.hook_dict.values())
+    assert all(not parameter.requires_grad for parameter in model.parameters())
+
+
+def test_scaled_attention_scales_contributions(seed):
+    """A hook on z's weights: twice the values, twice the contribution of that layer."""
+    model = small_model(seed, qkv_bias=False)
+    inputs = small_inputs(model, seed)
+    plain = attention_contribution(model, inputs, "text", "last", layers=[0])
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_v", scale(2.0))]):
+        doubled = attention_contribution(model, inputs, "text", "last", layers=[0])
+    assert torch.allclose(doubled.values, 2 * plain.values, rtol=1e-4, atol=1e-6)
