@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmlens.hook_points import HookedRootModule
+
 if TYPE_CHECKING:
     from mmlens.inputs import MultimodalInputs
     from mmlens.model import HookedMultimodalTransformer
@@ -29,14 +31,20 @@ def dead_hooks(model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> 
             layer = int(name.split(".")[1])
             input = cache[entering[layer]]
             options = {"start_at_layer": layer, "attention_mask": inputs.attention_mask}
-        # Listening alone may choose another kernel, so the unedited run listens as well.
-        unedited, edited = (
-            model.run_with_hooks(input, fwd_hooks=[(name, hook)], **options)
-            for hook in (listen, perturb)
-        )
-        if torch.equal(unedited, edited):
+        if not is_alive(model, name, input, **options):
             dead.append(name)
     return dead
+
+
+@torch.inference_mode()
+def is_alive(model: HookedRootModule, name: str, *args: Any, **kwargs: Any) -> bool:
+    """Whether a hook point fires, and the output of `model(*args, **kwargs)` depends on it."""
+    # Listening alone may choose another kernel, so the unedited run listens as well.
+    unedited, edited = (
+        model.run_with_hooks(*args, fwd_hooks=[(name, hook)], **kwargs)
+        for hook in (listen, perturb)
+    )
+    return not torch.equal(unedited, edited)
 
 
 def listen(activation: Tensor, hook: Any) -> None:

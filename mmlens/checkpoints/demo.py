@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mmlens.checkpoints import language_model, open_clip
+from mmlens.checkpoints import language_model, open_clip, open_clip_config
 from mmlens.checkpoints.loader import build
 from mmlens.checkpoints.names import (
     Table,
@@ -28,7 +28,7 @@ from mmlens.config import MultimodalConfig, ProjectorConfig
 from mmlens.demo.language_model import language_model_folder
 from mmlens.model import HookedMultimodalTransformer
 
-IGNORED = tuple(rf"vision_tower\.{pattern}" for pattern in open_clip.IGNORED)
+IGNORED = tuple(rf"vision_tower\.{pattern}" for pattern in open_clip_config.IGNORED)
 
 
 def load(device: torch.device, dtype: torch.dtype) -> HookedMultimodalTransformer:
@@ -67,7 +67,7 @@ def load(device: torch.device, dtype: torch.dtype) -> HookedMultimodalTransforme
 def config(folder: Path, settings: dict[str, Any], tower: dict[str, Any]) -> MultimodalConfig:
     """The language model's configuration with a tower and a projector added."""
     cfg = language_model.config(folder)
-    vision = open_clip.vision_config(
+    vision = open_clip_config.vision_config(
         tower["model_cfg"],
         settings["vision_feature_layer"],
         settings["vision_feature_select_strategy"],

@@ -104,19 +104,7 @@ def vision_config(
     if config.model_type not in TOWERS:
         raise CheckpointError(f"a {config.model_type!r} tower; supported are {', '.join(TOWERS)}")
     is_clip = config.model_type == "clip_vision_model"
-    if select not in ("default", "full"):
-        raise CheckpointError(
-            f"vision_feature_select_strategy is {select!r}; it can be 'full', or 'default', which "
-            "drops the first position"
-        )
-    n_layers = config.num_hidden_layers
-    wanted = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
-    if not wanted or not all(-n_layers - 1 <= layer <= n_layers for layer in wanted):
-        raise CheckpointError(
-            f"vision_feature_layer is {feature_layer}, but a tower of {n_layers} layers has "
-            f"features 0 ... {n_layers} (or -{n_layers + 1} ... -1)"
-        )
-    layers = tuple(layer + n_layers + 1 if layer < 0 else layer for layer in wanted)
+    layers = feature_layers(config.num_hidden_layers, feature_layer, select)
     size = config.image_size
     return VisionConfig(
         n_layers=max(layers),
@@ -139,6 +127,28 @@ def vision_config(
         feature_layers=layers,
         select=select,
     )
+
+
+def feature_layers(
+    n_layers: int, feature_layer: int | Sequence[int], select: Any
+) -> tuple[int, ...]:
+    """The layers of a tower whose features are taken, counted from the front.
+
+    Raises:
+        CheckpointError: a layer or a `select` that is not there.
+    """
+    if select not in ("default", "full"):
+        raise CheckpointError(
+            f"vision_feature_select_strategy is {select!r}; it can be 'full', or 'default', which "
+            "drops the first position"
+        )
+    wanted = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+    if not wanted or not all(-n_layers - 1 <= layer <= n_layers for layer in wanted):
+        raise CheckpointError(
+            f"vision_feature_layer is {feature_layer}, but a tower of {n_layers} layers has "
+            f"features 0 ... {n_layers} (or -{n_layers + 1} ... -1)"
+        )
+    return tuple(layer + n_layers + 1 if layer < 0 else layer for layer in wanted)
 
 
 def generation_ends(folder: Path, default: tuple[int, ...]) -> tuple[int, ...]:

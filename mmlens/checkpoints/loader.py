@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmlens.checkpoints.devices import DeviceMap, allocate
@@ -62,18 +62,43 @@ def build(
     """
     with torch.device("meta"):
         model = HookedMultimodalTransformer(cfg).to(dtype)
-    shapes = {name: shape for file in files for name, shape in file.shapes().items()}
-    check(model, shapes, table, ignored=ignored, rename=rename, where=where)
-    allocate(model, device, device_map)
-    if cfg.tie_word_embeddings:
-        model.unembed.weight = model.embed.W_E
-    tensors = stream(files, device if device_map is None else "cpu")
-    fill(model, tensors, table, rename, total=len(shapes), where=where)
+    load_weights(
+        model,
+        files,
+        table,
+        ignored=ignored,
+        rename=rename,
+        device=device,
+        device_map=device_map,
+        where=where,
+    )
     return model
 
 
+def load_weights(
+    model: nn.Module,
+    files: Sequence[WeightFile],
+    table: Table,
+    *,
+    ignored: Sequence[str] = (),
+    rename: Callable[[str], str] = str,
+    device: torch.device,
+    device_map: DeviceMap | None = None,
+    where: str = "the checkpoint",
+) -> None:
+    """Allocate a model that was built on the meta device, and fill it; see `build`."""
+    tied = is_tied(dict(model.named_parameters(remove_duplicate=False)))
+    shapes = {name: shape for file in files for name, shape in file.shapes().items()}
+    check(model, shapes, table, ignored=ignored, rename=rename, where=where)
+    allocate(model, device, device_map)
+    if tied:  # each of the two has been allocated
+        model.get_submodule("unembed").weight = model.get_parameter("embed.W_E")
+    tensors = stream(files, device if device_map is None else "cpu")
+    fill(model, tensors, table, rename, total=len(shapes), where=where)
+
+
 def check(
-    model: HookedMultimodalTransformer,
+    model: nn.Module,
     shapes: Mapping[str, Sequence[int]],
     table: Table,
     *,
@@ -97,16 +122,16 @@ def check(
         if tuple(shape) != tuple(expected):
             problems.append(f"  {original} is {list(shape)}, the config makes it {list(expected)}")
     problems += [f"  missing tensor {name}" for name in unfilled]
-    problems += [f"  nothing fills {name}" for name in unreachable(parameters, table, model)]
+    problems += [f"  nothing fills {name}" for name in unreachable(parameters, table)]
     if problems:
         listed = "\n".join(problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise CheckpointError(f"{where} does not fit its config.json:\n{listed}{more}")
+        raise CheckpointError(f"{where} does not fit its configuration:\n{listed}{more}")
 
 
 @torch.no_grad()
 def fill(
-    model: HookedMultimodalTransformer,
+    model: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],
     table: Table,
     rename: Callable[[str], str] = str,
@@ -128,16 +153,20 @@ def fill(
             slot.of(parameters).copy_(tensor)
 
 
-def unreachable(
-    parameters: dict[str, torch.nn.Parameter], table: Table, model: HookedMultimodalTransformer
-) -> list[str]:
+def unreachable(parameters: dict[str, nn.Parameter], table: Table) -> list[str]:
     """Parameters (or parts of one) that no slot of the table covers."""
     covered = dict.fromkeys(parameters, 0)
     for slot in table.values():
         covered[slot.parameter] += rows(slot, len(parameters[slot.parameter]))
-    if model.cfg.tie_word_embeddings:
+    if is_tied(parameters):
         covered["unembed.weight"] = covered["embed.W_E"]
     return [name for name, parameter in parameters.items() if covered[name] != len(parameter)]
+
+
+def is_tied(parameters: dict[str, nn.Parameter]) -> bool:
+    """Whether the unembedding is the embedding's own parameter."""
+    head = parameters.get("unembed.weight")
+    return head is not None and head is parameters["embed.W_E"]
 
 
 def rows(slot: Slot, total: int) -> int:

@@ -5,7 +5,8 @@ A table maps the checkpoint's tensor name to a `Slot`: a parameter of ours, or s
 Formats differ in prefixes; the tables take them as arguments.
 
 Sources: the names are those of transformers' `modeling_llama.py`, `modeling_phi.py`,
-`modeling_clip.py` and `modeling_siglip.py`, and of open_clip's `transformer.py`.
+`modeling_clip.py` and `modeling_siglip.py`, of open_clip's `transformer.py`, and of timm's
+`vision_transformer.py`.
 """
 
 from __future__ import annotations
@@ -25,18 +26,22 @@ class Slot:
     parameter: str
     start: int = 0
     stop: int | None = None
+    batch_axes: int = 0
+    """Axes of size 1 that the checkpoint has in front, as for a batch."""
 
     def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The place itself, a view of the parameter."""
-        return parameters[self.parameter][self.start : self.stop]
+        """The place itself, a view of the parameter in the checkpoint's shape."""
+        place = parameters[self.parameter][self.start : self.stop]
+        return place[(None,) * self.batch_axes]
 
 
 Table = dict[str, Slot]
 
 
-def weight_and_bias(name: str, parameter: str) -> Table:
-    """A layer whose weight and bias keep their names."""
-    return {f"{name}.{kind}": Slot(f"{parameter}.{kind}") for kind in ("weight", "bias")}
+def weight_and_bias(name: str, parameter: str, bias: bool = True) -> Table:
+    """A layer whose weight and bias (if it has one) keep their names."""
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return {f"{name}.{kind}": Slot(f"{parameter}.{kind}") for kind in kinds}
 
 
 def norm_names(name: str, parameter: str, bias: bool) -> Table:
@@ -131,7 +136,8 @@ def open_clip_tower_names(cfg: VisionConfig, prefix: str = "visual.") -> Table:
         f"{prefix}conv1.weight": Slot("vision.patch_embed.weight"),
         f"{prefix}positional_embedding": Slot("vision.W_pos"),
     }
-    table |= norm_names(f"{prefix}ln_pre", "vision.ln_pre", bias=True)
+    if cfg.pre_norm:
+        table |= norm_names(f"{prefix}ln_pre", "vision.ln_pre", bias=True)
     for layer in range(cfg.n_layers):
         there, here = f"{prefix}transformer.resblocks.{layer}", f"vision.blocks.{layer}"
         table |= norm_names(f"{there}.ln_1", f"{here}.ln1", bias=True)
@@ -141,6 +147,25 @@ def open_clip_tower_names(cfg: VisionConfig, prefix: str = "visual.") -> Table:
         table |= weight_and_bias(f"{there}.attn.out_proj", f"{here}.attn.o")
         table |= weight_and_bias(f"{there}.mlp.c_fc", f"{here}.mlp.up")
         table |= weight_and_bias(f"{there}.mlp.c_proj", f"{here}.mlp.down")
+    return table
+
+
+def timm_tower_names(cfg: VisionConfig, prefix: str = "visual.trunk.") -> Table:
+    """The image tower of an open_clip CLIP that is timm's `VisionTransformer`, under `prefix`."""
+    table = {f"{prefix}pos_embed": Slot("vision.W_pos", batch_axes=1)}
+    table |= weight_and_bias(f"{prefix}patch_embed.proj", "vision.patch_embed", cfg.patch_bias)
+    if cfg.class_token:
+        table[f"{prefix}cls_token"] = Slot("vision.class_embed", batch_axes=2)
+    if cfg.pre_norm:
+        table |= norm_names(f"{prefix}norm_pre", "vision.ln_pre", bias=True)
+    for layer in range(cfg.n_layers):
+        there, here = f"{prefix}blocks.{layer}", f"vision.blocks.{layer}"
+        table |= norm_names(f"{there}.norm1", f"{here}.ln1", bias=True)
+        table |= norm_names(f"{there}.norm2", f"{here}.ln2", bias=True)
+        table |= weight_and_bias(f"{there}.attn.qkv", f"{here}.attn.qkv", cfg.qkv_bias)
+        table |= weight_and_bias(f"{there}.attn.proj", f"{here}.attn.o", cfg.o_bias)
+        table |= weight_and_bias(f"{there}.mlp.fc1", f"{here}.mlp.up", cfg.mlp_bias)
+        table |= weight_and_bias(f"{there}.mlp.fc2", f"{here}.mlp.down", cfg.mlp_bias)
     return table
 
 

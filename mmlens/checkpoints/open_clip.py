@@ -1,75 +1,249 @@
-"""Towers in open_clip's form: the image tower of an open_clip CLIP, and open_clip's preprocessing.
+"""open_clip towers: the image half of an open_clip CLIP, alone or as the tower of another format.
 
-The configuration is open_clip's own json: `model_cfg.vision_cfg` and `preprocess_cfg`. Names are in
-`names.open_clip_tower_names`. Source: open_clip, `model.py` (`CLIPVisionCfg`), `transformer.py`
-(`VisionTransformer`) and `transform.py` (`PreprocessCfg`, `image_transform_v2`).
+A tower is named as open_clip names it, and found by open_clip itself:
+- a model and the tag of its weights ("ViT-L-14-336" and "openai", or "ViT-L-14-336:openai"), from
+  open_clip's own list;
+- a model and a local file of weights (.safetensors, .pt, .bin; pickles of tensors only);
+- a folder as open_clip writes it for the hub: open_clip_config.json and the weights beside it;
+- "hf-hub:organisation/name", such a folder on the hub.
+
+Pictures: open_clip's own transform for inference.
+
+Source: open_clip, `factory.py` (`create_model`), `pretrained.py` and `transform.py`
+(`PreprocessCfg`, `image_transform_v2`).
 """
 
 from __future__ import annotations
 
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from mmlens.checkpoints import open_clip_config
 from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.loader import load_weights
+from mmlens.checkpoints.names import Table
+from mmlens.checkpoints.weight_files import WeightFile, weight_files
+from mmlens.components import HookedVisionTransformer
 from mmlens.config import VisionConfig
 
-# The class token's way out: CLIP compares it with texts, a language model does not get it.
-IGNORED = (r"visual\.ln_post\..*", r"visual\.proj", r"logit_scale")
+CONFIG = "open_clip_config.json"
+# In the order in which open_clip looks for them.
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+)
+HUB = "hf-hub:"
 
-# Choices of CLIPVisionCfg that change the computation and are not built here.
-UNSUPPORTED = (
-    "timm_model_name",
-    "attentional_pool",
-    "ls_init_value",
-    "no_ln_pre",
-    "input_patchnorm",
+# What is not the image tower.
+TEXT_HALF = (
+    r"(text|text_decoder|transformer|token_embedding|ln_final)\..*",
+    r"text_projection(\.(weight|bias))?",
+    r"positional_embedding",
+    r"cls_emb",
+    r"attn_mask",
+    r"logit_(scale|bias)",
 )
 
 
-def vision_config(model_cfg: dict[str, Any], feature_layer: int, select: Any) -> VisionConfig:
-    """The tower's configuration.
+@dataclass(frozen=True)
+class OpenClipTower:
+    """A tower that has been found; its weights are fetched when `files` asks for them."""
+
+    name: str
+    model_cfg: dict[str, Any]
+    """open_clip's own."""
+    preprocess_cfg: dict[str, Any]
+    weights: Path | str
+    """A folder, a file, or the tag of weights that open_clip fetches."""
+    prefix: str = ""
+    """Stands in front of the names of its tensors."""
+
+    def vision_config(self, feature_layer: int | Sequence[int], select: Any) -> VisionConfig:
+        """The part that is built; see `open_clip_config.vision_config`."""
+        return open_clip_config.vision_config(self.model_cfg, feature_layer, select)
+
+    def image_processor(self) -> Any:
+        """open_clip's own transform: PIL image to [channel, height, width]."""
+        return image_transform(self.model_cfg, self.preprocess_cfg)
+
+    def files(self) -> list[WeightFile]:
+        """The weight files.
+
+        Raises:
+            CheckpointError: there are none, or open_clip cannot fetch them.
+        """
+        path = self.weights
+        if isinstance(path, str):
+            path = fetched(self.name, path)
+        if path.is_file():
+            return [WeightFile(path, self.prefix)]
+        for name in WEIGHTS:
+            if (path / name).exists():
+                return [WeightFile(path / name, self.prefix)]
+        return weight_files(path, self.prefix)
+
+    def table(self, cfg: VisionConfig) -> Table:
+        """Every tensor that is used, and where it goes."""
+        return open_clip_config.table(self.model_cfg, cfg, f"{self.prefix}visual.")
+
+    def rename(self, name: str) -> str:
+        """A tensor's name without what distributed training has put in front."""
+        return re.sub(rf"^{re.escape(self.prefix)}module\.", self.prefix, name)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Patterns of what the weights hold beside."""
+        prefix = re.escape(self.prefix)
+        return tuple(prefix + pattern for pattern in open_clip_config.IGNORED + TEXT_HALF)
+
+
+def load_tower(
+    name_or_path: str | Path,
+    pretrained: str | Path | None = None,
+    *,
+    feature_layer: int | Sequence[int] = -1,
+    select: Any = "full",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> HookedVisionTransformer:
+    """A tower alone; see `HookedVisionTransformer.from_open_clip`."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tower = find_tower(name_or_path, pretrained)
+    cfg = tower.vision_config(feature_layer, select)
+    with torch.device("meta"):
+        # The tables are those of a whole model, where the tower has its place.
+        model = nn.ModuleDict({"vision": HookedVisionTransformer(cfg)}).to(dtype or torch.float32)
+    load_weights(
+        model,
+        tower.files(),
+        tower.table(cfg),
+        ignored=tower.ignored,
+        rename=tower.rename,
+        device=where,
+        where=tower.name,
+    )
+    vision = model["vision"]
+    assert isinstance(vision, HookedVisionTransformer)
+    vision.image_processor = tower.image_processor()
+    return vision.eval()
+
+
+def find_tower(name_or_path: str | Path, pretrained: str | Path | None = None) -> OpenClipTower:
+    """The tower of that name; nothing but its configuration is read.
 
     Args:
-        model_cfg: open_clip's `model_cfg`.
-        feature_layer: 0 is the input of the first block, -1 the output of the last.
-        select: "default" drops the class token, "full" keeps it.
+        name_or_path: a folder, "hf-hub:...", or open_clip's name of a model, to which ":" and the
+            weights may be added instead of `pretrained`.
+        pretrained: the tag of the weights, or a file; a folder has its own.
 
     Raises:
-        CheckpointError: the tower is no plain ViT with a class token.
+        CheckpointError: it cannot be found.
     """
-    vision = model_cfg["vision_cfg"]
-    odd = [name for name in UNSUPPORTED if vision.get(name)]
-    if odd or not isinstance(vision["layers"], int):
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if name.startswith(HUB) or folder.is_dir():
+        if pretrained is not None:
+            raise CheckpointError(
+                f"{name} has weights of its own: leave pretrained={str(pretrained)!r} out"
+            )
+        return tower_of_folder(name, from_hub(name) if name.startswith(HUB) else folder)
+    if pretrained is None and ":" in name:
+        name, _, pretrained = name.partition(":")
+    return known_tower(name, pretrained)
+
+
+def tower_of_folder(name: str, folder: Path) -> OpenClipTower:
+    """The tower that a folder's open_clip_config.json describes."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+        return OpenClipTower(name, config["model_cfg"], config.get("preprocess_cfg", {}), folder)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no {CONFIG}: no folder of open_clip's") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not open_clip's: it has no model_cfg") from error
+
+
+def known_tower(name: str, pretrained: str | Path | None) -> OpenClipTower:
+    """A tower of open_clip's own list."""
+    import open_clip  # imports torchvision and timm: slow
+
+    name = name.replace("/", "-")  # as open_clip does: OpenAI's "ViT-L/14"
+    model_cfg = open_clip.get_model_config(name)
+    if model_cfg is None:
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=4, cutoff=0.5)
+        hint = f"; the nearest are {', '.join(near)}" if near else ""
         raise CheckpointError(
-            f"an open_clip tower with {', '.join(odd) or 'ResNet stages'}; only plain ViTs are "
-            "known"
+            f"open_clip knows no model {name!r}{hint} (open_clip.list_models() lists all), and "
+            "there is no such folder"
         )
-    size = vision.get("image_size", 224)
-    width, layers = vision["width"], vision["layers"]
-    d_head = vision.get("head_width", 64)
-    layer = feature_layer + layers + 1 if feature_layer < 0 else feature_layer
-    return VisionConfig(
-        n_layers=layer,
-        d_model=width,
-        n_heads=width // d_head,
-        d_head=d_head,
-        d_mlp=int(width * vision.get("mlp_ratio", 4.0)),
-        act_fn="quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
-        normalization_type="LN",
-        eps=1e-5,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
-        image_size=(size, size) if isinstance(size, int) else tuple(size),
-        patch_size=vision["patch_size"],
-        feature_layers=(layer,),
-        select=select,
+    if pretrained is not None and (file := Path(pretrained).expanduser()).is_file():
+        return OpenClipTower(name, model_cfg, {}, file)
+    tag = "" if pretrained is None else str(pretrained)
+    settings = open_clip.get_pretrained_cfg(name, tag)
+    if not settings:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise CheckpointError(
+            f"{name} with pretrained={tag!r}: it must be a file of weights, or one of open_clip's "
+            f"tags for this model ({', '.join(tags) or 'there are none'})"
+        )
+    # open_clip only warns where weights were trained with another activation than the config's.
+    model_cfg["quick_gelu"] = bool(model_cfg.get("quick_gelu") or settings.get("quick_gelu"))
+    return OpenClipTower(name, model_cfg, settings, tag)
+
+
+def from_hub(name: str) -> Path:
+    """The folder of a tower on the hub, with what open_clip downloads of it."""
+    from open_clip import pretrained
+
+    identifier = name.removeprefix(HUB)
+    try:
+        config = pretrained.download_pretrained_from_hf(identifier, CONFIG)
+        pretrained.download_pretrained_from_hf(identifier)
+    except Exception as error:  # of several libraries
+        raise not_fetched(name, error, "the folder") from error
+    return Path(config).parent
+
+
+def fetched(name: str, tag: str) -> Path:
+    """The file of a model's weights, downloaded by open_clip unless it has been before.
+
+    Raises:
+        CheckpointError: it cannot be downloaded.
+    """
+    from open_clip import pretrained
+
+    try:
+        return Path(pretrained.download_pretrained(pretrained.get_pretrained_cfg(name, tag)))
+    except Exception as error:  # of several libraries
+        raise not_fetched(f"{name}:{tag}", error, "pretrained='/path/of/the/file'") from error
+
+
+def not_fetched(name: str, error: Exception, instead: str) -> CheckpointError:
+    """The error for weights that cannot be had."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(
+        f"open_clip could not fetch {name} ({reason}). Without network, download it elsewhere and "
+        f"pass {instead}."
     )
 
 
 def image_transform(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> Any:
     """open_clip's own transform for inference: PIL image to [channel, height, width]."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2  # imports torchvision: slow
+    from open_clip import transform  # imports torchvision: slow
 
-    size = preprocess_cfg.get("size") or model_cfg["vision_cfg"].get("image_size", 224)
-    fields = {name: value for name, value in preprocess_cfg.items() if name != "size"}
-    return image_transform_v2(PreprocessCfg(size=size, **fields), is_train=False)
+    size = model_cfg["vision_cfg"].get("image_size", 224)
+    fields = transform.merge_preprocess_dict(transform.PreprocessCfg(), preprocess_cfg)
+    return transform.image_transform_v2(
+        transform.PreprocessCfg(**fields | {"size": size}), is_train=False
+    )

@@ -5,6 +5,10 @@ An image encoder of CLIP (Radford et al. 2021) or of SigLIP (Zhai et al. 2023).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -24,11 +28,18 @@ class HookedVisionTransformer(HookedRootModule):
 
     CLIP has a class token at position 0, so that patch (row, column) is position
     `1 + row * columns + column`, and a norm before the first block. SigLIP has neither.
+
+    Example:
+        >>> tower = HookedVisionTransformer.from_open_clip("ViT-L-14-336", "openai")
+        >>> pixels = tower.image_processor(Image.open("flag.png").convert("RGB"))
+        >>> features, cache = tower.run_with_cache(pixels[None])
+        >>> cache["blocks.3.attn.hook_pattern"]
     """
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.image_processor: Any = None  # of a tower alone
         self.patch_embed = nn.Conv2d(
             cfg.n_channels, cfg.d_model, cfg.patch_size, cfg.patch_size, bias=cfg.patch_bias
         )
@@ -46,6 +57,48 @@ class HookedVisionTransformer(HookedRootModule):
         self.hook_embed = HookPoint()  # [image, pos, d_model]
         self.hook_out = HookPoint()  # [image, visual_token, d_features]
         self.setup()
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        name_or_path: str | Path,
+        pretrained: str | Path | None = None,
+        *,
+        feature_layer: int | Sequence[int] = -1,
+        select: Literal["default", "full"] = "full",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> HookedVisionTransformer:
+        """The image tower of an open_clip CLIP or SigLIP, with `image_processor`, its transform.
+
+        Args:
+            name_or_path: open_clip's name of the model; or a folder with open_clip_config.json, or
+                "hf-hub:" and the name of one on the hub.
+            pretrained: which weights of a named model: one of open_clip's tags, or a file. As in
+                open_clip, a file says nothing of its activation: for OpenAI's weights take the
+                model whose name ends in "-quickgelu".
+            feature_layer: whose output is returned: 0 is the input of the first block, -1 the
+                output of the last. A list is concatenated. What lies behind is not built.
+            select: "full" returns every position, "default" leaves out the first (the class token).
+            device: where to put it; by default the GPU if there is one.
+            dtype: by default float32, as in open_clip.
+
+        Raises:
+            CheckpointError: not found, no plain vision transformer, or names and shapes do not fit.
+
+        Example:
+            >>> HookedVisionTransformer.from_open_clip("ViT-SO400M-14-SigLIP-384", "webli")
+        """
+        from mmlens.checkpoints.open_clip import load_tower
+
+        return load_tower(
+            name_or_path,
+            pretrained,
+            feature_layer=feature_layer,
+            select=select,
+            device=device,
+            dtype=dtype,
+        )
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "image visual_token d_features"]:
         """The features of every visual token, as the projector gets them.
@@ -93,3 +146,12 @@ class HookedVisionTransformer(HookedRootModule):
         grid = self.W_pos[n_class:].unflatten(0, self.cfg.grid).permute(2, 0, 1)[None]
         grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
         return torch.cat([self.W_pos[None, :n_class], grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def verify_hooks(self, pixels: Pixels) -> list[str]:
+        """The hook points of a tower alone that do not fire, or whose activation changes nothing.
+
+        Perturbs each hook point in turn. An empty list means that every declared hook is live.
+        """
+        from mmlens.verification import is_alive
+
+        return [name for name in self.hook_dict if not is_alive(self, name, pixels)]
