@@ -5,13 +5,17 @@ The tolerance is the same as in `test_model_parity.py`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import llava_code_checkpoints as published
+import open_clip
 import pytest
 import torch
 from llava_code_checkpoints import Checkpoint, Parts, load, parts, some_images, write, write_tower
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
@@ -149,6 +153,16 @@ def test_every_kind_of_file(
             load(folder)
 
 
+def test_written_in_its_own_format_again(case: str, tmp_path: Path) -> None:
+    _, (config, tensors) = made(case)
+    model = load(write(tmp_path / "one", (config, tensors)))
+    model.save_pretrained(tmp_path / "two")
+    again = load_file(tmp_path / "two" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert same(load(tmp_path / "two"), model)
+
+
 # Towers that lie elsewhere
 
 
@@ -186,6 +200,25 @@ def test_the_towers_own_checkpoint(name: str, seed: int, tmp_path: Path) -> None
     assert same(load(lost, vision_tower=tmp_path / "models" / "tower"), expected)
 
 
+def test_a_tower_in_the_hubs_cache(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    these, checkpoint = made("LLaVA")
+    expected = load(write(tmp_path / "whole", checkpoint))
+    place = tmp_path / "hub" / "models--nobody--tower"
+    write_tower(place / "snapshots" / "0123abc", these)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    named = {"mm_vision_tower": "nobody/tower"}
+    assert same(load(write(tmp_path / "bare", without_tower(checkpoint, **named))), expected)
+    config, tensors = checkpoint
+    weights = place / "snapshots" / "0123abc" / "model.safetensors"
+    weights.unlink()  # a config alone is enough where the weights are in the checkpoint
+    assert same(load(write(tmp_path / "held", (config | named, tensors))), expected)
+    refused(tmp_path / "bare", "nobody/tower", "vision_tower=")
+
+
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
 def test_a_whole_clip_as_tower(pickled: bool, seed: int, tmp_path: Path) -> None:
     these, checkpoint = made("LLaVA")
@@ -197,6 +230,67 @@ def test_a_whole_clip_as_tower(pickled: bool, seed: int, tmp_path: Path) -> None
         torch.save(dict(clip.state_dict()), tmp_path / "clip" / "pytorch_model.bin")
     bare = write(tmp_path / "bare", without_tower(checkpoint))
     assert same(load(bare, vision_tower=tmp_path / "clip"), expected)
+
+
+def open_clip_tensors(these: Parts) -> dict[str, Tensor]:
+    """The tower's weights under open_clip's names, in its shapes."""
+    theirs = {name.removeprefix("vision_model."): t for name, t in these.tower.state_dict().items()}
+    tensors = {
+        "class_embedding": theirs["embeddings.class_embedding"],
+        "conv1.weight": theirs["embeddings.patch_embedding.weight"],
+        "positional_embedding": theirs["embeddings.position_embedding.weight"],
+    }
+    renamed = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+               "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}  # fmt: skip
+    for kind in ("weight", "bias"):
+        tensors[f"ln_pre.{kind}"] = theirs[f"pre_layrnorm.{kind}"]
+        tensors[f"ln_post.{kind}"] = theirs[f"post_layernorm.{kind}"]
+        for layer in range(these.tower.config.num_hidden_layers):
+            old, new = f"encoder.layers.{layer}", f"transformer.resblocks.{layer}"
+            qkv = [theirs[f"{old}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+            tensors[f"{new}.attn.in_proj_{kind}"] = torch.cat(qkv)
+            for there, here in renamed.items():
+                tensors[f"{new}.{here}.{kind}"] = theirs[f"{old}.{there}.{kind}"]
+    return tensors
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_an_open_clip_folder_as_tower(pickled: bool, seed: int, tmp_path: Path) -> None:
+    these, checkpoint = made("LLaVA")
+    expected = load(write(tmp_path / "whole", checkpoint))
+    vision, text = these.tower.config, {"context_length": 5, "vocab_size": 11, "width": 8,
+                                        "heads": 2, "layers": 1}  # fmt: skip
+    model_cfg = {
+        "embed_dim": 13,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "layers": vision.num_hidden_layers,
+            "width": vision.hidden_size,
+            "head_width": vision.hidden_size // vision.num_attention_heads,
+            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+            "patch_size": vision.patch_size,
+        },
+        "text_cfg": text,
+    }
+    clip = open_clip.CLIP(**model_cfg)
+    clip.visual.load_state_dict(open_clip_tensors(these) | {"proj": clip.visual.proj})
+    folder = tmp_path / "open_clip"
+    folder.mkdir()
+    preprocess = {"mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear"}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    if pickled:
+        torch.save(clip.state_dict(), folder / "open_clip_pytorch_model.bin")
+    else:
+        tensors = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+        save_file(tensors, folder / "open_clip_model.safetensors")
+    bare = write(tmp_path / "bare", without_tower(checkpoint, mm_vision_tower="../open_clip"))
+    for model in (load(bare), load(tmp_path / "whole", vision_tower=folder)):
+        assert same(model, expected)
+        processor = model.image_processor
+        assert (list(processor.image_mean), processor.resample) == ([0.2, 0.3, 0.4], 2)
+        assert processor.do_pad and processor.size.shortest_edge == vision.image_size
 
 
 @pytest.mark.parametrize("name", ["LLaVA", "TinyLLaVA", "LLaVA-Phi"])

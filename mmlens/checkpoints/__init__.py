@@ -36,7 +36,7 @@ from mmlens.checkpoints.processors import (
     load_image_processor,
     load_tokenizer,
 )
-from mmlens.checkpoints.towers import VisionTower, Weights, with_tower
+from mmlens.checkpoints.towers import Tower, Weights, with_tower
 from mmlens.checkpoints.weight_files import weight_files
 from mmlens.config import MultimodalConfig
 from mmlens.model import HookedMultimodalTransformer
@@ -59,7 +59,7 @@ class CheckpointFormat(Protocol):
 class FormatWithTower(CheckpointFormat, Protocol):
     """A format of LLaVA's code, which only names its tower."""
 
-    vision_tower: Callable[[Path, str | Path | None], VisionTower]
+    vision_tower: Callable[[Path, str | Path | None], Tower]
 
 
 FORMATS: dict[str, CheckpointFormat] = {
@@ -129,9 +129,7 @@ def load_model(
     return model
 
 
-def tower_of(
-    format: CheckpointFormat, folder: Path, given: str | Path | None
-) -> VisionTower | None:
+def tower_of(format: CheckpointFormat, folder: Path, given: str | Path | None) -> Tower | None:
     """The tower that a format of LLaVA's code names; None for other formats.
 
     Raises:
@@ -146,7 +144,7 @@ def tower_of(
     return None
 
 
-def equip(model: HookedMultimodalTransformer, folder: Path, tower: VisionTower | None) -> None:
+def equip(model: HookedMultimodalTransformer, folder: Path, tower: Tower | None) -> None:
     """Give the model the folder's tokenizer, image processor and prompt template."""
     cfg = model.cfg
     model.tokenizer = load_tokenizer(folder)

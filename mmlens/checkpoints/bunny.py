@@ -20,7 +20,7 @@ from typing import Any
 
 from mmlens.checkpoints import llava_original
 from mmlens.checkpoints.llava_code import multimodal_config, named_tower, read_config, tower_part
-from mmlens.checkpoints.towers import VisionTower
+from mmlens.checkpoints.towers import Tower
 from mmlens.config import MultimodalConfig
 
 IGNORED = llava_original.IGNORED
@@ -36,7 +36,7 @@ def recognises(config: dict[str, Any]) -> bool:
     return "BunnyPhiForCausalLM" in architectures or config.get("model_type") == "bunny-phi"
 
 
-def config(folder: Path, tower: VisionTower | None = None) -> MultimodalConfig:
+def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
     """The configuration in our terms.
 
     Raises:

@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.hf_configs import decoder_fields, generation_ends
 from mmlens.checkpoints.names import Table, projector_names
-from mmlens.checkpoints.towers import VisionTower, find_tower
+from mmlens.checkpoints.towers import Tower, find_tower
 from mmlens.config import MultimodalConfig, ProjectorConfig, VisionConfig
 
 # Bunny, TinyLLaVA and LLaVA-Phi have taken over LLaVA's "vicuna_v1" to the letter.
@@ -58,7 +58,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def named_tower(folder: Path, given: str | Path | None) -> VisionTower:
+def named_tower(folder: Path, given: str | Path | None) -> Tower:
     """The tower that config.json names, or another one instead.
 
     Raises:
@@ -73,7 +73,7 @@ def named_tower(folder: Path, given: str | Path | None) -> VisionTower:
     return padded(find_tower(name, folder if given is None else Path()), config)
 
 
-def padded(tower: VisionTower, config: dict[str, Any]) -> VisionTower:
+def padded(tower: Tower, config: dict[str, Any]) -> Tower:
     """The tower with pictures padded to a square in its mean colour, if the config says so."""
     do_pad = config.get("image_aspect_ratio") == "pad"
     return replace(tower, preprocessing=tower.preprocessing | {"do_pad": do_pad})
@@ -108,7 +108,7 @@ def multimodal_config(
     )
 
 
-def tower_part(config: dict[str, Any], tower: VisionTower) -> VisionConfig:
+def tower_part(config: dict[str, Any], tower: Tower) -> VisionConfig:
     """What LLaVA's code takes of a tower: the patches of one layer, unnormalised.
 
     `mm_vision_select_feature` is `patch`, or `cls_patch`, which keeps CLIP's class token.
@@ -123,8 +123,9 @@ def tower_part(config: dict[str, Any], tower: VisionTower) -> VisionConfig:
             f"mm_vision_select_layer is {layer!r} and mm_vision_select_feature {feature!r}; they "
             "must be an integer, and 'patch' or 'cls_patch'"
         )
-    drops_class = feature == "patch" and tower.config.model_type == "clip_vision_model"
-    return tower.vision_config(layer, "default" if drops_class else "full")
+    part = tower.vision_config(layer, "full")
+    drops_class_token = feature == "patch" and part.class_token
+    return replace(part, select="default") if drops_class_token else part
 
 
 def projector_config(kind: str, d_in: int, d_model: int) -> ProjectorConfig:

@@ -27,7 +27,7 @@ from mmlens.checkpoints.llava_code import (
     tower_part,
 )
 from mmlens.checkpoints.names import Table, decoder_names, tower_names
-from mmlens.checkpoints.towers import VisionTower, unused
+from mmlens.checkpoints.towers import Tower, unused
 from mmlens.config import MultimodalConfig
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -45,7 +45,7 @@ def recognises(config: dict[str, Any]) -> bool:
     return "LlavaLlamaForCausalLM" in architectures or config.get("model_type") == "llava_llama"
 
 
-def config(folder: Path, tower: VisionTower | None = None) -> MultimodalConfig:
+def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
     """The configuration in our terms.
 
     Raises:

@@ -30,7 +30,7 @@ from mmlens.checkpoints.llava_code import (
     tower_part,
 )
 from mmlens.checkpoints.names import Table, decoder_names, tower_names
-from mmlens.checkpoints.towers import VisionTower, described_tower, unused
+from mmlens.checkpoints.towers import Tower, described_tower, unused
 from mmlens.checkpoints.weight_files import has_tensor
 from mmlens.config import MultimodalConfig
 
@@ -44,7 +44,7 @@ def recognises(config: dict[str, Any]) -> bool:
     return "LlavaPhiForCausalLM" in architectures or config.get("model_type") == "llava_phi"
 
 
-def vision_tower(folder: Path, given: str | Path | None) -> VisionTower:
+def vision_tower(folder: Path, given: str | Path | None) -> Tower:
     """The tower that config.json names or spells out, or another one instead.
 
     Raises:
@@ -58,7 +58,7 @@ def vision_tower(folder: Path, given: str | Path | None) -> VisionTower:
     return padded(described_tower(name, described, folder), llava)
 
 
-def config(folder: Path, tower: VisionTower | None = None) -> MultimodalConfig:
+def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
     """The configuration in our terms.
 
     Raises:

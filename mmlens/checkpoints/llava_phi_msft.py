@@ -23,7 +23,7 @@ from mmlens.checkpoints.llava_code import (
     tower_part,
 )
 from mmlens.checkpoints.names import Slot, Table, norm_names, tower_names, weight_and_bias
-from mmlens.checkpoints.towers import VisionTower, unused
+from mmlens.checkpoints.towers import Tower, unused
 from mmlens.config import MultimodalConfig
 
 TOWER = "transformer.vision_tower.vision_tower.vision_model."
@@ -42,7 +42,7 @@ def recognises(config: dict[str, Any]) -> bool:
     return is_llava and "n_embd" in config and "rotary_dim" in config
 
 
-def config(folder: Path, tower: VisionTower | None = None) -> MultimodalConfig:
+def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
     """The configuration in our terms.
 
     Raises:

@@ -27,7 +27,14 @@ from mmlens.checkpoints.llava_code import (
     sequential_names,
 )
 from mmlens.checkpoints.names import Table, decoder_names, tower_names
-from mmlens.checkpoints.towers import VisionTower, described_tower, find_tower, local_folder, unused
+from mmlens.checkpoints.towers import (
+    Tower,
+    cached_folder,
+    described_tower,
+    find_tower,
+    local_folder,
+    unused,
+)
 from mmlens.config import MultimodalConfig
 
 TOWER = "vision_tower._vision_tower.vision_model."
@@ -44,7 +51,7 @@ def recognises(config: dict[str, Any]) -> bool:
     return config.get("model_type") == "tinyllava"
 
 
-def vision_tower(folder: Path, given: str | Path | None) -> VisionTower:
+def vision_tower(folder: Path, given: str | Path | None) -> Tower:
     """The tower that config.json spells out, or another one instead.
 
     Raises:
@@ -54,11 +61,11 @@ def vision_tower(folder: Path, given: str | Path | None) -> VisionTower:
     if given is not None:
         return padded(find_tower(given, Path()), tiny)
     name = str(tiny.get("vision_model_name_or_path") or "").split(":")[-1]
-    own = local_folder(name, folder)
+    own = local_folder(name, folder) or cached_folder(name)
     return padded(described_tower(name, tiny["vision_config"], own), tiny)
 
 
-def config(folder: Path, tower: VisionTower | None = None) -> MultimodalConfig:
+def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
     """The configuration in our terms.
 
     Raises:

@@ -1,10 +1,10 @@
 """Vision towers that a checkpoint only names: LLaVA's code writes the tower's name to config.json,
 and takes its weights from the tower's own checkpoint where they are not in the model's.
 
-A tower is a folder as transformers writes it (CLIP or SigLIP, whole or the image half alone) or as
-open_clip does. It may lie in the model's folder, anywhere on this machine, or in the hub's cache;
-for the towers in `KNOWN`, sizes and preprocessing are written down here, so that nothing is fetched
-where the weights are in the checkpoint.
+A tower is a folder as transformers writes it (CLIP or SigLIP, whole or the image half alone), in
+the model's folder, anywhere on this machine, or in the hub's cache; or one of open_clip's (see
+`open_clip.py`). For the towers in `KNOWN`, sizes and preprocessing are written down here, so that
+nothing is fetched where the weights are in the checkpoint.
 
 Sources: config.json and preprocessor_config.json of the towers in `KNOWN`, on the hub; LLaVA,
 `model/multimodal_encoder/clip_encoder.py`, and `mm_utils.py` (padding to a square).
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from mmlens.checkpoints import open_clip
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.hf_configs import TOWERS, vision_config
 from mmlens.checkpoints.hub import find_folder
@@ -72,6 +73,7 @@ UNUSED = (
 # The text half of a whole CLIP or SigLIP.
 TEXT_HALF = (r"text_model\..*", r"(text|visual)_projection\.weight", r"logit_(scale|bias)")
 
+RESAMPLING = {"bicubic": 3, "bilinear": 2}
 PREPROCESSING = (
     "size crop_size do_resize do_center_crop do_rescale rescale_factor do_normalize image_mean "
     "image_std resample"
@@ -87,7 +89,7 @@ class VisionTower:
     preprocessing: dict[str, Any]
     """Arguments of transformers' `LlavaImageProcessorPil`."""
     folder: Path | None = None
-    """Its own checkpoint, if there is one on this machine."""
+    """Its own checkpoint, where it is not the hub's."""
 
     def vision_config(self, feature_layer: int, select: str) -> VisionConfig:
         """The part that is built; see `hf_configs.vision_config`."""
@@ -127,6 +129,20 @@ class VisionTower:
         return unused(re.escape(OWN)) + tuple(rf"{re.escape(OWN)}{name}" for name in TEXT_HALF)
 
 
+@dataclass(frozen=True)
+class OpenClipTower(open_clip.OpenClipTower):
+    """One of open_clip's, with pictures treated as LLaVA's code does."""
+
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+
+    def image_processor(self) -> LlavaImageProcessorPil:
+        """Resizes with Pillow as LLaVA's code does, and pads to a square if `do_pad`."""
+        return LlavaImageProcessorPil(**self.preprocessing)
+
+
+Tower = VisionTower | OpenClipTower
+
+
 def unused(prefix: str) -> tuple[str, ...]:
     """Patterns of the tensors of a tower, under `prefix` (a pattern), that nothing depends on."""
     return tuple(prefix + name for name in UNUSED)
@@ -142,7 +158,7 @@ class Weights(NamedTuple):
 
 
 def with_tower(
-    weights: Weights, tower: VisionTower, cfg: VisionConfig, *, always: bool = False
+    weights: Weights, tower: Tower, cfg: VisionConfig, *, always: bool = False
 ) -> Weights:
     """A checkpoint's weights, with those of the tower's own checkpoint where it has none.
 
@@ -165,11 +181,12 @@ def with_tower(
     )
 
 
-def find_tower(name: str | Path, near: Path) -> VisionTower:
+def find_tower(name: str | Path, near: Path) -> Tower:
     """The tower of that name.
 
     Args:
-        name: a folder (absolute, or relative to `near` or the working directory) or a hub name.
+        name: a folder (absolute, or relative to `near` or the working directory), a hub name, or
+            open_clip's name of a model and its weights ("ViT-L-14-336:openai").
         near: the model's folder.
 
     Raises:
@@ -177,22 +194,54 @@ def find_tower(name: str | Path, near: Path) -> VisionTower:
     """
     name = str(name)
     folder = local_folder(name, near)
-    if folder is None and (known := KNOWN.get(hub_name(name))):
+    if folder is not None and (folder / open_clip.CONFIG).exists():
+        return open_clip_tower(str(folder))
+    if folder is None and ":" in name:
+        return open_clip_tower(name)
+    described = folder or cached_folder(name)
+    if described is None and (known := KNOWN.get(hub_name(name))):
         return described_tower(name, known)
-    if folder is None:
+    if described is None:
         try:
-            folder = find_folder(name, None)
+            described = find_folder(name, None)
         except CheckpointError as error:
             raise CheckpointError(
                 f"the vision tower {name!r} is not a folder (nor one in {near}), not in the hub's "
                 f"cache, and not among those whose sizes are known ({', '.join(KNOWN)}); say where "
                 "it is: from_pretrained(..., vision_tower=...)"
             ) from error
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} has no config.json: not the folder of a vision tower")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not (described / "config.json").exists():
+        raise CheckpointError(f"{described} has no config.json: not the folder of a vision tower")
+    config = AutoConfig.from_pretrained(described, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
-    return VisionTower(name, config, preprocessing_of(config, folder), folder)
+    return VisionTower(name, config, preprocessing_of(config, described), folder)
+
+
+def open_clip_tower(name: str) -> OpenClipTower:
+    """One of open_clip's.
+
+    Raises:
+        CheckpointError: open_clip does not know it, or it treats pictures in a way of its own.
+    """
+    found = open_clip.find_tower(name)
+    preprocess = {key: value for key, value in found.preprocess_cfg.items() if value is not None}
+    size = found.model_cfg["vision_cfg"].get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    side = {"height": height, "width": width}
+    settings: dict[str, Any] = {
+        "image_mean": preprocess.get("mean", OPENAI_CLIP_MEAN),
+        "image_std": preprocess.get("std", OPENAI_CLIP_STD),
+        "resample": RESAMPLING.get(preprocess.get("interpolation", "bicubic")),
+    }
+    mode = preprocess.get("resize_mode", "shortest")
+    if mode == "squash":
+        settings |= {"size": side, "do_center_crop": False}
+    elif mode == "shortest" and height == width:
+        settings |= {"size": {"shortest_edge": height}, "crop_size": side}
+    if "size" not in settings or settings["resample"] is None:
+        raise CheckpointError(f"the open_clip tower {name!r} treats pictures by {preprocess}")
+    theirs = {each.name: getattr(found, each.name) for each in fields(found)}
+    return OpenClipTower(**theirs | {"prefix": OWN, "preprocessing": settings})
 
 
 def described_tower(
@@ -221,15 +270,18 @@ def hub_name(name: str) -> str:
 
 
 def local_folder(name: str, near: Path) -> Path | None:
-    """The folder of that name on this machine, the hub's cache included."""
-    if not name:
-        return None
-    for folder in (near / name, Path(name).expanduser()):
-        if folder.is_dir():
-            return folder
+    """The folder of that name, if there is one."""
+    folders = (near / name, Path(name).expanduser()) if name else ()
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def cached_folder(name: str) -> Path | None:
+    """What the hub's cache holds under that name; it may be less than everything."""
     hub = hub_name(name)
-    cached = try_to_load_from_cache(hub, "config.json") if re.fullmatch(r"[^/]+/[^/]+", hub) else ""
-    return Path(cached).parent if isinstance(cached, str) and cached else None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
+        return None
+    config = try_to_load_from_cache(hub, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def preprocessing_of(config: PreTrainedConfig, folder: Path | None) -> dict[str, Any]:
