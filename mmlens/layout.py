@@ -96,6 +96,12 @@ def check_span_name(name: str) -> None:
         )
 
 
+def check_one_prompt(n_rows: int, name: str) -> None:
+    """Raise a ValueError for a batch, in whose rows a span may have other positions."""
+    if n_rows != 1:
+        raise ValueError(f"{name} takes one prompt at a time; this batch has {n_rows}")
+
+
 def check_mask(tokens: Tensor, attention_mask: Tensor) -> None:
     """Raise a ValueError unless the mask fits the tokens and all padding is on the left."""
     if tokens.ndim != 2 or attention_mask.shape != tokens.shape:

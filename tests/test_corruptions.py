@@ -1,13 +1,20 @@
-"""`swap_span` and `noise_span`: what they change, and that they change nothing else."""
+"""Corruptions of words and pictures: what they change, and that they change nothing else."""
 
 from __future__ import annotations
 
+import math
+import random
+from contextlib import ExitStack
+from dataclasses import replace
+
 import pytest
 import torch
+from random_models import N_SPECIAL, VOCABULARY, Shape, hooked, random_llama
 from small_models import picture, small_inputs, small_model, worded_model
 from small_tokenizers import KINDS
 
-from mmlens import collate, noise_span, swap_span
+from mmlens import causal_trace, collate, noise_span, swap_span
+from mmlens.corruptions import blur_image, mean_image, noise_image, swap_image
 
 QUESTION = "What is the capital of this country?"
 
@@ -155,3 +162,194 @@ def test_generation_has_a_row_for_every_sample_of_noise(model):
     noisy = noise_span(model, clean, "constraint", samples=3)
     tokens = model.generate(noisy, 4, return_type="tokens", stop_at_eos=False)
     assert tokens.shape == (3, clean.n_pos + 4)
+
+
+# Pictures
+
+
+def several(model, seed, n_images=2):
+    """A prompt with several pictures."""
+    pictures = [picture(seed + index) for index in range(n_images)]
+    return model.prepare(QUESTION, pictures, spans={"constraint": "this country"}, template=None)
+
+
+def visual(model, inputs):
+    """The visual tokens [image, token, d_model] that the decoder is given, by sample of noise."""
+    embedded = model.input_embeddings(inputs)
+    starts, n = inputs.image_starts[0], inputs.n_visual_tokens
+    return torch.stack([embedded[:, start : start + n] for start in starts], dim=1)
+
+
+@pytest.mark.parametrize("level", ["pixels", "embeddings"])
+def test_another_picture(model, seed, level):
+    inputs = several(model, seed)
+    corrupted = swap_image(model, inputs, picture(seed + 9), which=1, level=level)
+    there = model.prepare(QUESTION, [picture(seed), picture(seed + 9)], template=None)
+    assert torch.allclose(visual(model, corrupted), visual(model, there), atol=1e-4)
+    assert torch.allclose(model(corrupted), model(there), atol=1e-3)
+    assert torch.equal(corrupted.tokens, inputs.tokens)
+    if level == "pixels":
+        assert corrupted.images[1].tobytes() == picture(seed + 9).tobytes()
+        assert corrupted.images[0] is inputs.images[0]
+    else:
+        assert corrupted.pixel_values is inputs.pixel_values
+
+
+def gaussian_blur(maps, sigma):
+    """Sums over reflected neighbours with normalised Gaussian weights, radius 3 sigma."""
+    for axis in (2, 3):
+        size = maps.shape[axis]
+        radius = min(math.ceil(3 * sigma), size - 1)
+        offsets = range(-radius, radius + 1)
+        weights = [math.exp(-(offset**2) / (2 * sigma**2)) for offset in offsets]
+        rows = []
+        for place in range(size):
+            total = 0
+            for offset, weight in zip(offsets, weights, strict=True):
+                at = abs(place + offset)
+                at = at if at < size else 2 * (size - 1) - at
+                total = total + weight * maps.select(axis, at)
+            rows.append(total / sum(weights))
+        maps = torch.stack(rows, dim=axis)
+    return maps
+
+
+@pytest.mark.parametrize("kind", ["blur", "mean"])
+@pytest.mark.parametrize("which", [None, 1])
+def test_blurred_and_mean_pixels(model, seed, kind, which):
+    inputs = several(model, seed)
+    if kind == "blur":
+        corrupted = blur_image(model, inputs, 0.8, which=which)
+        expected = gaussian_blur(inputs.pixel_values.double(), 0.8).float()
+    else:
+        corrupted = mean_image(model, inputs, which=which)
+        means = inputs.pixel_values.mean(dim=(2, 3), keepdim=True)
+        expected = means.expand_as(inputs.pixel_values)
+    if which is not None:
+        expected = torch.cat([inputs.pixel_values[:1], expected[1:]])
+    assert torch.allclose(corrupted.pixel_values, expected, atol=1e-5)
+    assert not torch.equal(corrupted.pixel_values, inputs.pixel_values)
+    assert corrupted.images is None and inputs.images is not None
+
+
+@pytest.mark.parametrize("kind", ["blur", "mean"])
+def test_blurred_and_mean_visual_tokens(model, seed, kind):
+    inputs = several(model, seed)
+    rows, columns = inputs.grid_size
+    before = visual(model, inputs)[0]
+    n_class = inputs.n_visual_tokens - rows * columns
+    maps = before[:, n_class:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    if kind == "blur":
+        corrupted = blur_image(model, inputs, 1.3, which=1, level="embeddings")
+        expected = gaussian_blur(maps.double(), 1.3).float()
+    else:
+        corrupted = mean_image(model, inputs, which=1, level="embeddings")
+        expected = maps.mean(dim=(2, 3), keepdim=True).expand_as(maps)
+    after = visual(model, corrupted)[0]
+    assert torch.allclose(after[1, n_class:], expected[1].flatten(1).T, atol=1e-4)
+    assert torch.equal(after[0], before[0]) and torch.equal(after[1, :n_class], before[1, :n_class])
+    words = ~inputs.is_image[0]
+    embedded = model.input_embeddings(corrupted)[0, words]
+    assert torch.equal(embedded, model.input_embeddings(inputs)[0, words])
+    trace = causal_trace(model, inputs, corrupted, layers=[0], positions=[inputs.span("image")])
+    assert trace.restored.shape == (3, 1, 1)
+
+
+def test_noise_on_pixels(model, seed):
+    inputs = asked(model)
+    noisy = noise_image(model, inputs, multiple=0.5, samples=3, seed=seed)
+    again = noise_image(model, inputs, multiple=0.5, samples=3, seed=seed)
+    assert torch.equal(noisy.noise, again.noise)
+    generator = torch.Generator().manual_seed(seed)
+    std = 0.5 * inputs.pixel_values.std()
+    after = visual(model, noisy)
+    for sample in range(3):
+        drawn = torch.randn(inputs.pixel_values.shape, generator=generator)
+        there = replace(inputs, pixel_values=inputs.pixel_values + std * drawn)
+        assert torch.allclose(after[sample], visual(model, there)[0], atol=1e-4)
+    assert len(model(noisy)) == 3
+
+
+def test_pictures_that_cannot_be_corrupted(model, seed):
+    inputs = several(model, seed)
+    corruptions = [
+        lambda given, **options: swap_image(model, given, picture(0), **options),
+        lambda given, **options: blur_image(model, given, 2.0, **options),
+        lambda given, **options: mean_image(model, given, **options),
+    ]
+    for corrupt in [*corruptions, lambda given, **options: noise_image(model, given, **options)]:
+        with pytest.raises(ValueError, match=r"which=2; the prompt has 2 picture\(s\)"):
+            corrupt(inputs, which=2)
+        with pytest.raises(ValueError, match="have no picture"):
+            corrupt(model.prepare(QUESTION, template=None))
+        batch = collate([inputs, inputs], model.tokenizer.pad_token_id)
+        with pytest.raises(ValueError, match="one prompt at a time; this batch has 2"):
+            corrupt(batch)
+    noisy = noise_span(model, inputs, "image", samples=1)
+    for corrupt in corruptions:
+        with pytest.raises(ValueError, match="noise already"):
+            corrupt(noisy, level="embeddings")
+    with pytest.raises(ValueError, match="sigma=0"):
+        blur_image(model, inputs, 0)
+    model.image_processor = None
+    with pytest.raises(ValueError, match="no image processor"):
+        swap_image(model, inputs, picture(0))
+
+
+# ROME
+
+
+def rome_trace(hf, tokens, noise, answer, position, layer, kind, width):
+    """P(answer) after "corrupted-with-restoration" (Meng et al. 2022, section 2.1), by batch.
+
+    Row 0 runs clean, the others with noise on the embeddings; at one token the clean row's state
+    (of `width` layers around `layer`, for a module's output) is put into the others; the
+    probability of the answer is averaged over them.
+    """
+    blocks = hf.model.layers
+    modules = {"resid_post": blocks, "mlp_out": [b.mlp for b in blocks]}
+    modules["attn_out"] = [b.self_attn for b in blocks]
+
+    def corrupt(module, args, output):
+        output = output.clone()
+        output[1:] += noise
+        return output
+
+    def put_clean(module, args, output):
+        first = (output[0] if isinstance(output, tuple) else output).clone()
+        first[1:, position] = first[0, position]
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    low = max(0, layer - width // 2)
+    high = min(len(blocks), layer - (-width // 2))
+    with ExitStack() as stack:
+        stack.callback(hf.model.embed_tokens.register_forward_hook(corrupt).remove)
+        for module in modules[kind][low:high]:
+            stack.callback(module.register_forward_hook(put_clean).remove)
+        logits = hf(input_ids=tokens.expand(1 + len(noise), -1)).logits
+    return logits[1:, -1].softmax(-1).mean(dim=0)[answer].item()
+
+
+@torch.no_grad()
+def test_the_noise_trace_is_romes(seed, tmp_path):
+    """A text-only model, the same noise: every cell equals the published procedure's."""
+    hf = random_llama(Shape(n_layers=4))
+    model = hooked(hf, tmp_path)
+    tokens = torch.randint(N_SPECIAL, VOCABULARY, (1, 7))
+    inputs = model.inputs_from_tokens(tokens, spans={"subject": [2, 3]})
+    spread = float(model.W_E[tokens[0, 2:4]].std())
+    corrupted = noise_span(model, inputs, "subject", std=spread, samples=4, seed=seed)
+    noise = corrupted.noise
+    assert noise[:, [2, 3]].ne(0).all() and noise[:, [0, 1, 4, 5, 6]].eq(0).all()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(noise.shape, generator=generator)
+    assert torch.allclose(noise[:, 2:4], 3 * spread * drawn[:, 2:4])
+    answer = random.randrange(N_SPECIAL, VOCABULARY)
+    for kind, width in (("resid_post", 1), ("mlp_out", 3), ("attn_out", 2)):
+        trace = causal_trace(
+            model, inputs, corrupted, sites=(kind,), window=width, answer=answer, positions=[3, 6]
+        )
+        for group, position in enumerate((3, 6)):
+            for layer in range(4):
+                expected = rome_trace(hf, tokens, noise, answer, position, layer, kind, width)
+                assert trace.restored[0, group, layer].item() == pytest.approx(expected, abs=1e-5)

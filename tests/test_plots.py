@@ -13,8 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from mmlens.attribution import AttentionContribution
 from mmlens.files import write_atomically
 from mmlens.plots import save
+from mmlens.plots.contributions import plot_contribution
 from mmlens.plots.labels import shorten, visible
 from mmlens.plots.profile import COLUMNS, plot_layer_profile
 from mmlens.plots.style import heat_scale
@@ -291,3 +293,40 @@ class TestStyle:
         assert visible("a\n<b>") == "a↵‹b›"
         assert len(shorten("x" * 50, 20)) == 20
         assert shorten("short", 20) == "short"
+
+
+class TestContributions:
+    def make(self, per_head: bool = False) -> AttentionContribution:
+        heads = (3,) if per_head else ()
+        return AttentionContribution(
+            values=torch.rand(4, *heads, 2, 7),
+            layers=(0, 1, 2, 5),
+            source=tuple(range(3, 10)),
+            destination=(11, 12),
+            source_labels=(*(f"<img {i // 3},{i % 3}>" for i in range(6)), " of"),
+            destination_labels=(" this", " country"),
+            source_patches=(*((0, i // 3, i % 3) for i in range(6)), (-1, -1, -1)),
+            grid_size=(2, 3),
+        )
+
+    @pytest.mark.parametrize("per_head", [False, True])
+    def test_the_numbers_are_the_means(self, seed: int, per_head: bool) -> None:
+        contribution = self.make(per_head)
+        over = (1, 2) if per_head else (1,)
+        figure = contribution.plot()
+        left, right = figure.data
+        means = contribution.values.mean(dim=over)
+        assert torch.allclose(torch.tensor(left.z), means)
+        layer = int(means.sum(dim=1).argmax())
+        assert torch.allclose(torch.tensor(right.z), means[layer, :6].view(2, 3))
+        assert left.x[-1] == "9  of" and list(left.y) == [0, 1, 2, 5]
+
+    def test_a_chosen_layer_and_no_picture(self, seed: int) -> None:
+        contribution = self.make()
+        figure = plot_contribution(contribution, layer=5)
+        assert torch.allclose(
+            torch.tensor(figure.data[1].z), contribution.values[3].mean(dim=0)[:6].view(2, 3)
+        )
+        with pytest.raises(ValueError, match="layer 3 is not among"):
+            plot_contribution(contribution, layer=3)
+        assert len(plot_contribution(contribution, image=1).data) == 1

@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from mmlens.attribution.where import Where, check_one_prompt, layers_of, positions_of
+from mmlens.attribution.where import Where, layers_of, positions_of
 from mmlens.components.norm import float32_or_wider
 from mmlens.hook_points import HookPoint
 from mmlens.inputs import MultimodalInputs
 from mmlens.interventions import Intervention, hook_name
+from mmlens.layout import check_one_prompt
 from mmlens.results import SavedResult
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def attention_contribution(
         >>> seen = attention_contribution(model, inputs, "image", "constraint", layers=[0])
         >>> spoken = attention_contribution(model, inputs, "constraint", "last")
     """
-    check_one_prompt(inputs, "attention_contribution")
+    check_one_prompt(len(inputs), "attention_contribution")
     chosen = layers_of(model, layers)
     sources, destinations = positions_of(inputs, source), positions_of(inputs, destination)
     values = read_attention(
@@ -212,7 +213,7 @@ def attention_vectors(
     Summed over all positions as sources they are `attn_out` without `b_O`. Arguments and errors as
     in `attention_contribution`, whose values are the norms of these.
     """
-    check_one_prompt(inputs, "attention_vectors")
+    check_one_prompt(len(inputs), "attention_vectors")
     sources, destinations = positions_of(inputs, source), positions_of(inputs, destination)
     return read_attention(model, inputs, sources, destinations, layers_of(model, layers), vectors)
 

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.attribution.where import Where, check_one_prompt, layers_of, positions_of
+from mmlens.attribution.where import Where, layers_of, positions_of
 from mmlens.hooks import knockout
 from mmlens.inputs import MultimodalInputs
 from mmlens.interventions import Intervention, window
+from mmlens.layout import check_one_prompt
 from mmlens.results import SavedResult
 from mmlens.tracing import Answer, given_answer, make_answer, with_answer
 
@@ -112,7 +113,7 @@ def attention_knockout(
     Example:
         >>> cut = attention_knockout(model, inputs, "image", "last", window=5)
     """
-    check_one_prompt(inputs, "attention_knockout")
+    check_one_prompt(len(inputs), "attention_knockout")
     centres = layers_of(model, layers)
     recording, target = record_with_answer(model, inputs, answer)
     sources = positions_of(recording.inputs, source)

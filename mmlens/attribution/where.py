@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmlens.inputs import MultimodalInputs
+from mmlens.layout import check_one_prompt
 from mmlens.tracing import given_answer
 
 if TYPE_CHECKING:
@@ -56,15 +57,9 @@ def layers_of(model: HookedMultimodalTransformer, layers: Iterable[int] | None) 
     return chosen
 
 
-def check_one_prompt(inputs: MultimodalInputs, what: str) -> None:
-    """Raise a ValueError for a batch: a span has other positions in each row."""
-    if len(inputs) != 1:
-        raise ValueError(f"{what} takes one prompt at a time; this batch has {len(inputs)}")
-
-
 def check_single_run(inputs: MultimodalInputs, what: str) -> None:
     """Raise a ValueError for anything that runs as several rows: a batch, samples of noise."""
-    check_one_prompt(inputs, what)
+    check_one_prompt(len(inputs), what)
     if inputs.noise is not None and len(inputs.noise) > 1:
         raise ValueError(f"{what} takes one run; these inputs have {len(inputs.noise)} of noise")
 
