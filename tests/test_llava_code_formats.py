@@ -17,9 +17,11 @@ import torch
 from llava_code_checkpoints import Checkpoint, Parts, load, parts, some_images, write, write_tower
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, PhiConfig
 
 from mmlens.checkpoints import CheckpointError, format_of
+from mmlens.checkpoints.hf_configs import decoder_fields
+from mmlens.checkpoints.llava_phi_msft import phi_config
 from mmlens.model import HookedMultimodalTransformer
 
 TOLERANCE = 1e-4
@@ -82,7 +84,6 @@ def same(a: HookedMultimodalTransformer, b: HookedMultimodalTransformer) -> bool
 def test_logits_and_every_block_equal_the_parts(case: str, tmp_path: Path) -> None:
     these, checkpoint = made(case)
     model = load(write(tmp_path, checkpoint))
-    assert format_of(tmp_path) is not None
     prompts = these.prompts(some_images())
     given = these.embeddings(prompts)
     expected = these.decoder(**given, position_ids=prompts.position_ids, output_hidden_states=True)
@@ -131,6 +132,15 @@ def test_each_format_recognises_its_own(tmp_path: Path) -> None:
         write(tmp_path / name, made(name)[1])
         found = [key for key, form in FORMATS.items() if form is format_of(tmp_path / name)]
         assert found == [CASES[name][1]]
+
+
+def test_any_number_of_rotated_dimensions(tmp_path: Path) -> None:
+    config, _ = made("LLaVA-Phi, first layout")[1]
+    for d_head, rotary_dim in [(80, 32), (44, 30), (47, 6), (10, 10)]:
+        sizes = {"n_head": 2, "n_embd": 2 * d_head, "n_head_kv": 1, "rotary_dim": rotary_dim}
+        phi = PhiConfig(**phi_config(config | sizes))
+        assert decoder_fields(phi)["d_head"] == d_head
+        assert int(d_head * phi.rope_parameters["partial_rotary_factor"]) == rotary_dim
 
 
 # Files

@@ -62,6 +62,7 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
 def phi_config(first: dict[str, Any]) -> dict[str, Any]:
     """The fields of Phi-2's first config.json under transformers' names."""
     width, heads = first["n_embd"], first["n_head"]
+    d_head = width // heads
     return {
         "vocab_size": first["vocab_size"],
         "hidden_size": width,
@@ -72,7 +73,8 @@ def phi_config(first: dict[str, Any]) -> dict[str, Any]:
         "hidden_act": first.get("activation_function", "gelu_new"),
         "layer_norm_eps": first.get("layer_norm_epsilon", 1e-5),
         "max_position_embeddings": first["n_positions"],
-        "partial_rotary_factor": first["rotary_dim"] / (width // heads),
+        # Half a dimension more, for their product is rounded down.
+        "partial_rotary_factor": min(1.0, (first["rotary_dim"] + 0.5) / d_head),
         "tie_word_embeddings": first.get("tie_word_embeddings", False),
         "bos_token_id": first.get("bos_token_id", END_OF_TEXT),
         "eos_token_id": first.get("eos_token_id", END_OF_TEXT),
