@@ -25,6 +25,7 @@ from mmlens.tracing import Answer, given_answer, make_answer, with_answer
 
 if TYPE_CHECKING:
     import pandas as pd
+    from plotly.graph_objects import Figure
 
     from mmlens.branching import Recording
     from mmlens.model import HookedMultimodalTransformer
@@ -76,6 +77,12 @@ class AttentionKnockout(SavedResult):
                 "relative_effect": self.relative_effect.tolist(),
             }
         )
+
+    def plot(self) -> Figure:
+        """The probability by layer; see `mmlens.plots.knockout`."""
+        from mmlens.plots.knockout import plot_knockout
+
+        return plot_knockout(self)
 
 
 @torch.no_grad()

@@ -9,8 +9,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from mmlens.cli.contributions import contributions
 from mmlens.cli.demo import demo
 from mmlens.cli.errors import UserError
+from mmlens.cli.knockout import knockout
 from mmlens.cli.trace import trace
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(trace)
+app.command()(contributions)
+app.command()(knockout)
 
 
 def _print_version(wanted: bool | None) -> None:

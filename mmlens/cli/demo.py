@@ -12,7 +12,7 @@ from mmlens.cli import options, trace
 from mmlens.cli.console import out as console
 from mmlens.cli.console import waiting
 from mmlens.cli.errors import UserError, explained
-from mmlens.cli.show import save_trace
+from mmlens.cli.show import save_result
 
 if TYPE_CHECKING:
     from mmlens.data import VisualQuestion
@@ -53,7 +53,7 @@ def demo(
         window=window,
         positions=("constraint", "last"),
     )
-    save_trace(traced, folder)
+    save_result(traced, folder, "trace")
 
 
 def find_question(country: str, relation: str) -> VisualQuestion:

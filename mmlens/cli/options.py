@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,44 @@ import typer
 
 from mmlens.cli.errors import UserError
 
+Image = Annotated[Path, typer.Argument(help="A picture.", show_default=False)]
+Question = Annotated[
+    str, typer.Argument(help="A question, or a text to go on with.", show_default=False)
+]
+Constraint = Annotated[
+    str,
+    typer.Option(help="The words of the question that point at the picture.", show_default=False),
+]
+Template = Annotated[
+    str,
+    typer.Option(
+        help='What stands around the question: a text with {question}, "auto" for the '
+        'model\'s own, or "none".'
+    ),
+]
+Answer = Annotated[
+    str | None,
+    typer.Option(help="Whose probability is followed; by default the most probable next token."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="A folder for figure and numbers; without it they are only printed."),
+]
+Source = Annotated[
+    str,
+    typer.Option(
+        "--from", help="What is looked at: image, constraint, question, or words of the question."
+    ),
+]
+Destination = Annotated[
+    str,
+    typer.Option(
+        "--to", help="What looks: constraint, question, last (token), or words of the question."
+    ),
+]
+Layers = Annotated[
+    str | None, typer.Option(help="Layers like 0,3-5; all by default.", show_default=False)
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default the GPU if there is one.")
 ]
@@ -39,6 +78,29 @@ def comma_list(text: str, name: str) -> tuple[str, ...]:
     return parts
 
 
+def layer_list(text: str | None) -> list[int] | None:
+    """The layers of an option like ``--layers 0,3-5``; None for all.
+
+    Raises:
+        UserError: something else than numbers and ranges.
+    """
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in comma_list(text, "--layers"):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        first, last = (int(number or found[1]) for number in found.groups()) if found else (1, 0)
+        if first > last:
+            raise UserError(f"--layers: {part!r} is neither a layer nor a range like 3-5")
+        layers += range(first, last + 1)
+    return list(dict.fromkeys(layers))
+
+
+def template_of(template: str) -> str | None:
+    """What `model.prepare` takes for ``--template``: "none" is None."""
+    return None if template == "none" else template
+
+
 def check_picture(path: Path) -> None:
     """Look at the file without the seconds that torch takes to import.
 
@@ -58,8 +120,8 @@ def check_picture(path: Path) -> None:
         raise UserError(f"{path} is not a picture that can be read ({error})") from error
 
 
-def check_phrase(question: str, phrase: str, template: str | None) -> None:
-    """Look for the constraint before the model is loaded.
+def check_phrase(question: str, phrase: str, template: str, option: str = "--constraint") -> None:
+    """Look for words of the question before the model is loaded.
 
     Raises:
         UserError: it is neither in the question nor in the template.
@@ -70,9 +132,9 @@ def check_phrase(question: str, phrase: str, template: str | None) -> None:
         find_span(question, phrase)
     except SpanNotFoundError as error:
         try:
-            find_span(template or "", phrase)
+            find_span("" if template in ("auto", "none") else template, phrase)
         except SpanNotFoundError:
-            raise UserError(f"--constraint: {error}") from error
+            raise UserError(f"{option}: {error}") from error
 
 
 def check_device(device: str | None) -> None:

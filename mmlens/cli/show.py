@@ -12,6 +12,7 @@ from rich.table import Table
 from mmlens.cli.console import err, out, waiting
 
 if TYPE_CHECKING:
+    from mmlens.attribution import AttentionContribution, AttentionKnockout
     from mmlens.inputs import MultimodalInputs
     from mmlens.model import HookedMultimodalTransformer
     from mmlens.tracing import CausalTrace
@@ -81,23 +82,25 @@ def print_trace(trace: CausalTrace) -> None:
     console.print(TerminalHeatmap(trace))
 
 
-def save_trace(trace: CausalTrace, folder: Path) -> None:
-    """`trace.safetensors`, `.csv`, `.html` and, where a browser can draw it, `.png`."""
+def save_result(
+    result: CausalTrace | AttentionContribution | AttentionKnockout, folder: Path, name: str
+) -> None:
+    """A result as `.safetensors`, `.csv`, `.html` and, where a browser can draw it, `.png`."""
     from mmlens.files import write_atomically
     from mmlens.plots.save import FigureNotSaved, save_figure
 
     with waiting("saving ..."):
-        trace.save(folder / "trace.safetensors")
-        write_atomically(folder / "trace.csv", trace.to_dataframe().to_csv(index=False))
-        figure = trace.plot()
-        save_figure(figure, folder / "trace.html")
-        names = ["trace.safetensors", "trace.csv", "trace.html"]
+        result.save(folder / f"{name}.safetensors")
+        write_atomically(folder / f"{name}.csv", result.to_dataframe().to_csv(index=False))
+        figure = result.plot()
+        save_figure(figure, folder / f"{name}.html")
+        names = [f"{name}.safetensors", f"{name}.csv", f"{name}.html"]
         remark = ""
         try:
-            save_figure(figure, folder / "trace.png")
-            names.append("trace.png")
+            save_figure(figure, folder / f"{name}.png")
+            names.append(f"{name}.png")
         except FigureNotSaved as error:
-            remark = f"no trace.png: {error}"
+            remark = f"no {name}.png: {error}"
     out().print(f"\nsaved in {escape(str(folder))}: {', '.join(names)}", soft_wrap=True)
     if remark:
         err().print(remark, style="dim", markup=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -11,7 +10,7 @@ import typer
 from mmlens.cli import options
 from mmlens.cli.console import progress_bar, waiting
 from mmlens.cli.errors import UserError, explained
-from mmlens.cli.show import print_answers, print_trace, save_trace
+from mmlens.cli.show import print_answers, print_trace, save_result
 
 if TYPE_CHECKING:
     from mmlens.inputs import MultimodalInputs
@@ -23,16 +22,9 @@ POSITIONS = ("constraint", "last", "each")
 
 
 def trace(
-    image: Annotated[Path, typer.Argument(help="A picture.", show_default=False)],
-    question: Annotated[
-        str, typer.Argument(help="A question, or a text to go on with.", show_default=False)
-    ],
-    constraint: Annotated[
-        str,
-        typer.Option(
-            help="The words of the question that point at the picture.", show_default=False
-        ),
-    ],
+    image: options.Image,
+    question: options.Question,
+    constraint: options.Constraint,
     model: options.Model = "demo",
     corrupt_with: Annotated[
         str, typer.Option(help="The word that takes the constraint's place in the corrupted run.")
@@ -46,24 +38,12 @@ def trace(
             "or each: every position, one at a time."
         ),
     ] = "constraint,last",
-    answer: Annotated[
-        str | None,
-        typer.Option(help="Whose probability is traced; by default the most probable next token."),
-    ] = None,
-    template: Annotated[
-        str,
-        typer.Option(
-            help='What stands around the question: a text with {question}, "auto" for the '
-            'model\'s own, or "none".'
-        ),
-    ] = "auto",
+    answer: options.Answer = None,
+    template: options.Template = "auto",
     method: options.Method = "branch",
     device: options.Device = None,
     dtype: options.Dtype = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="A folder for figure and numbers; without it they are only printed."),
-    ] = None,
+    out: options.Out = None,
 ) -> None:
     """Trace a question about a picture: which layers and positions carry the answer?
 
@@ -71,7 +51,7 @@ def trace(
     are put back into the corrupted run, one site, layer and group of positions at a time.
     """
     options.check_picture(image)
-    options.check_phrase(question, constraint, None if template in ("auto", "none") else template)
+    options.check_phrase(question, constraint, template)
     chosen_sites = options.comma_list(sites, "--sites")
     names = position_names(positions)
     folder = options.writable_folder(out) if out else None
@@ -84,7 +64,7 @@ def trace(
             question,
             str(image),
             spans={"constraint": constraint},
-            template=None if template == "none" else template,
+            template=options.template_of(template),
         )
     result = ask_and_trace(
         loaded,
@@ -99,7 +79,7 @@ def trace(
         method=method,
     )
     if folder:
-        save_trace(result, folder)
+        save_result(result, folder, "trace")
 
 
 def position_names(positions: str) -> tuple[str, ...]:

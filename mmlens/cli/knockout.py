@@ -1,0 +1,84 @@
+"""`mmlens knockout`: what is left of the answer when positions cannot look at others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from mmlens.cli import options
+from mmlens.cli.between import check_spans, open_prompt
+from mmlens.cli.console import out as console
+from mmlens.cli.console import progress_bar
+from mmlens.cli.errors import explained
+from mmlens.cli.show import bar, save_result
+
+if TYPE_CHECKING:
+    from mmlens.attribution import AttentionKnockout
+
+
+def knockout(
+    image: options.Image,
+    question: options.Question,
+    source: options.Source = "image",
+    destination: options.Destination = "last",
+    constraint: Annotated[
+        str | None,
+        typer.Option(help="The words of the question that point at the picture."),
+    ] = None,
+    model: options.Model = "demo",
+    layers: options.Layers = None,
+    window: Annotated[
+        int, typer.Option(min=1, help="How many adjacent layers are cut together.")
+    ] = 1,
+    answer: options.Answer = None,
+    template: options.Template = "auto",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    out: options.Out = None,
+) -> None:
+    """What is left of the answer when the words of --to cannot look at those of --from?
+
+    Attention between them is cut before the softmax, in a window of layers around each layer.
+    """
+    options.check_picture(image)
+    phrases = check_spans(question, source, destination, constraint, template)
+    chosen = options.layer_list(layers)
+    folder = options.writable_folder(out) if out else None
+    options.check_device(device)
+    loaded, inputs = open_prompt(image, question, phrases, template, model, device, dtype)
+    from mmlens.attribution import attention_knockout
+
+    with explained(), progress_bar("cutting") as moved:
+        result = attention_knockout(
+            loaded,
+            inputs,
+            source,
+            destination,
+            layers=chosen,
+            window=window,
+            answer=answer,
+            progress=moved,
+        )
+    cut = "one layer" if window == 1 else f"{window} layers"
+    console().print(
+        f"P([bold]{escape(result.answer.strip())}[/]) is {result.clean:.3f}; with the attention of "
+        f"[bold]{escape(destination)}[/] to [bold]{escape(source)}[/] cut in {cut}:\n"
+    )
+    console().print(knockout_table(result))
+    if folder:
+        save_result(result, folder, "knockout")
+
+
+def knockout_table(result: AttentionKnockout) -> Table:
+    """A row per window: the probability that is left, its bar, and the change."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("layer", "P(answer)", "", "change"):
+        table.add_column(title)
+    for layer, left, change in zip(
+        result.layers, result.probability.tolist(), result.effect.tolist(), strict=True
+    ):
+        table.add_row(str(layer), f"{left:.3f}", f"[blue]{bar(left)}[/]", f"{change:+.3f}")
+    return table
