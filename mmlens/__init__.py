@@ -17,11 +17,30 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0"
 
 if TYPE_CHECKING:
+    from mmlens.attribution import (
+        AttentionContribution,
+        AttentionKnockout,
+        AttributionPatching,
+        DirectLogitAttribution,
+        LogitLens,
+        attention_contribution,
+        attention_knockout,
+        attribution_patching,
+        direct_logit_attribution,
+        logit_lens,
+    )
     from mmlens.branching import Recording
     from mmlens.checkpoints.errors import CheckpointError
     from mmlens.components import KeyValueCache
     from mmlens.config import MultimodalConfig, ProjectorConfig, VisionConfig
-    from mmlens.corruptions import noise_span, swap_span
+    from mmlens.corruptions import (
+        blur_image,
+        mean_image,
+        noise_image,
+        noise_span,
+        swap_image,
+        swap_span,
+    )
     from mmlens.data import VisualQuestion, demo_questions
     from mmlens.hook_points import ActivationCache, HookPoint
     from mmlens.inputs import MultimodalInputs, collate
@@ -33,35 +52,54 @@ if TYPE_CHECKING:
 # TransformerLens take seconds, which `mmlens --help` should not.
 _PUBLIC = {
     "ActivationCache": "hook_points",
+    "AttentionContribution": "attribution",
+    "AttentionKnockout": "attribution",
+    "AttributionPatching": "attribution",
     "CausalTrace": "tracing",
     "CheckpointError": "checkpoints.errors",
+    "DirectLogitAttribution": "attribution",
     "HookPoint": "hook_points",
     "HookedMultimodalTransformer": "model",
     "Intervention": "interventions",
     "KeyValueCache": "components",
+    "LogitLens": "attribution",
     "MultimodalConfig": "config",
     "MultimodalInputs": "inputs",
     "ProjectorConfig": "config",
     "Recording": "branching",
     "VisionConfig": "config",
     "VisualQuestion": "data",
+    "attention_contribution": "attribution",
+    "attention_knockout": "attribution",
+    "attribution_patching": "attribution",
+    "blur_image": "corruptions",
     "causal_trace": "tracing",
     "collate": "inputs",
     "demo_questions": "data",
+    "direct_logit_attribution": "attribution",
     "hook_name": "interventions",
+    "logit_lens": "attribution",
+    "mean_image": "corruptions",
+    "noise_image": "corruptions",
     "noise_span": "corruptions",
+    "swap_image": "corruptions",
     "swap_span": "corruptions",
     "window": "interventions",
 }
 
 __all__ = [
     "ActivationCache",
+    "AttentionContribution",
+    "AttentionKnockout",
+    "AttributionPatching",
     "CausalTrace",
     "CheckpointError",
+    "DirectLogitAttribution",
     "HookPoint",
     "HookedMultimodalTransformer",
     "Intervention",
     "KeyValueCache",
+    "LogitLens",
     "MultimodalConfig",
     "MultimodalInputs",
     "ProjectorConfig",
@@ -69,11 +107,20 @@ __all__ = [
     "VisionConfig",
     "VisualQuestion",
     "__version__",
+    "attention_contribution",
+    "attention_knockout",
+    "attribution_patching",
+    "blur_image",
     "causal_trace",
     "collate",
     "demo_questions",
+    "direct_logit_attribution",
     "hook_name",
+    "logit_lens",
+    "mean_image",
+    "noise_image",
     "noise_span",
+    "swap_image",
     "swap_span",
     "window",
 ]

@@ -107,10 +107,17 @@ def test_contributions_under_padding(seed, tmp_path):
     assert found[..., :n_pad].eq(0).all()
 
 
-@pytest.mark.parametrize("kind", ["plain", "biased"])
+KINDS = {
+    "plain": {"o_bias": False, "qkv_bias": False},
+    "biased": {"o_bias": True, "qkv_bias": True},
+    "parallel": {"parallel_attn_mlp": True, "normalization_type": "LN"},
+    "local": {"n_layers": 3, "attn_types": ("local", "global", "local"), "window_size": 3},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_vectors_sum_to_the_attention_output(seed, kind):
-    bias = kind == "biased"
-    model = small_model(seed, o_bias=bias, qkv_bias=bias)
+    model = small_model(seed, **KINDS[kind])
     inputs = small_inputs(model, seed)
     everywhere = list(range(inputs.n_pos))
     vectors = attention_vectors(model, inputs, everywhere, everywhere)
@@ -386,10 +393,11 @@ def test_the_lens_reads_visual_tokens(seed, tmp_path):
             analysis(model, noisy)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", ["RMS", "LN"])
 @pytest.mark.parametrize("per_head", [False, True])
-def test_direct_attributions_sum_to_the_logit(seed, norm, per_head):
-    model = small_model(seed, normalization_type=norm, o_bias=True)
+def test_direct_attributions_sum_to_the_logit(seed, norm, per_head, kind):
+    model = small_model(seed, **{**KINDS[kind], "normalization_type": norm, "o_bias": True})
     inputs = small_inputs(model, seed)
     token, contrast = random.sample(range(D_VOCAB), 2)
     found = direct_logit_attribution(model, inputs, token, contrast=contrast, per_head=per_head)
