@@ -9,49 +9,63 @@ list of interventions. It cannot change what lies below its first layer, nor (at
 what lies before its first position; so it starts at that layer from the recorded residual stream,
 over the remaining positions only, and attends to the recorded keys and values of the others.
 
-`recording.run(branches)` evaluates many branches in one pass up the layers, with a batch that
-grows: branches join it at the layer where they first differ. Branches with different first
-positions go in different passes.
+`recording.run(branches)` evaluates many branches in one pass up the layers (`mmlens.joined_run`).
+`recording.record(other_inputs)` is the recording of a prompt that begins in the same way: only what
+follows is computed, and kept.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmlens.components import KeyValueCache
-from mmlens.components.key_value_cache import for_rows
-from mmlens.hook_points import HookPoint
+from mmlens.components import KeyValueCache, Packing, SharedPast
+from mmlens.hook_points import HookPoint, listens
 from mmlens.hooks import HookFunction
-from mmlens.inputs import MultimodalInputs
+from mmlens.inputs import MultimodalInputs, common_prefix
 from mmlens.interventions import Intervention
+from mmlens.joined_run import Branch, Start, run_joined, start_of
+from mmlens.passes import Pass, is_out_of_memory, passes
+from mmlens.pictures import Pictures
 
 if TYPE_CHECKING:
     from mmlens.model import HookedMultimodalTransformer
 
-Branch = Sequence[Intervention | tuple[str, HookFunction]]
-"""What a branch changes. A bare `(hook name, function)` may do anything, so a branch with one of
-them is run from the beginning."""
-Readout = Callable[[Float[Tensor, "row read d_vocab"]], Tensor]
+Readout = Callable[[Float[Tensor, "row read n_tokens"]], Tensor]
 
 
-@dataclass(frozen=True)
-class Pass:
-    """Branches that are computed together."""
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """What a recording holds of the positions from `begin` on."""
 
-    first: int
-    """The first position that is computed."""
-    indices: tuple[int, ...]
-    """Which branches, in the order in which they join."""
-    layers: tuple[int, ...] | None
-    """The layer at which each joins; None where they are run from the beginning instead."""
+    begin: int
+    resid: tuple[Float[Tensor, "row own d_model"], ...]
+    """The residual stream that enters each layer, and the one behind the last."""
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    """Per layer: [row, own, kv_head, d_head]."""
+
+    def behind(self, before: Stretch) -> Stretch:
+        """With the positions of another that lie before it."""
+        n = self.begin - before.begin
+        return Stretch(
+            before.begin,
+            tuple(map(lambda old, new: joined(old[:, :n], new), before.resid, self.resid)),
+            tuple(
+                (joined(old[0][:, :n], new[0]), joined(old[1][:, :n], new[1]))
+                for old, new in zip(before.keys_values, self.keys_values, strict=True)
+            ),
+        )
+
+
+def joined(before: Tensor, after: Tensor) -> Tensor:
+    """Along the positions; a single row of `before` serves all."""
+    return torch.cat([before.expand(len(after), *before.shape[1:]), after], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,32 +77,103 @@ class Recording:
 
     model: HookedMultimodalTransformer
     inputs: MultimodalInputs
-    resid: tuple[Float[Tensor, "batch pos d_model"], ...]
-    """The residual stream that enters each layer, and the one behind the last."""
-    past: KeyValueCache
-    """Keys and values of all positions, frozen."""
+    own: Stretch
+    shared: Stretch | None
+    """Of the recording that this one began like, which holds the positions before `own`."""
+    pictures: Pictures | None
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> Recording:
         """Run the model once, and keep."""
-        past = KeyValueCache(model.cfg.n_layers)
-        stream: list[Tensor] = []
+        pictures = Pictures.encoded(model, inputs)
+        resid = model.input_embeddings(inputs, None if pictures is None else pictures.visual)
+        mask, cos_sin = model.attention_context(resid, inputs.attention_mask, None, None)
+        own = keep_run(model, resid, 0, cos_sin=cos_sin, mask=mask)
+        return cls(model, inputs, own, None, pictures)
 
-        def keep(activation: Tensor, hook: HookPoint) -> None:
-            stream.append(activation)
+    @torch.no_grad()
+    def record(self, inputs: MultimodalInputs) -> Recording:
+        """The recording of inputs that begin like these: only the rest is computed and kept.
 
-        entering = [(f"blocks.{layer}.hook_resid_pre", keep) for layer in range(model.cfg.n_layers)]
-        with model.hooks(fwd_hooks=entering):
-            final = model(inputs, past_kv_cache=past, stop_at_layer=model.cfg.n_layers)
-        past.frozen = True
-        return cls(model, inputs, (*stream, final), past)
+        Pictures that are the same are not encoded again. A prompt that has nothing in common with
+        this one is recorded from the beginning.
+
+        Example:
+            >>> clean = model.record(inputs)
+            >>> corrupted = clean.record(swap_span(model, inputs, "constraint", "Paris"))
+        """
+        inputs = self.model.to_inputs(inputs)
+        first = min(common_prefix(self.inputs, inputs), inputs.n_pos - 1)
+        if not first or self.n_rows not in (1, inputs.n_rows) or listens(self.model):
+            return Recording.of(self.model, inputs)
+        pictures = Pictures.encoded(self.model, inputs, known=self.pictures)
+        visual = None if pictures is None else pictures.visual
+        resid = self.model.input_embeddings(inputs, visual)[:, first:]
+        past = self.past_before(first, inputs)
+        past.keys = past.queries = Packing([first], inputs.n_pos)
+        cos_sin = self.model.rotary.cos_sin(inputs.position_ids[:, first:], resid.dtype)
+        own = keep_run(self.model, resid, first, cos_sin=cos_sin, cache=past)
+        shared = self.own if self.shared is None else self.shared
+        if self.shared is not None and first > self.own.begin:
+            own = own.behind(self.own)
+        return Recording(self.model, inputs, own, shared, pictures)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the recorded batch (samples of noise count as rows)."""
+        return self.own.resid[0].shape[0]
+
+    @cached_property
+    def _whole(self) -> Stretch:
+        return self.own if self.shared is None else self.own.behind(self.shared)
+
+    @property
+    def resid(self) -> tuple[Float[Tensor, "batch pos d_model"], ...]:
+        """The residual stream that enters each layer, and the one behind the last."""
+        return self._whole.resid
+
+    @property
+    def past(self) -> KeyValueCache:
+        """Keys and values of all positions, frozen."""
+        return KeyValueCache.holding(self._whole.keys_values, self.inputs.attention_mask)
+
+    def resid_from(self, layer: int, first: int) -> Float[Tensor, "batch suffix d_model"]:
+        """What enters a layer (`n_layers`: the final norm), from a position on."""
+        own = self.own.resid[layer]
+        if self.shared is None or first >= self.own.begin:
+            return own[:, first - self.own.begin :]
+        return joined(self.shared.resid[layer][:, first : self.own.begin], own)
+
+    def past_before(self, first: int, inputs: MultimodalInputs | None = None) -> SharedPast:
+        """What continuations from `first` on look at: of `inputs`, or of the recorded ones."""
+        inputs = self.inputs if inputs is None else inputs
+        if self.shared is None:
+            origin, before, after = first, self.own, self.own
+        else:
+            origin, before, after = min(first, self.own.begin), self.shared, self.own
+            if origin < self.own.begin:
+                after = self._whole
+        at = origin - after.begin
+        return SharedPast(
+            origin=origin,
+            n_pos=inputs.n_pos,
+            prefix=[(k[:, :origin], v[:, :origin]) for k, v in before.keys_values],
+            base=[(k[:, at:], v[:, at:]) for k, v in after.keys_values],
+            key_mask=None if bool(inputs.attention_mask.all()) else inputs.attention_mask,
+        )
 
     def logits(
         self, positions: Int[Tensor, " read"] | Sequence[int] | None = None
     ) -> Float[Tensor, "batch read d_vocab"]:
         """The recorded run's logits at `positions` (the last one by default)."""
-        return self._logits(self.resid[-1], self._read(positions))
+        read = self._read(positions)
+        first = min(read)
+        resid = self.resid_from(self.model.cfg.n_layers, first)
+        at = torch.tensor(read, device=resid.device) - first
+        if listens(self.model):  # a hook on the final norm counts positions
+            return self.model.unembed(self.model.ln_final(self.resid[-1])[:, at + first])
+        return self.model.unembed(self.model.ln_final(resid[:, at]))
 
     def run(
         self,
@@ -96,7 +181,8 @@ class Recording:
         readout: Readout,
         *,
         positions: Int[Tensor, " read"] | Sequence[int] | None = None,
-        batch_rows: int = 64,
+        tokens: Int[Tensor, " n_tokens"] | Sequence[int] | None = None,
+        batch_rows: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Evaluate every branch, and stack what `readout` makes of it.
@@ -106,10 +192,13 @@ class Recording:
 
         Args:
             branches: what each branch changes.
-            readout: called with the logits [row, read, d_vocab] of some branches, one row per
+            readout: called with the logits [row, read, n_tokens] of some branches, one row per
                 branch and row of the recording; what it returns keeps the first axis.
             positions: where logits are read; the last position by default.
-            batch_rows: the most rows computed at once (but at least one branch).
+            tokens: whose logits are computed; the whole vocabulary by default, which
+                probabilities need.
+            batch_rows: the most rows computed at once (but at least one branch); None takes what
+                fits into free memory and is fast. Either way it is halved when memory runs out.
             progress: called with the number of branches done since the last call.
 
         Returns:
@@ -123,147 +212,78 @@ class Recording:
         if not branches:
             raise ValueError("no branches to run")
         read = self._read(positions)
+        plain = listens(self.model)
+        starts = [None if plain else start_of(self, branch, read) for branch in branches]
+        pending = passes(starts, self.inputs.n_pos, self.n_rows, self.model, batch_rows)
         results: dict[int, Tensor] = {}
-        for each in self._passes(branches, read, max(1, batch_rows // self.n_rows)):
-            chosen = [branches[index] for index in each.indices]
-            if each.layers is None:
-                logits = torch.cat([self._run_plainly(branch, read) for branch in chosen])
-            else:
-                logits = self._run_joined(chosen, each.layers, each.first, read)
-            rows = readout(logits).unflatten(0, (len(chosen), self.n_rows))
+        while pending:
+            each = pending.pop(0)
+            rows = self._evaluated(each, branches, starts, read, tokens, readout)
+            if rows is None:
+                pending = [part for old in (each, *pending) for part in old.within(each.size // 2)]
+                continue
             results.update(zip(each.indices, rows, strict=True))
             if progress is not None:
-                progress(len(chosen))
+                progress(len(each.indices))
         return torch.stack([results[index] for index in range(len(branches))])
 
-    @property
-    def n_rows(self) -> int:
-        """Rows of the recorded batch (samples of noise count as rows)."""
-        return self.resid[0].shape[0]
+    def _evaluated(
+        self,
+        each: Pass,
+        branches: Sequence[Branch],
+        starts: Sequence[Start | None],
+        read: list[int],
+        tokens: Tensor | Sequence[int] | None,
+        readout: Readout,
+    ) -> Tensor | None:
+        """What `readout` makes of a pass [branch, row, ...]; None where memory ran out."""
+        chosen = [branches[index] for index in each.indices]
+        try:
+            if each.is_plain:
+                resid = torch.cat([self._run_plainly(branch, read) for branch in chosen])
+            else:
+                declared: Any = chosen
+                joining: Any = [starts[index] for index in each.indices]
+                resid = run_joined(self, declared, joining, read)
+            logits = self.model.unembed(resid, None if tokens is None else torch.as_tensor(tokens))
+            return readout(logits).unflatten(0, (len(chosen), self.n_rows))
+        except (RuntimeError, MemoryError) as error:
+            if len(chosen) == 1 or not is_out_of_memory(error):
+                raise
+            return None
 
-    def _read(self, positions: Tensor | Sequence[int] | None) -> Tensor:
-        n_pos = self.inputs.n_pos
-        read = torch.as_tensor([n_pos - 1] if positions is None else positions)
-        if not len(read) or not 0 <= int(read.min()) <= int(read.max()) < n_pos:
-            raise ValueError(f"cannot read at {read.tolist()}; positions are 0 ... {n_pos - 1}")
-        return read.to(self.resid[0].device)
-
-    def _passes(self, branches: Sequence[Branch], read: Tensor, size: int) -> Iterator[Pass]:
-        """Which branches go together: those with the same first position, up to `size`."""
-        last = int(read.min())
-        plain = listens(self.model)
-        groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for index, branch in enumerate(branches):
-            start = self._start(branch)
-            layer, first = (-1, 0) if plain or start is None else start
-            groups[min(first, last)].append((layer, index))
-        for first, members in sorted(groups.items()):
-            below = [index for layer, index in members if layer < 0]
-            for index in below:
-                yield Pass(0, (index,), None)
-            joining = sorted(member for member in members if member[0] >= 0)
-            for begin in range(0, len(joining), size):
-                layers, indices = zip(*joining[begin : begin + size], strict=True)
-                yield Pass(first, indices, layers)
-
-    def _start(self, branch: Branch) -> tuple[int, int] | None:
-        """First layer (`n_layers` is the final norm) and position that a branch can change.
-
-        None where that is something below the blocks, or unknown.
-        """
-        layers, firsts = [self.model.cfg.n_layers], [self.inputs.n_pos - 1]
-        declared = True
-        for part in branch:
-            for name in part.hook_names() if isinstance(part, Intervention) else [part[0]]:
-                self.model.check_hook_name(name)
-                if name.startswith("blocks."):
-                    layers.append(int(name.split(".")[1]))
-                elif not name.startswith("ln_final."):
-                    declared = False
-            if not isinstance(part, Intervention):
-                declared = False
-            elif part.first_position is not None:
-                firsts.append(part.first_position)
-        return (min(layers), min(firsts)) if declared else None
-
-    def _run_plainly(self, branch: Branch, read: Tensor) -> Tensor:
+    def _run_plainly(self, branch: Branch, read: list[int]) -> Tensor:
         hooks: list[tuple[str, HookFunction]] = []
         for part in branch:
             hooks += part.fwd_hooks() if isinstance(part, Intervention) else [part]
-        with self.model.hooks(fwd_hooks=hooks):
+        with self.model.hooks(fwd_hooks=hooks):  # they may count positions of the final norm
             resid = self.model(self.inputs, stop_at_layer=self.model.cfg.n_layers)
-            return self._logits(resid, read)
+            return self.model.ln_final(resid)[:, read]
 
-    def _run_joined(
-        self, branches: Sequence[Branch], layers: Sequence[int], first: int, read: Tensor
-    ) -> Tensor:
-        """Logits of branches that join at `layers` (ascending), over positions from `first` on."""
-        n_layers = self.model.cfg.n_layers
-        past = self.past.prefix(first)
-        suffix = self.resid[0][:, first:]
-        mask, cos_sin = self.model.attention_context(
-            suffix, self.inputs.attention_mask[:, first:], None, past
-        )
-        joining = Counter(layers)
-        resid = suffix[:0]
-        with self.model.hooks(fwd_hooks=dispatch(branches, first, self.n_rows)):
-            for layer in range(layers[0], n_layers + 1):
-                if joining[layer]:
-                    new = self.resid[layer][:, first:]
-                    resid = torch.cat([resid, for_rows(new, joining[layer] * self.n_rows)])
-                if layer < n_layers:
-                    resid = self.model.blocks[layer](
-                        resid,
-                        cos_sin=tuple(for_rows(part, len(resid)) for part in cos_sin),
-                        mask=None if mask is None else for_rows(mask, len(resid)),
-                        cache=past,
-                        layer=layer,
-                    )
-            return self._logits(resid, read - first)
-
-    def _logits(self, resid: Tensor, read: Tensor) -> Tensor:
-        # The final norm sees all positions: interventions on it count them.
-        return self.model.unembed(self.model.ln_final(resid)[:, read])
+    def _read(self, positions: Tensor | Sequence[int] | None) -> list[int]:
+        n_pos = self.inputs.n_pos
+        given = [n_pos - 1] if positions is None else torch.as_tensor(positions).tolist()
+        if not given or not 0 <= min(given) <= max(given) < n_pos:
+            raise ValueError(f"cannot read at {given}; positions are 0 ... {n_pos - 1}")
+        return given
 
 
-def listens(model: HookedMultimodalTransformer) -> bool:
-    """Whether any hook is on the model, of ours or of torch."""
-    return any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        for module in model.modules()
-    )
+def keep_run(
+    model: HookedMultimodalTransformer, resid: Tensor, begin: int, **attention: Any
+) -> Stretch:
+    """Run all blocks from their input, and keep what branches need."""
+    kept: dict[str, Tensor] = {}
 
+    def keep(activation: Tensor, hook: HookPoint) -> None:
+        kept[str(hook.name)] = activation
 
-def dispatch(branches: Sequence[Branch], first: int, n_rows: int) -> list[tuple[str, HookFunction]]:
-    """One hook function per hook point, which gives each branch's rows to its interventions.
-
-    Branches join in order, so the rows of each are known before it does.
-
-    Args:
-        branches: in that order.
-        first: the position that the activations begin with.
-        n_rows: rows of one branch.
-    """
-    edits: dict[str, list[tuple[int, Intervention]]] = defaultdict(list)
-    for index, branch in enumerate(branches):
-        for intervention in branch:
-            assert isinstance(intervention, Intervention)  # others are run plainly
-            for name in intervention.hook_names():
-                edits[name].append((index * n_rows, intervention))
-
-    def edit_rows(
-        activation: Tensor, hook: HookPoint, edits: list[tuple[int, Intervention]]
-    ) -> Tensor:
-        changed: dict[int, Tensor] = {}
-        for row, intervention in edits:
-            before = changed[row] if row in changed else activation[row : row + n_rows]
-            changed[row] = intervention.edit(before, hook, first=first)
-        edited = activation.clone()
-        for row, after in changed.items():
-            edited[row : row + n_rows] = after
-        return edited
-
-    return [(name, partial(edit_rows, edits=each)) for name, each in edits.items()]
+    layers = range(model.cfg.n_layers)
+    names = [
+        [f"blocks.{layer}.{site}" for layer in layers]
+        for site in ("hook_resid_pre", "attn.hook_rot_k", "attn.hook_v")
+    ]
+    with model.hooks(fwd_hooks=[(name, keep) for site in names for name in site]):
+        for layer in layers:
+            resid = model.blocks[layer](resid, layer=layer, **attention)
+    entering, keys, values = ([kept[name] for name in site] for site in names)
+    return Stretch(begin, (*entering, resid), tuple(zip(keys, values, strict=True)))

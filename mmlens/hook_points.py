@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformer_lens
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice, get_act_name
 
-__all__ = ["ActivationCache", "HookPoint", "HookedRootModule", "has_listeners"]
+__all__ = ["ActivationCache", "HookPoint", "HookedRootModule", "has_listeners", "listens"]
 
 NamesFilter = Callable[[str], bool] | Sequence[str] | str | None
 
@@ -39,6 +39,17 @@ def has_listeners(*hook_points: HookPoint) -> bool:
     Components use it to take a fused path when nobody looks at the values in between.
     """
     return any(point._forward_hooks or point._backward_hooks for point in hook_points)
+
+
+def listens(model: nn.Module) -> bool:
+    """Whether any hook is on the model or a part of it, of ours or of torch."""
+    return any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in model.modules()
+    )
 
 
 class HookedRootModule(transformer_lens.HookedRootModule):

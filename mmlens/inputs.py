@@ -131,6 +131,11 @@ class MultimodalInputs:
         return self.tokens.shape[1]
 
     @property
+    def n_rows(self) -> int:
+        """Rows of a run on these inputs: samples of noise are rows of their own."""
+        return len(self) if self.noise is None else len(self.noise)
+
+    @property
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.tokens.device
@@ -335,6 +340,39 @@ class MultimodalInputs:
             self.grid[row].tolist(),
             several=len(self.image_starts[row]) > 1,
         )
+
+
+def common_prefix(one: MultimodalInputs, other: MultimodalInputs) -> int:
+    """How many leading positions are the same in both, in every row: words, pictures and noise.
+
+    One row of noise-free inputs begins like any number of samples.
+    """
+    n_pos = min(one.n_pos, other.n_pos)
+    if len(one) != len(other):
+        return 0
+    differs = one.tokens[:, :n_pos] != other.tokens[:, :n_pos]
+    differs |= one.attention_mask[:, :n_pos] != other.attention_mask[:, :n_pos]
+    noises = [each.noise[:, :n_pos] for each in (one, other) if each.noise is not None]
+    if len(noises) == 2:
+        if len(noises[0]) != len(noises[1]):
+            return 0
+        noises = [noises[0] - noises[1]]
+    if noises:
+        differs = differs | (noises[0] != 0).any(dim=-1)
+    first = int(differs.any(dim=0).long().argmax()) if bool(differs.any()) else n_pos
+    for start, picture in _pictures_at(one):
+        for other_start, other_picture in _pictures_at(other):
+            if start == other_start and not torch.equal(picture, other_picture):
+                first = min(first, start[1])
+    return first
+
+
+def _pictures_at(inputs: MultimodalInputs) -> list[tuple[tuple[int, int], Tensor]]:
+    """Every picture, with its row and first position."""
+    if inputs.pixel_values is None:
+        return []
+    where = [(row, start) for row, starts in enumerate(inputs.image_starts) for start in starts]
+    return list(zip(where, inputs.pixel_values, strict=True))
 
 
 def collate(inputs: Sequence[MultimodalInputs], pad_token_id: int) -> MultimodalInputs:

@@ -209,21 +209,30 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
             return self.prepare(input, template=None)
         return self.inputs_from_tokens(input, pixel_values, attention_mask=attention_mask)
 
-    def input_embeddings(self, inputs: MultimodalInputs) -> Residual:
-        """The residual stream that enters block 0: token embeddings with the visual tokens in."""
+    def input_embeddings(
+        self,
+        inputs: MultimodalInputs,
+        visual: Float[Tensor, "image visual_token d_model"] | None = None,
+    ) -> Residual:
+        """The residual stream that enters block 0: token embeddings with the visual tokens in.
+
+        Args:
+            visual: the visual tokens, where the pictures are encoded already.
+        """
         is_image = inputs.is_image
         tokens = inputs.tokens
         if self.cfg.image_token_id is not None and self.cfg.image_token_id >= self.cfg.d_vocab:
             tokens = tokens.masked_fill(is_image, 0)  # a placeholder outside of the vocabulary
         resid = self.hook_embed(self.embed(tokens))
-        if inputs.pixel_values is not None and self.vision is not None and self.projector:
-            visual = self.projector(self.vision(inputs.pixel_values)).to(resid)
+        if visual is None and inputs.pixel_values is not None and self.vision and self.projector:
+            visual = self.projector(self.vision(inputs.pixel_values))
+        if visual is not None:
             if visual.shape[0] * visual.shape[1] != int(is_image.sum()):
                 raise ValueError(
                     f"{int(is_image.sum())} image tokens, but {visual.shape[0]} pictures of "
                     f"{visual.shape[1]} visual tokens each"
                 )
-            resid = resid.masked_scatter(is_image[..., None], visual)
+            resid = resid.masked_scatter(is_image[..., None], visual.to(resid))
         if inputs.noise is not None:
             resid = resid + inputs.noise.to(resid)
         return self.hook_input_embed(resid)

@@ -161,13 +161,13 @@ def test_only_the_asked_layers_write_their_pattern_down(seed, monkeypatch):
     inputs = small_inputs(model, seed)
     opened = []
     for layer, block in enumerate(model.blocks):
-        attend = block.attn.attend_openly
+        pattern = block.attn.pattern
 
-        def counted(*args, layer=layer, attend=attend, **options):
-            opened.append((layer, args[0].shape[1]))
-            return attend(*args, **options)
+        def counted(scores, mask, layer=layer, pattern=pattern):
+            opened.append((layer, scores.shape[2]))
+            return pattern(scores, mask)
 
-        monkeypatch.setattr(block.attn, "attend_openly", counted)
+        monkeypatch.setattr(block.attn, "pattern", counted)
     attention_contribution(model, inputs, "image", "last", layers=[1])
     assert opened == [(1, 1)]  # one layer, one query
 

@@ -8,6 +8,7 @@ from mmlens.components.mlp import MLP
 from mmlens.components.norm import LayerNorm, RMSNorm, make_norm
 from mmlens.components.projector import Projector
 from mmlens.components.rotary import Rotary
+from mmlens.components.shared_past import Packing, SharedPast
 from mmlens.components.vision import HookedVisionTransformer
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "HookedVisionTransformer",
     "KeyValueCache",
     "LayerNorm",
+    "Packing",
     "Projector",
     "RMSNorm",
     "Rotary",
+    "SharedPast",
     "TransformerBlock",
     "Unembed",
     "make_norm",

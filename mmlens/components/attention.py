@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mmlens.components.key_value_cache import KeyValueCache
 from mmlens.components.norm import float32_or_wider
 from mmlens.components.rotary import rotate
+from mmlens.components.shared_past import SharedPast
 from mmlens.config import TransformerConfig
 from mmlens.hook_points import HookPoint, has_listeners
 
 Residual = Float[Tensor, "batch pos d_model"]
 Heads = Float[Tensor, "batch pos head d_head"]
+Scores = Float[Tensor, "batch head query key"]
 Mask = Bool[Tensor, "rows 1 query key"]
 CosSin = tuple[Tensor, Tensor]
 
@@ -71,9 +73,10 @@ class Attention(nn.Module):
         *,
         cos_sin: CosSin | None = None,
         mask: Mask | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | SharedPast | None = None,
         layer: int = 0,
-    ) -> Residual:
+        keep: Int[Tensor, " kept"] | None = None,
+    ) -> Float[Tensor, "batch kept_or_pos d_model"]:
         """Attention's output at every position of `x`.
 
         Args:
@@ -81,24 +84,39 @@ class Attention(nn.Module):
             mask: True where a query may look. None means everywhere, or, for a causal model,
                 every key up to the query's own position.
             cache: keys and values of earlier positions, to attend to and (unless it is frozen)
-                to extend.
+                to extend; or those of a run that packed continuations share.
             layer: which entry of the cache is this layer's.
+            keep: which positions of `x` have queries; all by default.
         """
-        q, k, v = self.qkv(x).split(self.widths, dim=-1)
+        q, k, v = self.project_in(x, keep)
         q = self.hook_q(q.unflatten(-1, (self.cfg.n_heads, self.cfg.d_head)))
         k = self.hook_k(k.unflatten(-1, (self.cfg.n_kv_heads, self.cfg.d_head)))
         v = self.hook_v(v.unflatten(-1, (self.cfg.n_kv_heads, self.cfg.d_head)))
         if cos_sin is not None:
-            q = self.hook_rot_q(rotate(q, *cos_sin))
+            at_queries = cos_sin if keep is None else tuple(part[:, keep] for part in cos_sin)
+            q = self.hook_rot_q(rotate(q, *at_queries))
             k = self.hook_rot_k(rotate(k, *cos_sin))
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-        mask = self.within_window(mask, q, k)
-        if has_listeners(self.hook_attn_scores, self.hook_pattern):
-            z = self.attend_openly(q, k, v, mask)
+        openly = has_listeners(self.hook_attn_scores, self.hook_pattern)
+        if isinstance(cache, SharedPast):
+            attend_shared = self.attend_shared_openly if openly else self.attend_shared
+            z = attend_shared(q, k, v, cache, layer)
         else:
-            z = self.attend_fused(q, k, v, mask)
+            if cache is not None:
+                k, v = cache.extend(layer, k, v)
+            mask = self.within_window(mask, q, k)
+            z = (self.attend_openly if openly else self.attend_fused)(q, k, v, mask)
         return self.project(self.hook_z(z))
+
+    def project_in(
+        self, x: Residual, keep: Int[Tensor, " kept"] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (at the positions `keep`, or all), keys and values; heads not yet apart."""
+        if keep is None:
+            q, k, v = self.qkv(x).split(self.widths, dim=-1)
+            return q, k, v
+        n, weight, bias = self.widths[0], self.qkv.weight, self.qkv.bias
+        k, v = F.linear(x, weight[n:], None if bias is None else bias[n:]).chunk(2, dim=-1)
+        return F.linear(x[:, keep], weight[:n], None if bias is None else bias[:n]), k, v
 
     def within_window(self, mask: Mask | None, q: Heads, k: Tensor) -> Mask | None:
         """The mask without the keys that lie further back than this layer sees."""
@@ -131,15 +149,29 @@ class Attention(nn.Module):
             mask = causal_mask(q.shape[1], k.shape[1], q.device)[None, None]
         grouped = q.unflatten(2, (self.cfg.n_kv_heads, -1))
         scores = torch.einsum("bqngd, bknd -> bngqk", grouped, k).flatten(1, 2)
+        pattern = self.pattern(scores, mask).unflatten(1, (self.cfg.n_kv_heads, -1))
+        return torch.einsum("bngqk, bknd -> bqngd", pattern, v).flatten(2, 3)
+
+    def attend_shared(self, q: Heads, k: Tensor, v: Tensor, past: SharedPast, layer: int) -> Heads:
+        """Heads' outputs `z` of packed continuations of one past."""
+        return past.attend(layer, q, k, v, self.window)
+
+    def attend_shared_openly(
+        self, q: Heads, k: Tensor, v: Tensor, past: SharedPast, layer: int
+    ) -> Heads:
+        """The same by way of scores and pattern, which have a key for every position."""
+        pattern = self.pattern(past.scores(layer, q, k), past.mask(self.window, q.device))
+        return past.weighted(layer, pattern, v)
+
+    def pattern(self, scores: Scores, mask: Mask | None) -> Scores:
+        """Products of queries and keys to attention weights, by way of the two hook points."""
         scores = scores / self.cfg.attn_scale
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         scores = self.hook_attn_scores(scores)
-        pattern = float32_or_wider(scores).softmax(dim=-1).to(q.dtype)
+        pattern = float32_or_wider(scores).softmax(dim=-1).to(scores.dtype)
         # A query that a hook has cut off from every key attends to nothing.
-        pattern = self.hook_pattern(pattern.nan_to_num())
-        pattern = pattern.unflatten(1, (self.cfg.n_kv_heads, -1))
-        return torch.einsum("bngqk, bknd -> bqngd", pattern, v).flatten(2, 3)
+        return self.hook_pattern(pattern.nan_to_num())
 
     def project(self, z: Heads) -> Residual:
         """Heads to the residual stream; by head only if something listens to `hook_result`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmlens.components.attention import Attention
@@ -39,11 +39,18 @@ class TransformerBlock(nn.Module):
         self.hook_mlp_out = HookPoint()  # [batch, pos, d_model]
         self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
 
-    def forward(self, resid: Residual, **attention: Any) -> Residual:
-        """The residual stream behind this layer; `attention` is passed on to `Attention`."""
+    def forward(
+        self, resid: Residual, keep: Int[Tensor, " kept"] | None = None, **attention: Any
+    ) -> Float[Tensor, "batch kept_or_pos d_model"]:
+        """The residual stream behind this layer; `attention` is passed on to `Attention`.
+
+        With `keep`, only at those positions: the others are there to be attended to.
+        """
         resid = self.hook_resid_pre(resid)
         normalized = self.ln1(resid)
-        attn_out = self.hook_attn_out(self.attn(normalized, **attention))
+        attn_out = self.hook_attn_out(self.attn(normalized, keep=keep, **attention))
+        if keep is not None:
+            resid, normalized = resid[:, keep], normalized[:, keep]
         if self.parallel:
             mlp_out = self.hook_mlp_out(self.mlp(normalized))
             return self.hook_resid_post(attn_out + mlp_out + resid)

@@ -28,9 +28,15 @@ class Unembed(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_vocab, d_model).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(d_vocab)) if bias else None
 
-    def forward(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        """Logits."""
-        return F.linear(resid, self.weight, self.bias)
+    def forward(
+        self, resid: Float[Tensor, "*batch d_model"], tokens: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "*batch n_tokens"]:
+        """Logits, of the whole vocabulary or of some tokens alone."""
+        if tokens is None:
+            return F.linear(resid, self.weight, self.bias)
+        return F.linear(
+            resid, self.weight[tokens], None if self.bias is None else self.bias[tokens]
+        )
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from collections.abc import Sequence
+
+from jaxtyping import Bool, Float
 from torch import Tensor, cat
 
 Keys = Float[Tensor, "batch pos kv_head d_head"]
@@ -27,6 +29,17 @@ class KeyValueCache:
         self.key_mask: Tensor | None = None
         """Bool [batch, pos], False at padding; None where nothing is padded."""
         self.frozen = False
+
+    @classmethod
+    def holding(
+        cls, entries: Sequence[tuple[Tensor, Tensor]], attention_mask: Bool[Tensor, "batch pos"]
+    ) -> KeyValueCache:
+        """A frozen cache of these keys and values."""
+        cache = cls(len(entries))
+        cache.entries = list(entries)
+        cache.key_mask = None if bool(attention_mask.all()) else attention_mask
+        cache.frozen = True
+        return cache
 
     def __len__(self) -> int:
         """Number of positions held."""

@@ -1,0 +1,98 @@
+"""Attention to a part of the keys, with what is needed to add the other parts.
+
+Query heads that share keys and values (grouped-query attention) are folded into the query axis, so
+that these are not repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
+
+Queries = Float[Tensor, "batch query head d_head"]
+Keys = Float[Tensor, "rows key kv_head d_head"]
+
+
+def fold(
+    x: Float[Tensor, "batch query head width"], n_kv_heads: int
+) -> Float[Tensor, "batch kv_head folded width"]:
+    """The heads of a group behind one another in the query axis."""
+    return x.unflatten(2, (n_kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def unfold(
+    x: Float[Tensor, "batch kv_head folded width"], n_heads: int
+) -> Float[Tensor, "batch query head width"]:
+    """The inverse of `fold`."""
+    return x.unflatten(2, (-1, n_heads // x.shape[1])).transpose(1, 2).flatten(2, 3)
+
+
+def attend_part(
+    q: Queries, k: Keys, v: Keys, mask: Bool[Tensor, "mask_rows query_or_1 key"] | None
+) -> tuple[Queries, Float[Tensor, "batch query head"]]:
+    """Softmax attention to these keys, and the logarithm of its normaliser.
+
+    A query that may look at none of them has a normaliser of (almost) zero.
+
+    On two CPU cores, torch's flash kernel takes 32 ms for 1320 queries of 9 heads over 576 shared
+    keys, matrix products with the scores written down 55 ms; over 22 keys of their own, 15 and
+    104 ms. Concatenating prefix and own keys per row takes 72 ms for both together.
+
+    Kernels give no gradient of the normaliser, and those of CUDA take no mask here: then the scores
+    are written down.
+    """
+    n_heads, n_kv_heads = q.shape[2], k.shape[2]
+    folded = fold(q, n_kv_heads)
+    keys, values = (part.expand(len(q), *part.shape[1:]).transpose(1, 2) for part in (k, v))
+    if mask is not None:
+        mask = mask[:, None]
+        if mask.shape[2] > 1:
+            mask = mask.repeat_interleave(n_heads // n_kv_heads, dim=2)
+    out, lse = run_kernel(folded, keys, values, mask) or run_openly(folded, keys, values, mask)
+    if mask is not None:
+        lse = lse.masked_fill(~mask.any(dim=-1), almost_nothing(lse))
+    return unfold(out, n_heads), unfold(lse[..., None], n_heads)[..., 0]
+
+
+def almost_nothing(x: Tensor) -> float:
+    """A score whose exponential is zero. Minus infinity would have no gradient."""
+    return torch.finfo(x.dtype).min / 4
+
+
+def run_kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """A fused kernel that also returns the normaliser; None where there is none."""
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v)):
+        return None
+    if q.device.type == "cpu":
+        bias = None
+        if mask is not None:
+            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+    if q.device.type != "cuda" or mask is not None:
+        return None
+    choice = SDPAParams(q, k, v, None, 0.0, False, False)
+    if can_use_flash_attention(choice):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    elif can_use_efficient_attention(choice):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    else:
+        return None
+    return out, lse[..., : q.shape[2]]  # some kernels round the number of queries up
+
+
+def run_openly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same by way of the scores, in float32 or wider."""
+    scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, almost_nothing(scores))
+    lse = scores.logsumexp(dim=-1)
+    return (scores - lse[..., None]).exp().to(q.dtype) @ v, lse
