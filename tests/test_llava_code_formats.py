@@ -15,6 +15,8 @@ import open_clip
 import pytest
 import torch
 from llava_code_checkpoints import Checkpoint, Parts, load, parts, some_images, write, write_tower
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PhiConfig
@@ -22,6 +24,7 @@ from transformers import CLIPConfig, CLIPModel, PhiConfig
 from mmlens.checkpoints import CheckpointError, format_of
 from mmlens.checkpoints.hf_configs import decoder_fields
 from mmlens.checkpoints.llava_phi_msft import phi_config
+from mmlens.images import as_image_processor
 from mmlens.model import HookedMultimodalTransformer
 
 TOLERANCE = 1e-4
@@ -298,9 +301,13 @@ def test_an_open_clip_folder_as_tower(pickled: bool, seed: int, tmp_path: Path) 
     bare = write(tmp_path / "bare", without_tower(checkpoint, mm_vision_tower="../open_clip"))
     for model in (load(bare), load(tmp_path / "whole", vision_tower=folder)):
         assert same(model, expected)
-        processor = model.image_processor
-        assert (list(processor.image_mean), processor.resample) == ([0.2, 0.3, 0.4], 2)
-        assert processor.do_pad and processor.size.shortest_edge == vision.image_size
+        # open_clip's own transform, of the picture in the middle of a square in the mean colour.
+        picture = Image.effect_noise((29, 18), 60).convert("RGB")
+        square = Image.new("RGB", (29, 29), (51, 76, 102))
+        square.paste(picture, (0, 5))
+        settings = PreprocessCfg(size=vision.image_size, **preprocess)
+        pixels = image_transform_v2(settings, is_train=False)(square)
+        assert torch.equal(as_image_processor(model.image_processor)([picture])[0], pixels)
 
 
 @pytest.mark.parametrize("name", ["LLaVA", "TinyLLaVA", "LLaVA-Phi"])

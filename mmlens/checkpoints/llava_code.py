@@ -75,8 +75,7 @@ def named_tower(folder: Path, given: str | Path | None) -> Tower:
 
 def padded(tower: Tower, config: dict[str, Any]) -> Tower:
     """The tower with pictures padded to a square in its mean colour, if the config says so."""
-    do_pad = config.get("image_aspect_ratio") == "pad"
-    return replace(tower, preprocessing=tower.preprocessing | {"do_pad": do_pad})
+    return tower.padded(config.get("image_aspect_ratio") == "pad")
 
 
 def multimodal_config(

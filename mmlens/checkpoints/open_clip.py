@@ -19,11 +19,13 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from mmlens.checkpoints import open_clip_config
@@ -67,6 +69,12 @@ class OpenClipTower:
     """A folder, a file, or the tag of weights that open_clip fetches."""
     prefix: str = ""
     """Stands in front of the names of its tensors."""
+    do_pad: bool = False
+    """Whether pictures are first padded to a square in the mean colour, as LLaVA's code does."""
+
+    def padded(self, do_pad: bool) -> OpenClipTower:
+        """The tower with or without that padding."""
+        return replace(self, do_pad=do_pad)
 
     def vision_config(self, feature_layer: int | Sequence[int], select: Any) -> VisionConfig:
         """The part that is built; see `open_clip_config.vision_config`."""
@@ -74,7 +82,7 @@ class OpenClipTower:
 
     def image_processor(self) -> Any:
         """open_clip's own transform: PIL image to [channel, height, width]."""
-        return image_transform(self.model_cfg, self.preprocess_cfg)
+        return image_transform(self.model_cfg, self.preprocess_cfg, self.do_pad)
 
     def files(self) -> list[WeightFile]:
         """The weight files.
@@ -238,12 +246,29 @@ def not_fetched(name: str, error: Exception, instead: str) -> CheckpointError:
     )
 
 
-def image_transform(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> Any:
-    """open_clip's own transform for inference: PIL image to [channel, height, width]."""
+def image_transform(
+    model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], do_pad: bool = False
+) -> Any:
+    """open_clip's own transform for inference: PIL image to [channel, height, width].
+
+    Args:
+        do_pad: pad to a square in the mean colour first.
+    """
     from open_clip import transform  # imports torchvision: slow
 
     size = model_cfg["vision_cfg"].get("image_size", 224)
     fields = transform.merge_preprocess_dict(transform.PreprocessCfg(), preprocess_cfg)
-    return transform.image_transform_v2(
-        transform.PreprocessCfg(**fields | {"size": size}), is_train=False
-    )
+    settings = transform.PreprocessCfg(**fields | {"size": size})
+    own = transform.image_transform_v2(settings, is_train=False)
+    if not do_pad:
+        return own
+    red, green, blue = (int(255 * mean) for mean in settings.mean)
+    return transform.Compose([partial(pad_to_square, colour=(red, green, blue)), own])
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square (`expand2square` of LLaVA's `mm_utils.py`)."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

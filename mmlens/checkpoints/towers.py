@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +73,6 @@ UNUSED = (
 # The text half of a whole CLIP or SigLIP.
 TEXT_HALF = (r"text_model\..*", r"(text|visual)_projection\.weight", r"logit_(scale|bias)")
 
-RESAMPLING = {"bicubic": 3, "bilinear": 2}
 PREPROCESSING = (
     "size crop_size do_resize do_center_crop do_rescale rescale_factor do_normalize image_mean "
     "image_std resample"
@@ -90,6 +89,10 @@ class VisionTower:
     """Arguments of transformers' `LlavaImageProcessorPil`."""
     folder: Path | None = None
     """Its own checkpoint, where it is not the hub's."""
+
+    def padded(self, do_pad: bool) -> VisionTower:
+        """The tower with or without padding pictures to a square in the mean colour."""
+        return replace(self, preprocessing=self.preprocessing | {"do_pad": do_pad})
 
     def vision_config(self, feature_layer: int, select: str) -> VisionConfig:
         """The part that is built; see `hf_configs.vision_config`."""
@@ -129,18 +132,7 @@ class VisionTower:
         return unused(re.escape(OWN)) + tuple(rf"{re.escape(OWN)}{name}" for name in TEXT_HALF)
 
 
-@dataclass(frozen=True)
-class OpenClipTower(open_clip.OpenClipTower):
-    """One of open_clip's, with pictures treated as LLaVA's code does."""
-
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-
-    def image_processor(self) -> LlavaImageProcessorPil:
-        """Resizes with Pillow as LLaVA's code does, and pads to a square if `do_pad`."""
-        return LlavaImageProcessorPil(**self.preprocessing)
-
-
-Tower = VisionTower | OpenClipTower
+Tower = VisionTower | open_clip.OpenClipTower
 
 
 def unused(prefix: str) -> tuple[str, ...]:
@@ -195,9 +187,9 @@ def find_tower(name: str | Path, near: Path) -> Tower:
     name = str(name)
     folder = local_folder(name, near)
     if folder is not None and (folder / open_clip.CONFIG).exists():
-        return open_clip_tower(str(folder))
+        return replace(open_clip.find_tower(folder), prefix=OWN)
     if folder is None and ":" in name:
-        return open_clip_tower(name)
+        return replace(open_clip.find_tower(name), prefix=OWN)
     described = folder or cached_folder(name)
     if described is None and (known := KNOWN.get(hub_name(name))):
         return described_tower(name, known)
@@ -215,33 +207,6 @@ def find_tower(name: str | Path, near: Path) -> Tower:
     config = AutoConfig.from_pretrained(described, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
     return VisionTower(name, config, preprocessing_of(config, described), folder)
-
-
-def open_clip_tower(name: str) -> OpenClipTower:
-    """One of open_clip's.
-
-    Raises:
-        CheckpointError: open_clip does not know it, or it treats pictures in a way of its own.
-    """
-    found = open_clip.find_tower(name)
-    preprocess = {key: value for key, value in found.preprocess_cfg.items() if value is not None}
-    size = found.model_cfg["vision_cfg"].get("image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    side = {"height": height, "width": width}
-    settings: dict[str, Any] = {
-        "image_mean": preprocess.get("mean", OPENAI_CLIP_MEAN),
-        "image_std": preprocess.get("std", OPENAI_CLIP_STD),
-        "resample": RESAMPLING.get(preprocess.get("interpolation", "bicubic")),
-    }
-    mode = preprocess.get("resize_mode", "shortest")
-    if mode == "squash":
-        settings |= {"size": side, "do_center_crop": False}
-    elif mode == "shortest" and height == width:
-        settings |= {"size": {"shortest_edge": height}, "crop_size": side}
-    if "size" not in settings or settings["resample"] is None:
-        raise CheckpointError(f"the open_clip tower {name!r} treats pictures by {preprocess}")
-    theirs = {each.name: getattr(found, each.name) for each in fields(found)}
-    return OpenClipTower(**theirs | {"prefix": OWN, "preprocessing": settings})
 
 
 def described_tower(
