@@ -53,7 +53,7 @@ def encyclopedic_vqa(
         reader = csv.DictReader(stream)
         if missing := COLUMNS - set(reader.fieldnames or ()):
             raise ValueError(f"{path} is no file of Encyclopedic-VQA: it lacks {sorted(missing)}")
-        rows = list(reader)
+        rows = [{name: row[name] for name in COLUMNS} for row in reader]
     root = Path(images)
     species = _inaturalist_files(rows, inaturalist)
 

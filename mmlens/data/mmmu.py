@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def mmmu(
         rows = datasets.Dataset.from_parquet(files)
     else:
         rows = datasets.load_dataset(str(path), subject, split=split, revision=revision)
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):  # pictures stay as files until they are opened
+            rows = rows.cast_column(name, datasets.Image(decode=False))
 
     def make(row: int) -> VisualQuestion:
         return _question(rows[row], split)
@@ -65,9 +69,9 @@ def mmmu(
 def _question(fields: dict[str, Any], split: str) -> VisualQuestion:
     options = [str(option) for option in ast.literal_eval(fields["options"] or "[]")]
     pictures = {
-        str(index): picture
+        str(index): _picture(encoded)
         for index in range(1, N_IMAGES + 1)
-        if (picture := fields.get(f"image_{index}")) is not None
+        if (encoded := fields.get(f"image_{index}")) is not None
     }
     text = "\n".join([fields["question"], *options])
     mentioned = [index for index in MENTION.findall(text) if index in pictures]
@@ -86,6 +90,13 @@ def _question(fields: dict[str, Any], split: str) -> VisualQuestion:
         source=f"mmmu/{fields['id']}",
         extra={"answer": fields["answer"], "difficulty": fields["topic_difficulty"]},
     )
+
+
+def _picture(encoded: dict[str, Any]) -> Any:
+    """A picture that is not decoded yet, or the path of its file."""
+    from PIL import Image
+
+    return encoded["path"] if encoded["bytes"] is None else Image.open(BytesIO(encoded["bytes"]))
 
 
 def _answers(answer: str, options: list[str]) -> tuple[str, ...]:
