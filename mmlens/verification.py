@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 def dead_hooks(model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> list[str]:
     """Names of hook points that do not fire or do not change the logits when they are edited.
 
-    Every activation is edited by noise of its own size, at all positions. A hook inside a decoder
-    block is tried from that block's own input on; what lies below is the same.
+    Every activation is edited by noise of its own size, at all positions. So that a deep model
+    takes minutes rather than hours, only what an edit passes through is run: a hook inside a
+    decoder block is looked for in that block's output, tower and projector in what enters block 0,
+    and these outputs (`hook_resid_post`, `hook_input_embed`) in the logits.
     """
     entering = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.cfg.n_layers)]
     _, cache = model.run_with_cache(inputs, names_filter=entering)
@@ -31,6 +33,10 @@ def dead_hooks(model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> 
             layer = int(name.split(".")[1])
             input = cache[entering[layer]]
             options = {"start_at_layer": layer, "attention_mask": inputs.attention_mask}
+            if not name.endswith("hook_resid_post"):
+                options["stop_at_layer"] = layer + 1
+        elif name.startswith(("vision.", "projector.")):
+            options = {"stop_at_layer": 0}
         if not is_alive(model, name, input, **options):
             dead.append(name)
     return dead

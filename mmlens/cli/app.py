@@ -14,6 +14,7 @@ from mmlens.cli.demo import demo
 from mmlens.cli.errors import UserError
 from mmlens.cli.knockout import knockout
 from mmlens.cli.trace import trace
+from mmlens.cli.verify import verify
 
 app = typer.Typer(
     name="mmlens",
@@ -26,6 +27,7 @@ app.command()(demo)
 app.command()(trace)
 app.command()(contributions)
 app.command()(knockout)
+app.command()(verify)
 
 
 def _print_version(wanted: bool | None) -> None:

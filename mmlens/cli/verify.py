@@ -1,0 +1,134 @@
+"""`mmlens verify`: what a checkpoint is, and whether it gives the numbers that it should."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from mmlens.cli import options, trace
+from mmlens.cli.console import out, waiting
+from mmlens.cli.errors import explained
+
+if TYPE_CHECKING:
+    from mmlens.config import TransformerConfig
+    from mmlens.model import HookedMultimodalTransformer
+    from mmlens.parity import Check, ReferenceRun
+
+MARKS = {True: "[green]✓[/]", False: "[red]✗[/]", None: " "}
+SEED = 0
+
+
+def verify(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help='A checkpoint folder, a GGUF file, a name on the Hugging Face hub, or "demo".',
+            show_default=False,
+        ),
+    ],
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Say what a checkpoint is, and compare it with transformers on a random prompt.
+
+    Where transformers knows the format: embeddings, every block's residual, logits and generated
+    tokens. For every format: are all hooks alive? Exit code 1 if anything fails. Half precision is
+    judged block by block; --dtype float32 is the strict comparison.
+    """
+    options.check_device(device)
+    with waiting("loading mmlens ..."):
+        from mmlens import parity
+    checks, reference = run_reference(model, device, dtype)
+    loaded = trace.open_model(model, device, dtype)
+    with waiting("comparing ..."):
+        if reference is not None:
+            checks += parity.compare(loaded, reference)
+        elif not checks:
+            checks += parity.without_reference(loaded, SEED)
+    with waiting("perturbing every hook ..."):
+        checks.append(parity.hooks_alive(loaded, SEED))
+    out().print(table(loaded, checks))
+    if any(check.passed is False for check in checks):
+        raise typer.Exit(1)
+
+
+def run_reference(
+    model: str, device: str | None, dtype: str | None
+) -> tuple[list[Check], ReferenceRun | None]:
+    """What transformers computes; the check that failed if it cannot open its own format.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    import torch
+
+    from mmlens import parity
+
+    with explained():
+        reference = parity.find_reference(model)
+    if reference is None:
+        return [], None
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        with waiting("running transformers ..."):
+            wanted = getattr(torch, dtype) if dtype else None
+            return [], parity.run_reference(reference, where, wanted, SEED)
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return [parity.Check("parity", False, f"transformers could not run it: {reason}")], None
+
+
+def table(model: HookedMultimodalTransformer, checks: list[Check]) -> Table:
+    """What the model is, and below it what was checked."""
+    rows = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    rows.add_column(width=1)
+    rows.add_column(style="dim")
+    rows.add_column(overflow="fold")
+    for name, value in facts(model).items():
+        rows.add_row("", name, escape(value))
+    rows.add_section()
+    for check in checks:
+        style = "red" if check.passed is False else ""
+        rows.add_row(MARKS[check.passed], check.name, escape(check.detail), style=style)
+    return rows
+
+
+def facts(model: HookedMultimodalTransformer) -> dict[str, str]:
+    """The model in words and numbers."""
+    from mmlens.checkpoints import FORMATS, format_of
+
+    cfg = model.cfg
+    family = cfg.original_architecture
+    if model.checkpoint is not None:
+        format = format_of(model.checkpoint)
+        family += f" ({next(name for name, each in FORMATS.items() if each is format)})"
+    found = {
+        "model": cfg.model_name,
+        "family": family,
+        "decoder": f"{sizes(cfg)}, vocabulary {cfg.d_vocab}, context {cfg.n_ctx}",
+    }
+    if cfg.vision is not None and cfg.projector is not None:
+        height, width = cfg.vision.image_size
+        rows, columns = cfg.vision.grid
+        found |= {
+            "vision tower": f"{sizes(cfg.vision)}, {height} x {width} pixels in {rows} x {columns} "
+            f"patches; features of layer {', '.join(map(str, cfg.vision.feature_layers))}",
+            "projector": f"{cfg.projector.n_layers} layers, {cfg.projector.d_in} to "
+            f"{cfg.projector.d_out}",
+            "visual tokens": str(cfg.vision.n_visual_tokens),
+        }
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    kind = str(cfg.dtype).removeprefix("torch.")
+    return found | {"parameters": f"{n_parameters:,}", "dtype": f"{kind}, on {cfg.device}"}
+
+
+def sizes(cfg: TransformerConfig) -> str:
+    """Layers, widths and heads."""
+    grouped = "" if cfg.n_kv_heads == cfg.n_heads else f" ({cfg.n_kv_heads} of keys and values)"
+    return (
+        f"{cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads{grouped} of "
+        f"{cfg.d_head}, d_mlp {cfg.d_mlp}"
+    )

@@ -1,0 +1,164 @@
+"""`mmlens verify`: passes what equals transformers, and fails what does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_folders import edit_config
+from random_models import SHAPES, random_language_model, random_llava
+from tiny_checkpoint import write_tiny_llava
+
+from mmlens import parity
+from mmlens.cli import main
+from mmlens.model import HookedMultimodalTransformer
+
+PARITY = ("embeddings", "each block alone", "every block's residual", "logits", "generation")
+
+
+@pytest.fixture
+def verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run `mmlens verify` in this process: exit code, the table's rows by name, stderr."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def run(*arguments: object) -> tuple[int, dict[str, str], str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main(["verify", *map(str, arguments)])
+        captured = capsys.readouterr()
+        rows = [line for line in captured.out.splitlines() if line.strip()]
+        names = [line[3:].split("  ")[0].strip() for line in rows]
+        return int(exit.value.code or 0), dict(zip(names, rows, strict=True)), captured.err
+
+    return run
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
+    """Every model that is loaded gets this change."""
+    load = HookedMultimodalTransformer.from_pretrained.__func__
+
+    @torch.no_grad()
+    def loaded(cls: Any, *args: Any, **options: Any) -> HookedMultimodalTransformer:
+        model = load(cls, *args, **options)
+        change(model)
+        return model
+
+    monkeypatch.setattr(HookedMultimodalTransformer, "from_pretrained", classmethod(loaded))
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "phi on siglip"])
+def test_a_multimodal_checkpoint(name: str, verify: Any, seed: int, tmp_path: Path) -> None:
+    shape = SHAPES[name]
+    hf = random_llava(shape)
+    hf.save_pretrained(tmp_path)
+    code, rows, err = verify(tmp_path, "--device", "cpu")
+    assert code == 0, (rows, err)
+    assert "LlavaForConditionalGeneration (Hugging Face LLaVA)" in rows["family"]
+    assert f"{shape.n_layers} layers, d_model {shape.d_model}" in rows["decoder"]
+    assert rows["visual tokens"].split()[-1] == str(hf.config.image_seq_length)
+    assert "float32" in rows["dtype"]
+    for check in (*PARITY, "hooks"):
+        assert rows[check].startswith("✓"), rows[check]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype: str, verify: Any, seed: int, tmp_path: Path) -> None:
+    random_language_model(SHAPES["qwen2"]).save_pretrained(tmp_path)
+    code, rows, err = verify(tmp_path, "--device", "cpu", "--dtype", dtype)
+    assert code == 0, (rows, err)
+    assert dtype in rows["dtype"] and "vision tower" not in rows
+    assert rows["each block alone"].startswith("✓")
+    for name in ("logits", "every block's residual"):
+        assert rows[name].startswith(" ") and "judged in float32 only" in rows[name]
+
+
+SPOILT: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a query": (lambda model: model.blocks[1].attn.W_Q.mul_(1.3), "each block alone"),
+    "the last norm": (lambda model: model.ln_final.w.mul_(1.1), "each block alone"),
+    "a visual bias": (lambda model: model.vision.blocks[0].attn.b_O.add_(0.5), "embeddings"),
+    "the output layer": (lambda model: model.unembed.weight.mul_(1.01), "unembedding alone"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_wrong_weight_is_an_exit_code(
+    case: str, verify: Any, monkeypatch: pytest.MonkeyPatch, seed: int, tmp_path: Path
+) -> None:
+    random_llava().save_pretrained(tmp_path)
+    change, where = SPOILT[case]
+    spoil(monkeypatch, change)
+    code, rows, _ = verify(tmp_path, "--device", "cpu")
+    assert code == 1
+    failed = {name for name, row in rows.items() if row.startswith("✗")}
+    alone = {"embeddings", "each block alone", "unembedding alone"}
+    assert failed & alone == {where}  # it says where
+    assert "logits" in failed
+    assert rows["hooks"].startswith("✓")
+
+
+def test_a_model_without_reference(verify: Any, seed: int, tmp_path: Path) -> None:
+    """The same weights under an architecture that transformers does not know."""
+    write_tiny_llava(tmp_path, seed, n_layers=2)
+    edit_config(tmp_path, architectures=["SomebodysLlava"])
+    code, rows, err = verify(tmp_path, "--device", "cpu")
+    assert code == 0, (rows, err)
+    assert "no reference in transformers" in rows["parity"]
+    assert rows["generation"].startswith("✓") and rows["hooks"].startswith("✓")
+    assert "each block alone" not in rows
+
+
+def test_a_reference_that_cannot_be_run(
+    verify: Any, monkeypatch: pytest.MonkeyPatch, seed: int, tmp_path: Path
+) -> None:
+    random_language_model(SHAPES["one head"]).save_pretrained(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(parity, "run_reference", fail)
+    code, rows, _ = verify(tmp_path, "--device", "cpu")
+    assert code == 1
+    assert rows["parity"].startswith("✗") and "out of memory" in rows["parity"]
+    assert rows["hooks"].startswith("✓")
+
+
+def test_dead_hooks_are_named(
+    verify: Any, monkeypatch: pytest.MonkeyPatch, seed: int, tmp_path: Path
+) -> None:
+    random_language_model(SHAPES["one head"]).save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        HookedMultimodalTransformer, "verify_hooks", lambda *_: ["blocks.1.hook_extra"]
+    )
+    code, rows, _ = verify(tmp_path, "--device", "cpu")
+    assert code == 1
+    assert rows["hooks"].startswith("✗") and "blocks.1.hook_extra" in rows["hooks"]
+
+
+def test_what_is_no_checkpoint(verify: Any, tmp_path: Path) -> None:
+    for arguments in [(tmp_path,), (tmp_path / "nowhere",), ("demo", "--device", "abacus")]:
+        code, rows, err = verify(*arguments)
+        assert code == 2 and not rows
+        assert err.startswith("mmlens: ")
+
+
+def test_a_checkpoint_that_does_not_fit(verify: Any, seed: int, tmp_path: Path) -> None:
+    random_language_model(SHAPES["one head"]).save_pretrained(tmp_path / "source")
+    other = shutil.copytree(tmp_path / "source", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    edit_config(other, num_hidden_layers=config["num_hidden_layers"] + 1)
+    code, rows, err = verify(other, "--device", "cpu")
+    assert code == 2 and not rows
+    assert "missing tensor model.layers.3" in err
+
+
+@pytest.mark.slow
+def test_the_demo(verify: Any) -> None:
+    code, rows, err = verify("demo")
+    assert code == 0, (rows, err)
+    assert "no reference in transformers" in rows["parity"]
+    assert rows["hooks"].startswith("✓")
