@@ -113,7 +113,10 @@ class AttentionContribution(SavedResult):
         return largest.values, torch.tensor(self.source)[largest.indices]
 
     def cumulative_share(self) -> Float[Tensor, "layer *head destination source"]:
-        """Which share of the sum over sources the 1, 2, ... largest of them hold; ends at 1."""
+        """Which share of the sum over sources the 1, 2, ... largest of them hold; ends at 1.
+
+        NaN where a destination receives nothing.
+        """
         ordered = self.values.sort(dim=-1, descending=True).values.cumsum(dim=-1)
         return ordered / ordered[..., -1:]
 
