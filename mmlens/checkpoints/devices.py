@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ DeviceMap = str | Mapping[str, Any]
 
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
 # A block's residual stream stays on one device; so do the tower and the projector.
-KEPT_WHOLE = ["TransformerBlock", "HookedVisionTransformer", "Projector"]
+KEPT_WHOLE = ["TransformerBlock", "HookedVisionTransformer", "Projector", "Embed", "Unembed"]
 
 
 def allocate(model: nn.Module, device: torch.device, device_map: DeviceMap | None) -> None:
@@ -63,14 +64,34 @@ def planned(
             f"device_map={plan!r}; it is one of {', '.join(PLANS)}, or names of modules with "
             "their devices"
         )
-    if plan != "sequential":
-        max_memory = get_balanced_memory(
-            model,
-            max_memory=max_memory,
-            no_split_module_classes=KEPT_WHOLE,
-            low_zero=plan == "balanced_low_0",
-        )
-    return infer_auto_device_map(model, max_memory, no_split_module_classes=KEPT_WHOLE)
+    with untied(model) as was_tied:
+        if plan != "sequential":
+            max_memory = get_balanced_memory(
+                model,
+                max_memory=max_memory,
+                no_split_module_classes=KEPT_WHOLE,
+                low_zero=plan == "balanced_low_0",
+            )
+        found = infer_auto_device_map(model, max_memory, no_split_module_classes=KEPT_WHOLE)
+    if was_tied and "unembed" in found:
+        found["unembed"] = found["embed"]
+    return found
+
+
+@contextmanager
+def untied(model: nn.Module) -> Iterator[bool]:
+    """The model with an output layer of its own for a while; yields whether it was tied.
+
+    accelerate looks for one module's name inside another's, and `embed` is inside `unembed`.
+    """
+    unembed, weight = model.get_submodule("unembed"), model.get_parameter("unembed.weight")
+    was_tied = weight is model.get_parameter("embed.W_E")
+    if was_tied:
+        unembed.weight = nn.Parameter(torch.empty_like(weight))
+    try:
+        yield was_tied
+    finally:
+        unembed.weight = weight
 
 
 def spread(model: nn.Module, device_map: Mapping[str, Any]) -> None:

@@ -84,9 +84,9 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         try:
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError:  # written before torch 1.6: cannot be mapped, or is damaged
+        except (RuntimeError, OSError):  # written before torch 1.6: cannot be mapped, or is damaged
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "ends early"
         raise CheckpointError(
             f"{path} is truncated, or holds more than tensors ({reason}); download it again, or "
