@@ -22,6 +22,14 @@ from mmlens.model import HookedMultimodalTransformer
 D_VOCAB = 61
 IMAGE, PAD, BOS = 60, 0, 1
 
+# Choices that change how attention is added to the stream.
+KINDS = {
+    "plain": {"o_bias": False, "qkv_bias": False},
+    "biased": {"o_bias": True, "qkv_bias": True},
+    "parallel": {"parallel_attn_mlp": True, "normalization_type": "LN"},
+    "local": {"n_layers": 3, "attn_types": ("local", "global", "local"), "window_size": 3},
+}
+
 
 def small_config(chance: random.Random, **choices: Any) -> MultimodalConfig:
     """A config of random odd sizes; `choices` fixes fields of the decoder."""
