@@ -93,8 +93,9 @@ def load_weights(
     allocate(model, device, device_map)
     if tied:  # each of the two has been allocated
         model.get_submodule("unembed").weight = model.get_parameter("embed.W_E")
-    tensors = stream(files, device if device_map is None else "cpu")
-    fill(model, tensors, table, rename, total=len(shapes), where=where)
+    through = device if device_map is None else "cpu"
+    tensors = stream(files, through, only=lambda name: rename(name) in table)
+    fill(model, tensors, table, rename, total=len(table), where=where)
 
 
 def check(
