@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llava_code_checkpoints as published
 import pytest
 import torch
-from checkpoint_folders import LAYOUTS, edit_weights, first_layout, load, stored, to_pickles
+from checkpoint_folders import LAYOUTS, edit_weights, first_layout, load, same, stored, to_pickles
 from random_models import (
     DECODERS,
     SHAPES,
@@ -174,6 +175,50 @@ def test_an_edited_model_can_be_saved_again(seed: int, tmp_path: Path) -> None:
     first = AutoModelForCausalLM.from_pretrained(tmp_path / "first").state_dict()
     again = AutoModelForCausalLM.from_pretrained(second).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+# Formats of LLaVA's code: transformers does not open them, so what we read again is compared
+
+CODE = {
+    "LLaVA": (published.llava, {"decoder": "llama", "tower": "clip"}),
+    "Bunny": (published.bunny, {"decoder": "phi", "tower": "siglip"}),
+    "TinyLLaVA": (published.tinyllava, {"decoder": "phi", "tower": "siglip"}),
+    "LLaVA-Phi": (published.llava_phi, {"decoder": "phi", "tower": "clip"}),
+    "LLaVA-Phi, first layout": (published.llava_phi_msft, {"decoder": "phi", "tower": "clip"}),
+}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("name", CODE)
+def test_formats_of_llavas_code(name: str, shards: int, seed: int, tmp_path: Path) -> None:
+    writer, choices = CODE[name]
+    source = published.write(tmp_path / "source", writer(published.parts(**choices)), shards=shards)
+    model = load(source)
+    before, there = load(source), stored(source)
+    unedited = stored(model.save_pretrained(tmp_path / "unedited"))
+    assert unedited.keys() == there.keys()
+    assert all(torch.equal(unedited[name], there[name]) for name in there)
+    edit(model)
+    again = load(model.save_pretrained(tmp_path / "edited"))
+    assert same(again, model) and not same(again, before)
+    files = (sorted(f.name for f in folder.iterdir()) for folder in (source, tmp_path / "edited"))
+    assert next(files) == next(files)
+
+
+def test_a_tower_from_elsewhere_comes_along(seed: int, tmp_path: Path) -> None:
+    made = published.parts(decoder="llama", tower="clip")
+    tower = published.write_tower(tmp_path / "tower", made)
+    config, tensors = published.llava(made)
+    bare = {name: tensor for name, tensor in tensors.items() if "vision_tower" not in name}
+    config["mm_vision_tower"] = str(tower)
+    source = published.write(tmp_path / "source", (config, bare))
+    model = load(source)
+    edit(model)
+    target = model.save_pretrained(tmp_path / "edited")
+    assert same(load(target), model)  # though the tower's own folder is as it was
+    added = stored(target).keys() - stored(source).keys()
+    prefix = "model.vision_tower.vision_tower.vision_model."
+    assert added and all(name.startswith(prefix) for name in added)
 
 
 # What goes wrong
