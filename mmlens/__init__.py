@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from mmlens.inputs import MultimodalInputs, collate
     from mmlens.interventions import Intervention, hook_name, window
     from mmlens.model import HookedMultimodalTransformer
-    from mmlens.tracing import CausalTrace, causal_trace
+    from mmlens.tracing import CausalTrace, causal_trace, causal_trace_many
 
 # Public names and where they live. They are imported when they are first used: torch and
 # TransformerLens take seconds, which `mmlens --help` should not.
@@ -74,6 +74,7 @@ _PUBLIC = {
     "attribution_patching": "attribution",
     "blur_image": "corruptions",
     "causal_trace": "tracing",
+    "causal_trace_many": "tracing",
     "collate": "inputs",
     "demo_questions": "data",
     "direct_logit_attribution": "attribution",
@@ -112,6 +113,7 @@ __all__ = [
     "attribution_patching",
     "blur_image",
     "causal_trace",
+    "causal_trace_many",
     "collate",
     "demo_questions",
     "direct_logit_attribution",

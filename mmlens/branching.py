@@ -16,8 +16,8 @@ follows is computed, and kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmlens.beginnings import common_prefix
 from mmlens.components import KeyValueCache, Packing, SharedPast
 from mmlens.hook_points import HookPoint, listens
-from mmlens.hooks import HookFunction
-from mmlens.inputs import MultimodalInputs, common_prefix
+from mmlens.hooks import HookFunction, position_axis
+from mmlens.inputs import MultimodalInputs
 from mmlens.interventions import Intervention
 from mmlens.joined_run import Branch, Start, run_joined, start_of
 from mmlens.passes import Pass, is_out_of_memory, passes
@@ -81,23 +82,35 @@ class Recording:
     shared: Stretch | None
     """Of the recording that this one began like, which holds the positions before `own`."""
     pictures: Pictures | None
+    cache: Mapping[str, Tensor] = field(default_factory=dict)
+    """The activations that were asked for, at all positions."""
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> Recording:
+    def of(
+        cls,
+        model: HookedMultimodalTransformer,
+        inputs: MultimodalInputs,
+        names: Sequence[str] = (),
+    ) -> Recording:
         """Run the model once, and keep."""
-        pictures = Pictures.encoded(model, inputs)
-        resid = model.input_embeddings(inputs, None if pictures is None else pictures.visual)
-        mask, cos_sin = model.attention_context(resid, inputs.attention_mask, None, None)
-        own = keep_run(model, resid, 0, cos_sin=cos_sin, mask=mask)
-        return cls(model, inputs, own, None, pictures)
+        cache, caching, _ = model.get_caching_hooks(names)
+        with model.hooks(fwd_hooks=caching):
+            pictures = Pictures.encoded(model, inputs)
+            resid = model.input_embeddings(inputs, None if pictures is None else pictures.visual)
+            mask, cos_sin = model.attention_context(resid, inputs.attention_mask, None, None)
+            own = keep_run(model, resid, 0, cos_sin=cos_sin, mask=mask)
+        return cls(model, inputs, own, None, pictures, cache)
 
     @torch.no_grad()
-    def record(self, inputs: MultimodalInputs) -> Recording:
+    def record(self, inputs: MultimodalInputs, names: Sequence[str] = ()) -> Recording:
         """The recording of inputs that begin like these: only the rest is computed and kept.
 
         Pictures that are the same are not encoded again. A prompt that has nothing in common with
         this one is recorded from the beginning.
+
+        Args:
+            names: hook points whose activations are kept besides, in `cache`.
 
         Example:
             >>> clean = model.record(inputs)
@@ -105,19 +118,23 @@ class Recording:
         """
         inputs = self.model.to_inputs(inputs)
         first = min(common_prefix(self.inputs, inputs), inputs.n_pos - 1)
-        if not first or self.n_rows not in (1, inputs.n_rows) or listens(self.model):
-            return Recording.of(self.model, inputs)
+        rows_fit, cached = self.n_rows in (1, inputs.n_rows), joinable(names, self.cache)
+        if not (first and rows_fit and cached) or listens(self.model):
+            return Recording.of(self.model, inputs, names)
         pictures = Pictures.encoded(self.model, inputs, known=self.pictures)
         visual = None if pictures is None else pictures.visual
         resid = self.model.input_embeddings(inputs, visual)[:, first:]
         past = self.past_before(first, inputs)
         past.keys = past.queries = Packing([first], inputs.n_pos)
         cos_sin = self.model.rotary.cos_sin(inputs.position_ids[:, first:], resid.dtype)
-        own = keep_run(self.model, resid, first, cos_sin=cos_sin, cache=past)
+        kept, caching, _ = self.model.get_caching_hooks(names)
+        with self.model.hooks(fwd_hooks=caching):
+            own = keep_run(self.model, resid, first, cos_sin=cos_sin, cache=past)
+        cache = {name: joined(self.cache[name][:, :first], new) for name, new in kept.items()}
         shared = self.own if self.shared is None else self.shared
         if self.shared is not None and first > self.own.begin:
             own = own.behind(self.own)
-        return Recording(self.model, inputs, own, shared, pictures)
+        return Recording(self.model, inputs, own, shared, pictures, cache)
 
     @property
     def n_rows(self) -> int:
@@ -266,6 +283,13 @@ class Recording:
         if not given or not 0 <= min(given) <= max(given) < n_pos:
             raise ValueError(f"cannot read at {given}; positions are 0 ... {n_pos - 1}")
         return given
+
+
+def joinable(names: Sequence[str], cache: Mapping[str, Tensor]) -> bool:
+    """Whether activations of a suffix can be put behind those of a cache: position by position."""
+    return all(
+        name in cache and name.startswith("blocks.") and position_axis(name) == 1 for name in names
+    )
 
 
 def keep_run(

@@ -62,10 +62,8 @@ def generate_tokens(
     """
     ends = model.cfg.eos_token_ids if stop_at_eos else ()
     end_ids = torch.tensor(ends, device=inputs.tokens.device, dtype=torch.long)
-    # Samples of noise are rows of their own.
-    n_rows = len(inputs) if inputs.noise is None else len(inputs.noise)
     ended: Bool[Tensor, " batch"] = torch.zeros(
-        n_rows, dtype=torch.bool, device=inputs.tokens.device
+        inputs.n_rows, dtype=torch.bool, device=inputs.tokens.device
     )
     cache = KeyValueCache(model.cfg.n_layers) if use_past_kv_cache else None
     placeholder = model.cfg.image_token_id
@@ -85,4 +83,4 @@ def generate_tokens(
             break
         all_new = torch.stack(new, dim=1)
         step_input = inputs.append(all_new) if cache is None else token[:, None]
-    return torch.stack(new, dim=1) if new else ended.new_zeros(n_rows, 0, dtype=torch.long)
+    return torch.stack(new, dim=1) if new else ended.new_zeros(inputs.n_rows, 0, dtype=torch.long)

@@ -41,6 +41,7 @@ from mmlens.layout import (
     image_positions,
     image_starts,
     joined_rows,
+    padded_noise,
     position_labels,
     shortened,
 )
@@ -342,39 +343,6 @@ class MultimodalInputs:
         )
 
 
-def common_prefix(one: MultimodalInputs, other: MultimodalInputs) -> int:
-    """How many leading positions are the same in both, in every row: words, pictures and noise.
-
-    One row of noise-free inputs begins like any number of samples.
-    """
-    n_pos = min(one.n_pos, other.n_pos)
-    if len(one) != len(other):
-        return 0
-    differs = one.tokens[:, :n_pos] != other.tokens[:, :n_pos]
-    differs |= one.attention_mask[:, :n_pos] != other.attention_mask[:, :n_pos]
-    noises = [each.noise[:, :n_pos] for each in (one, other) if each.noise is not None]
-    if len(noises) == 2:
-        if len(noises[0]) != len(noises[1]):
-            return 0
-        noises = [noises[0] - noises[1]]
-    if noises:
-        differs = differs | (noises[0] != 0).any(dim=-1)
-    first = int(differs.any(dim=0).long().argmax()) if bool(differs.any()) else n_pos
-    for start, picture in _pictures_at(one):
-        for other_start, other_picture in _pictures_at(other):
-            if start == other_start and not torch.equal(picture, other_picture):
-                first = min(first, start[1])
-    return first
-
-
-def _pictures_at(inputs: MultimodalInputs) -> list[tuple[tuple[int, int], Tensor]]:
-    """Every picture, with its row and first position."""
-    if inputs.pixel_values is None:
-        return []
-    where = [(row, start) for row, starts in enumerate(inputs.image_starts) for start in starts]
-    return list(zip(where, inputs.pixel_values, strict=True))
-
-
 def collate(inputs: Sequence[MultimodalInputs], pad_token_id: int) -> MultimodalInputs:
     """One batch from several inputs, padded on the left; spans move with their tokens.
 
@@ -414,25 +382,6 @@ def collate(inputs: Sequence[MultimodalInputs], pad_token_id: int) -> Multimodal
         ),
         texts=joined_rows(one.texts for one in inputs),
         char_spans=joined_rows(one.char_spans for one in inputs),
-        noise=_padded_noise(left),
+        noise=padded_noise([(one.noise, one.tokens, n) for one, n in left]),
         images=joined_rows(one.images for one in with_images) if pixels else None,
-    )
-
-
-def _padded_noise(left: Sequence[tuple[MultimodalInputs, int]]) -> Tensor | None:
-    widths = [one.noise.shape[-1] for one, _ in left if one.noise is not None]
-    if not widths:
-        return None
-    check_same("width of noise", widths)
-    if len(left) > 1 and any(
-        len(one) != len(one.noise) for one, _ in left if one.noise is not None
-    ):
-        raise ValueError("inputs with several samples of noise cannot be part of a larger batch")
-    return torch.cat(
-        [
-            one.tokens.new_zeros((len(one), one.n_pos + n, widths[0]), dtype=torch.float32)
-            if one.noise is None
-            else pad(one.noise, (0, 0, n, 0))
-            for one, n in left
-        ]
     )

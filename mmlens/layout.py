@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence, Sized
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 RESERVED_SPANS = ("image", "text", "bos", "last")
 """Names that are always filled from the tokens, and so are not the user's to give (nor `image_0`,
@@ -294,3 +295,35 @@ def joined_rows(parts: Iterable[Sequence[T] | None]) -> tuple[T, ...] | None:
             return None
         rows.extend(part)
     return tuple(rows)
+
+
+def padded_noise(
+    parts: Sequence[tuple[Tensor | None, Tensor, int]],
+) -> Float[Tensor, "row padded d_model"] | None:
+    """The noise of a batch of several inputs: zero where one has none, and at its left padding.
+
+    Args:
+        parts: of each, its noise [sample, pos, d_model], its tokens [batch, pos], and how many
+            positions of padding it gets.
+
+    Raises:
+        ValueError: noise of several models, or several samples for one row.
+    """
+    noises = [noise for noise, _, _ in parts if noise is not None]
+    if not noises:
+        return None
+    check_same("width of noise", [noise.shape[-1] for noise in noises])
+    if len(parts) > 1 and any(
+        len(noise) != len(tokens) for noise, tokens, _ in parts if noise is not None
+    ):
+        raise ValueError("inputs with several samples of noise cannot be part of a larger batch")
+    zero = [(*tokens.shape, noises[0].shape[-1]) for _, tokens, _ in parts]
+    return torch.cat(
+        [
+            pad(
+                tokens.new_zeros(shape, dtype=torch.float32) if noise is None else noise,
+                (0, 0, n, 0),
+            )
+            for (noise, tokens, n), shape in zip(parts, zero, strict=True)
+        ]
+    )

@@ -3,7 +3,7 @@
     question + picture -> MultimodalInputs -> vision -> projector -> splice -> blocks -> logits
 
 A forward pass may start at any layer from a given residual stream, stop before any layer, and
-attend to keys and values of earlier positions: that is all that branching needs.
+attend to keys and values of earlier positions.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from mmlens.components import (
     Unembed,
     make_norm,
 )
-from mmlens.components.attention import causal_mask
-from mmlens.components.key_value_cache import for_rows
+from mmlens.components.masks import causal_mask, keys_mask, padded_mask
 from mmlens.config import MultimodalConfig
 from mmlens.generation import generate_tokens
 from mmlens.hook_points import ActivationCache, HookedRootModule, HookPoint
@@ -315,34 +314,19 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         position_ids: Tensor | None,
         cache: KeyValueCache | None,
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
-        """What all layers share: where each query may look, and the rotary angles.
-
-        The mask is None where nothing is padded: attention then uses its own causal fast path.
-        """
+        """What all layers share: where queries may look (None: causal), and the rotary angles."""
         n_new, n_past = resid.shape[1], 0 if cache is None else len(cache)
-        key_mask = None if attention_mask is None else attention_mask.bool()
-        if key_mask is not None and bool(key_mask.all()):
-            key_mask = None
-        past_mask = None if cache is None else cache.key_mask
-        if key_mask is not None or past_mask is not None:
-            # One row serves all rows, as the samples of a noisy prompt share its mask.
-            several = any(len(part) > 1 for part in (key_mask, past_mask) if part is not None)
-            rows = len(resid) if several else 1
-            everything = torch.ones(rows, n_past + n_new, dtype=torch.bool, device=resid.device)
-            past = everything[:, :n_past] if past_mask is None else for_rows(past_mask, rows)
-            new = everything[:, n_past:] if key_mask is None else for_rows(key_mask, rows)
-            key_mask = torch.cat([past, new], dim=1)
+        key_mask = keys_mask(attention_mask, cache, len(resid), n_new, resid.device)
         if cache is not None and not cache.frozen:
             cache.key_mask = key_mask
         mask = None
-        if key_mask is None:
-            counted = torch.arange(n_past, n_past + n_new, device=resid.device)[None]
-        else:
+        if key_mask is not None:
             counted = (key_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -n_new:]
-            causal = causal_mask(n_new, n_past + n_new, resid.device)
-            itself = causal.triu(diagonal=n_past)
-            # A padded query looks at itself: softmax over nothing would be NaN.
-            mask = ((causal & key_mask[:, None, :]) | (itself & ~key_mask[:, None, :]))[:, None]
+            mask = padded_mask(key_mask, n_new)
+        else:
+            counted = torch.arange(n_past, n_past + n_new, device=resid.device)[None]
+            if n_past and n_new > 1:
+                mask = causal_mask(n_new, n_past + n_new, resid.device)[None, None]
         positions = counted if position_ids is None else position_ids
         return mask, self.rotary.cos_sin(positions, resid.dtype)
 
@@ -374,6 +358,12 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         from mmlens.branching import Recording
 
         return Recording.of(self, self.to_inputs(input))
+
+    def record_many(self, inputs: Sequence[Input]) -> list[Recording]:
+        """Record prompts that share what they have in common: questions on one picture, say."""
+        from mmlens.beginnings import record_all
+
+        return record_all(self, [self.to_inputs(each) for each in inputs])
 
     def generate(
         self,

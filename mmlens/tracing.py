@@ -5,52 +5,42 @@ run, a corrupted run, and for every cell (site, group of positions, layer) a cor
 the clean activations of that cell are put back. A cell matters as far as that brings the clean
 answer's probability back.
 
-This is written with what a user can call: `run_with_cache`, `Intervention`, `window`, `record`.
+This is written with what a user can call: `record`, `Intervention`, `window`, `run_with_cache`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from mmlens.hook_points import ActivationCache
+from mmlens.answers import given_answer, make_answer, with_answer
+from mmlens.beginnings import record_like
+from mmlens.branching import Recording
 from mmlens.hooks import restore
 from mmlens.inputs import MultimodalInputs
-from mmlens.interventions import Intervention, hook_name, n_layers_of, window
-from mmlens.spans import encode, tokens_of_replacement
+from mmlens.interventions import Intervention, hook_name
+from mmlens.trace_grid import (
+    SITES,
+    Group,
+    check_pair,
+    layer_centres,
+    position_groups,
+    window_layers,
+)
 from mmlens.trace_result import CausalTrace
 
 if TYPE_CHECKING:
     from mmlens.model import HookedMultimodalTransformer
 
-__all__ = ["CausalTrace", "causal_trace"]
+__all__ = ["CausalTrace", "causal_trace", "causal_trace_many"]
 
-SITES = ("resid_post", "attn_out", "mlp_out")
 Progress = Callable[[int, int], None]
-Group = int | Sequence[int] | Int[Tensor, " _"]
-Method = Callable[..., tuple[Float[Tensor, " row"], Float[Tensor, " cell"]]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The tokens whose probability is followed, and where they are predicted."""
-
-    tokens: Int[Tensor, " _"]
-    text: str
-    positions: Int[Tensor, " _"]
-
-    def probability(self, logits: Float[Tensor, "row n d_vocab"]) -> Float[Tensor, " row"]:
-        """The joint probability of the answer's tokens."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        log_probs = wide.log_softmax(dim=-1)
-        index = self.tokens[None, :, None].expand(len(logits), -1, 1)
-        return log_probs.gather(-1, index).sum(dim=(1, 2)).exp()
 
 
 @torch.no_grad()
@@ -65,7 +55,7 @@ def causal_trace(
     positions: Sequence[Group] | None = None,
     answer: str | int | None = None,
     method: Literal["branch", "naive"] = "branch",
-    batch_rows: int = 64,
+    batch_rows: int | None = None,
     progress: Progress | None = None,
 ) -> CausalTrace:
     """Restore clean activations in a corrupted run, cell by cell.
@@ -85,7 +75,8 @@ def causal_trace(
             several tokens is scored by its joint probability.
         method: "branch" shares what the runs have in common; "naive" does one full hooked run per
             cell, and is the reference for the other.
-        batch_rows: the most rows that "branch" computes at once.
+        batch_rows: the most rows that "branch" computes at once; by default what fits into free
+            memory.
         progress: called with (cells done, cells in all).
 
     Raises:
@@ -99,6 +90,99 @@ def causal_trace(
         ...                      positions=[clean.span("constraint"), clean.span("last")])
         >>> trace.indirect_effect     # [site, group, layer]
     """
+    trace, _ = traced(
+        model,
+        clean,
+        corrupted,
+        sites=sites,
+        layers=layers,
+        window=window,
+        positions=positions,
+        answer=answer,
+        method=method,
+        batch_rows=batch_rows,
+        progress=progress,
+    )
+    return trace
+
+
+@torch.no_grad()
+def causal_trace_many(
+    model: HookedMultimodalTransformer,
+    pairs: Iterable[tuple[MultimodalInputs, MultimodalInputs]],
+    *,
+    positions: Callable[[MultimodalInputs], Sequence[Group] | None] | None = None,
+    answers: Sequence[str | int | None] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> list[CausalTrace]:
+    """`causal_trace` of many questions, with a progress bar.
+
+    Questions that begin alike (about one picture, one after the other) share what they have in
+    common. Each question's cells fill the device by themselves: there are sites x layers of them at
+    every position.
+
+    Args:
+        pairs: clean and corrupted inputs of each question.
+        positions: from the clean inputs to the groups of positions to trace, such as
+            `lambda clean: [clean.span("constraint"), clean.span("last")]`.
+        answers: one per question.
+        progress: whether to show the bar (on stderr, one step per cell).
+        options: of `causal_trace`.
+
+    Raises:
+        ValueError: as `causal_trace`; or another number of answers than of pairs.
+
+    Example:
+        >>> pairs = [(clean, swap_span(model, clean, "constraint")) for clean in prompts]
+        >>> traces = causal_trace_many(model, pairs, window=3)
+    """
+    pairs = list(pairs)
+    each_answer = [None] * len(pairs) if answers is None else list(answers)
+    if len(each_answer) != len(pairs):
+        raise ValueError(f"{len(each_answer)} answers for {len(pairs)} pairs of inputs")
+    traces: list[CausalTrace] = []
+    like: Recording | None = None
+    with tqdm(total=0, desc="tracing", unit="cell", disable=not progress) as bar:
+
+        def advance(done: int, total: int) -> None:
+            finished = sum(trace.restored.numel() for trace in traces)
+            # Questions to come are taken to be like this one.
+            bar.total = finished + total * (len(pairs) - len(traces))
+            bar.update(finished + done - bar.n)
+
+        for (clean, corrupted), answer in zip(pairs, each_answer, strict=True):
+            groups = None if positions is None else positions(clean)
+            trace, like = traced(
+                model,
+                clean,
+                corrupted,
+                like=like,
+                positions=groups,
+                answer=answer,
+                progress=advance,
+                **options,
+            )
+            traces.append(trace)
+    return traces
+
+
+def traced(
+    model: HookedMultimodalTransformer,
+    clean: MultimodalInputs,
+    corrupted: MultimodalInputs,
+    *,
+    sites: Sequence[str] = SITES,
+    layers: Iterable[int] | None = None,
+    window: int = 1,
+    positions: Sequence[Group] | None = None,
+    answer: str | int | None = None,
+    method: str = "branch",
+    batch_rows: int | None = None,
+    progress: Progress | None = None,
+    like: Recording | None = None,
+) -> tuple[CausalTrace, Recording | None]:
+    """`causal_trace`, and what the next question on the same picture may begin like."""
     began = time.perf_counter()
     if method not in METHODS:
         raise ValueError(f"method {method!r}; there are {', '.join(METHODS)}")
@@ -108,31 +192,31 @@ def causal_trace(
     windows = {
         site: [window_layers(model, site, centre, window) for centre in centres] for site in sites
     }
-    wanted = {
+    names = {
         hook_name(site, layer) for site in sites for layers in windows[site] for layer in layers
     }
-    clean_probability, cache, target = run_clean(model, clean, answer, sorted(wanted))
-    cells = [
-        [Intervention(site, layers, group, restore(cache))]
-        for site in sites
-        for group in groups
-        for layers in windows[site]
-    ]
-    run = METHODS[method]
-    corrupted_probability, restored = run(
-        model, with_answer(corrupted, target), cells, target, batch_rows, progress
-    )
-    return CausalTrace(
+
+    def cells(cache: Mapping[str, Tensor]) -> list[list[Intervention]]:
+        return [
+            [Intervention(site, layers, group, restore(cache))]
+            for site in sites
+            for group in groups
+            for layers in windows[site]
+        ]
+
+    run = METHODS[method](model, clean, answer, sorted(names), like)
+    restored, corrupted_probability = run.restored(corrupted, cells, batch_rows, progress)
+    trace = CausalTrace(
         restored=restored.unflatten(0, (len(sites), len(groups), len(centres))).cpu(),
-        clean=clean_probability.mean().item(),
+        clean=run.probability.mean().item(),
         corrupted=corrupted_probability.mean().item(),
         sites=tuple(sites),
         layers=tuple(centres),
         window=window,
         groups=tuple(tuple(group.tolist()) for group in groups),
         group_labels=tuple(labels),
-        answer=target.text,
-        answer_tokens=tuple(target.tokens.tolist()),
+        answer=run.target.text,
+        answer_tokens=tuple(run.target.tokens.tolist()),
         method=method,
         metadata={
             "model": model.cfg.model_name,
@@ -142,230 +226,106 @@ def causal_trace(
             "seconds": round(time.perf_counter() - began, 3),
         },
     )
+    return trace, run.recording
 
 
-def run_clean(
-    model: HookedMultimodalTransformer,
-    clean: MultimodalInputs,
-    answer: str | int | None,
-    names: list[str],
-) -> tuple[Float[Tensor, " row"], ActivationCache, Answer]:
-    """P(answer) of the clean run, its activations, and the answer if it was left to the run."""
-    last = clean.n_pos - 1
-    given = None if answer is None else given_answer(model, clean, answer)
-    resid, cache = model.run_with_cache(
-        clean if given is None else with_answer(clean, given),
-        names_filter=names,
-        stop_at_layer=model.cfg.n_layers,
-    )
-    logits = model.unembed(model.ln_final(resid)[:, last:])
-    if given is None:
-        given = make_answer(model, [int(logits[0, 0].argmax())], last)
-    return given.probability(logits), cache, given
+class Branching:
+    """Clean and corrupted runs that share what they have in common, and cells as branches."""
+
+    def __init__(
+        self,
+        model: HookedMultimodalTransformer,
+        clean: MultimodalInputs,
+        answer: str | int | None,
+        names: Sequence[str],
+        like: Recording | None,
+    ) -> None:
+        last = clean.n_pos - 1
+        given = None if answer is None else given_answer(model, clean, answer)
+        inputs = clean if given is None else with_answer(clean, given)
+        self.recording = record_like(model, inputs, [] if like is None else [like], names)
+        logits = self.recording.logits(None if given is None else given.positions)
+        self.target = given or make_answer(model, [int(logits[0, 0].argmax())], last)
+        self.probability = self.target.probability(logits)
+
+    def restored(
+        self,
+        corrupted: MultimodalInputs,
+        cells: Callable[[Mapping[str, Tensor]], list[list[Intervention]]],
+        batch_rows: int | None,
+        progress: Progress | None,
+    ) -> tuple[Float[Tensor, " cell"], Float[Tensor, " row"]]:
+        """P(answer) of every cell (mean over rows), and of the corrupted run."""
+        target = self.target
+        recording = self.recording.record(with_answer(corrupted, target))
+        branches = cells(self.recording.cache)
+        done = 0
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            if progress is not None:
+                progress(done, len(branches))
+
+        restored = recording.run(
+            branches,
+            target.probability,
+            positions=target.positions,
+            batch_rows=batch_rows,
+            progress=advance,
+        )
+        return restored.mean(dim=1), target.probability(recording.logits(target.positions))
 
 
-def run_branching(
-    model: HookedMultimodalTransformer,
-    corrupted: MultimodalInputs,
-    cells: list[list[Intervention]],
-    target: Answer,
-    batch_rows: int,
-    progress: Progress | None,
-) -> tuple[Tensor, Tensor]:
-    """P(answer) of the corrupted run [row] and of every cell [cell], by branching."""
-    recording = model.record(corrupted)
-    done = 0
-
-    def advance(n: int) -> None:
-        nonlocal done
-        done += n
-        if progress is not None:
-            progress(done, len(cells))
-
-    restored = recording.run(
-        cells,
-        target.probability,
-        positions=target.positions,
-        batch_rows=batch_rows,
-        progress=advance,
-    )
-    return target.probability(recording.logits(target.positions)), restored.mean(dim=1)
-
-
-def run_naively(
-    model: HookedMultimodalTransformer,
-    corrupted: MultimodalInputs,
-    cells: list[list[Intervention]],
-    target: Answer,
-    batch_rows: int,
-    progress: Progress | None,
-) -> tuple[Tensor, Tensor]:
+class Naive:
     """The same by one full hooked forward pass per cell."""
-    stop = {"stop_at_layer": model.cfg.n_layers}
-    base = read(model, model(corrupted, **stop), target)
-    restored = []
-    for done, cell in enumerate(cells, start=1):
-        hooks = [pair for intervention in cell for pair in intervention.fwd_hooks()]
-        with model.hooks(fwd_hooks=hooks):  # the hooks also see the final norm
-            restored.append(read(model, model(corrupted, **stop), target).mean())
-        if progress is not None:
-            progress(done, len(cells))
-    return base, torch.stack(restored)
 
+    recording = None
 
-def read(model: HookedMultimodalTransformer, resid: Tensor, target: Answer) -> Tensor:
-    """P(answer) of every row, from the residual stream behind the last layer."""
-    return target.probability(model.unembed(model.ln_final(resid)[:, target.positions]))
-
-
-METHODS: dict[str, Method] = {"branch": run_branching, "naive": run_naively}
-
-
-def check_pair(clean: MultimodalInputs, corrupted: MultimodalInputs) -> None:
-    """Raise a ValueError unless both are one prompt with the same positions."""
-    if len(clean) != 1 or len(corrupted) != 1:
-        raise ValueError(
-            f"causal_trace takes one prompt; clean has {len(clean)} rows, corrupted has "
-            f"{len(corrupted)}"
+    def __init__(
+        self,
+        model: HookedMultimodalTransformer,
+        clean: MultimodalInputs,
+        answer: str | int | None,
+        names: Sequence[str],
+        like: Recording | None,
+    ) -> None:
+        self.model = model
+        last = clean.n_pos - 1
+        given = None if answer is None else given_answer(model, clean, answer)
+        resid, self.cache = model.run_with_cache(
+            clean if given is None else with_answer(clean, given),
+            names_filter=names,
+            stop_at_layer=model.cfg.n_layers,
+            return_cache_object=False,
         )
-    if clean.noise is not None:
-        raise ValueError("the clean inputs have noise; only the corrupted may have some")
-    if (
-        clean.n_pos != corrupted.n_pos
-        or not torch.equal(clean.is_image, corrupted.is_image)
-        or not torch.equal(clean.attention_mask, corrupted.attention_mask)
-    ):
-        raise ValueError(
-            f"clean ({clean.n_pos} positions) and corrupted ({corrupted.n_pos}) must have the same "
-            "positions, visual tokens and padding; swap_span keeps them"
-        )
+        logits = model.unembed(model.ln_final(resid)[:, last:])
+        self.target = given or make_answer(model, [int(logits[0, 0].argmax())], last)
+        self.probability = self.target.probability(logits)
+
+    def restored(
+        self,
+        corrupted: MultimodalInputs,
+        cells: Callable[[Mapping[str, Tensor]], list[list[Intervention]]],
+        batch_rows: int | None,
+        progress: Progress | None,
+    ) -> tuple[Float[Tensor, " cell"], Float[Tensor, " row"]]:
+        """P(answer) of every cell (mean over rows), and of the corrupted run."""
+        inputs, branches, restored = with_answer(corrupted, self.target), cells(self.cache), []
+        base = self.read(inputs)
+        for done, cell in enumerate(branches, start=1):
+            hooks = [pair for intervention in cell for pair in intervention.fwd_hooks()]
+            with self.model.hooks(fwd_hooks=hooks):  # the hooks also see the final norm
+                restored.append(self.read(inputs).mean())
+            if progress is not None:
+                progress(done, len(branches))
+        return torch.stack(restored), base
+
+    def read(self, inputs: MultimodalInputs) -> Float[Tensor, " row"]:
+        """P(answer) of a run."""
+        resid = self.model(inputs, stop_at_layer=self.model.cfg.n_layers)
+        normalized = self.model.ln_final(resid)[:, self.target.positions]
+        return self.target.probability(self.model.unembed(normalized))
 
 
-def first_difference(clean: MultimodalInputs, corrupted: MultimodalInputs) -> int:
-    """The first position at which the two runs can differ.
-
-    Raises:
-        ValueError: they are the same.
-    """
-    differs = clean.tokens[0] != corrupted.tokens[0]
-    if corrupted.noise is not None:
-        differs |= (corrupted.noise != 0).any(dim=-1).any(dim=0)
-    if clean.pixel_values is not None and corrupted.pixel_values is not None:
-        pairs = zip(clean.pixel_values, corrupted.pixel_values, strict=True)
-        for start, (picture, other) in zip(clean.image_starts[0], pairs, strict=True):
-            differs[start] |= not torch.equal(picture, other)
-    if not bool(differs.any()):
-        raise ValueError("clean and corrupted inputs are the same: there is nothing to trace")
-    return int(differs.nonzero()[0])
-
-
-def position_groups(
-    model: HookedMultimodalTransformer,
-    clean: MultimodalInputs,
-    corrupted: MultimodalInputs,
-    sites: Sequence[str],
-    positions: Sequence[Group] | None,
-) -> tuple[list[Int[Tensor, " _"]], list[str]]:
-    """The groups of positions as LongTensors, and a label for each."""
-    first = first_difference(clean, corrupted)
-    labels = clean.labels()
-    if sites[0].startswith("vision.") and model.cfg.vision is not None:
-        columns = model.cfg.vision.grid[1]
-        patches = range(model.cfg.vision.n_patches)
-        labels = ["<cls>"] * model.cfg.vision.class_token
-        labels += [f"<patch {i // columns},{i % columns}>" for i in patches]
-        if positions is None:
-            raise ValueError("sites of the vision tower have positions of their own: give them")
-    if positions is None:
-        positions = list(range(first, clean.n_pos))
-    groups = [torch.as_tensor(group, dtype=torch.long).flatten().cpu() for group in positions]
-    if not groups:
-        raise ValueError("no positions to trace; positions=None takes all that can matter")
-    for group in groups:
-        if not len(group) or int(group.min()) < 0 or int(group.max()) >= len(labels):
-            raise ValueError(
-                f"positions {group.tolist()} are not among 0 ... {len(labels) - 1}; each group "
-                "needs at least one"
-            )
-    return groups, [group_label(group.tolist(), labels) for group in groups]
-
-
-def group_label(group: list[int], labels: list[str]) -> str:
-    """The tokens of a group, shortened where there are many."""
-    if len(group) > 6:
-        return f"{labels[group[0]]} ... {labels[group[-1]]} ({len(group)})"
-    return "".join(labels[position] for position in group)
-
-
-def layer_centres(
-    model: HookedMultimodalTransformer, sites: Sequence[str], layers: Iterable[int] | None
-) -> list[int]:
-    """The centres of the windows.
-
-    Raises:
-        ValueError: no sites, sites of both stacks, layers outside of the model.
-    """
-    if isinstance(sites, str) or not sites:
-        raise ValueError(f"sites must be several names, e.g. ('mlp_out',), not {sites!r}")
-    for site in sites:
-        hook_name(site, 0)
-    if len({site.startswith("vision.") for site in sites}) > 1:
-        raise ValueError(f"trace the decoder and the vision tower one at a time, not {sites}")
-    n_layers = n_layers_of(sites[0], model)
-    centres = list(range(n_layers) if layers is None else layers)
-    outside = [layer for layer in centres if not 0 <= layer < n_layers]
-    if outside or not centres:
-        raise ValueError(f"layers {outside or centres} are not among 0 ... {n_layers - 1}")
-    return centres
-
-
-def window_layers(model: HookedMultimodalTransformer, site: str, centre: int, width: int) -> range:
-    """`mmlens.window`, under a name that the argument `window` does not hide."""
-    return window(site, centre, width, model)
-
-
-def given_answer(
-    model: HookedMultimodalTransformer, clean: MultimodalInputs, answer: str | int
-) -> Answer:
-    """The tokens of an answer; a text as it would follow the prompt, after a space.
-
-    Raises:
-        ValueError: no such token id, no text, or text for a model without a tokenizer.
-    """
-    last = clean.n_pos - 1
-    if not isinstance(answer, str):
-        if not 0 <= answer < model.cfg.d_vocab:
-            raise ValueError(f"answer={answer}; token ids are 0 ... {model.cfg.d_vocab - 1}")
-        return make_answer(model, [int(answer)], last)
-    if model.tokenizer is None:
-        raise ValueError(f"answer={answer!r}, but the model has no tokenizer: give a token id")
-    ids = tokens_behind(model.tokenizer, clean.texts[0] if clean.texts else "", answer)
-    return replace(make_answer(model, ids, last), text=answer)
-
-
-def tokens_behind(tokenizer: Any, prompt: str, answer: str) -> list[int]:
-    """The tokens that a prompt goes on with if it goes on with `answer`.
-
-    A space between them belongs to the answer, also where the tokenizer makes it a token of its
-    own: the model has to say that one too.
-    """
-    text = prompt if prompt[-1:].isspace() else prompt + " "
-    ids = tokens_of_replacement(tokenizer, text, (len(text), len(text)), answer)
-    before = encode(tokenizer, prompt).ids
-    whole = encode(tokenizer, text + answer.strip()).ids
-    # Where the end of the prompt and the answer melt into one token, only the word itself is left.
-    return whole[len(before) :] if before and whole[: len(before)] == before else ids
-
-
-def make_answer(model: HookedMultimodalTransformer, ids: list[int], last: int) -> Answer:
-    """Tokens that follow a prompt whose last position is `last`."""
-    return Answer(
-        tokens=torch.tensor(ids, device=model.device),
-        text=str(ids[0]) if model.tokenizer is None else model.to_string(ids),
-        positions=torch.arange(last, last + len(ids), device=model.device),
-    )
-
-
-def with_answer(inputs: MultimodalInputs, target: Answer) -> MultimodalInputs:
-    """The inputs with all tokens of the answer but the last, which nothing follows."""
-    return inputs.append(target.tokens[:-1]) if len(target.tokens) > 1 else inputs
+METHODS: dict[str, type[Branching | Naive]] = {"branch": Branching, "naive": Naive}

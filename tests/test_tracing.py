@@ -33,7 +33,7 @@ from small_models import (
 from mmlens import CausalTrace, causal_trace, collate, noise_span, swap_span
 from mmlens.hooks import HookFunction
 from mmlens.interventions import LAYERED_SITES
-from mmlens.tracing import first_difference
+from mmlens.trace_grid import first_difference
 
 TOLERANCE = 1e-5
 SITES = ("resid_post", "attn_out", "mlp_out")

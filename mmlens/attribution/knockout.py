@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.answers import Answer, given_answer, make_answer, with_answer
 from mmlens.attribution.where import Where, layers_of, positions_of
 from mmlens.hooks import knockout
 from mmlens.inputs import MultimodalInputs
 from mmlens.interventions import Intervention, window
 from mmlens.layout import check_one_prompt
 from mmlens.results import SavedResult
-from mmlens.tracing import Answer, given_answer, make_answer, with_answer
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.answers import with_answer
 from mmlens.attribution.knockout import record_with_answer
 from mmlens.hook_points import HookPoint
 from mmlens.inputs import MultimodalInputs
 from mmlens.interventions import hook_name
 from mmlens.results import SavedResult
+from mmlens.trace_grid import SITES, Group, check_pair, layer_centres, position_groups
 from mmlens.trace_result import CausalTrace
-from mmlens.tracing import SITES, Group, check_pair, layer_centres, position_groups, with_answer
 
 if TYPE_CHECKING:
     import pandas as pd

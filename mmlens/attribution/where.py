@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mmlens.answers import given_answer
 from mmlens.inputs import MultimodalInputs
 from mmlens.layout import check_one_prompt
-from mmlens.tracing import given_answer
 
 if TYPE_CHECKING:
     from mmlens.model import HookedMultimodalTransformer

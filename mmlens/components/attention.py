@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mmlens.components.key_value_cache import KeyValueCache
+from mmlens.components.masks import causal_mask, window_mask
 from mmlens.components.norm import float32_or_wider
 from mmlens.components.rotary import rotate
 from mmlens.components.shared_past import SharedPast
@@ -26,20 +27,6 @@ Heads = Float[Tensor, "batch pos head d_head"]
 Scores = Float[Tensor, "batch head query key"]
 Mask = Bool[Tensor, "rows 1 query key"]
 CosSin = tuple[Tensor, Tensor]
-
-
-def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Bool[Tensor, "query key"]:
-    """True where a query may look; the queries are the last `n_queries` of `n_keys` positions."""
-    ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-    return ones.tril(diagonal=n_keys - n_queries)
-
-
-def window_mask(
-    n_queries: int, n_keys: int, window: int, device: torch.device
-) -> Bool[Tensor, "query key"]:
-    """True where a key is at most `window - 1` positions back (Mistral, Jiang et al. 2023, 2)."""
-    ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-    return ones.triu(diagonal=n_keys - n_queries - window + 1)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,79 @@
+"""Answers: the tokens whose probability an analysis follows, and where they are predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmlens.inputs import MultimodalInputs
+from mmlens.spans import encode, tokens_of_replacement
+
+if TYPE_CHECKING:
+    from mmlens.model import HookedMultimodalTransformer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens whose probability is followed, and where they are predicted."""
+
+    tokens: Int[Tensor, " _"]
+    text: str
+    positions: Int[Tensor, " _"]
+
+    def probability(self, logits: Float[Tensor, "row n d_vocab"]) -> Float[Tensor, " row"]:
+        """The joint probability of the answer's tokens."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        log_probs = wide.log_softmax(dim=-1)
+        index = self.tokens[None, :, None].expand(len(logits), -1, 1)
+        return log_probs.gather(-1, index).sum(dim=(1, 2)).exp()
+
+
+def given_answer(
+    model: HookedMultimodalTransformer, clean: MultimodalInputs, answer: str | int
+) -> Answer:
+    """The tokens of an answer; a text as it would follow the prompt, after a space.
+
+    Raises:
+        ValueError: no such token id, no text, or text for a model without a tokenizer.
+    """
+    last = clean.n_pos - 1
+    if not isinstance(answer, str):
+        if not 0 <= answer < model.cfg.d_vocab:
+            raise ValueError(f"answer={answer}; token ids are 0 ... {model.cfg.d_vocab - 1}")
+        return make_answer(model, [int(answer)], last)
+    if model.tokenizer is None:
+        raise ValueError(f"answer={answer!r}, but the model has no tokenizer: give a token id")
+    ids = tokens_behind(model.tokenizer, clean.texts[0] if clean.texts else "", answer)
+    return replace(make_answer(model, ids, last), text=answer)
+
+
+def tokens_behind(tokenizer: Any, prompt: str, answer: str) -> list[int]:
+    """The tokens that a prompt goes on with if it goes on with `answer`.
+
+    A space between them belongs to the answer, also where the tokenizer makes it a token of its
+    own: the model has to say that one too.
+    """
+    text = prompt if prompt[-1:].isspace() else prompt + " "
+    ids = tokens_of_replacement(tokenizer, text, (len(text), len(text)), answer)
+    before = encode(tokenizer, prompt).ids
+    whole = encode(tokenizer, text + answer.strip()).ids
+    # Where the end of the prompt and the answer melt into one token, only the word itself is left.
+    return whole[len(before) :] if before and whole[: len(before)] == before else ids
+
+
+def make_answer(model: HookedMultimodalTransformer, ids: list[int], last: int) -> Answer:
+    """Tokens that follow a prompt whose last position is `last`."""
+    return Answer(
+        tokens=torch.tensor(ids, device=model.device),
+        text=str(ids[0]) if model.tokenizer is None else model.to_string(ids),
+        positions=torch.arange(last, last + len(ids), device=model.device),
+    )
+
+
+def with_answer(inputs: MultimodalInputs, target: Answer) -> MultimodalInputs:
+    """The inputs with all tokens of the answer but the last, which nothing follows."""
+    return inputs.append(target.tokens[:-1]) if len(target.tokens) > 1 else inputs

@@ -1,0 +1,117 @@
+"""The cells of a causal trace: sites x groups of positions x layers, and what cannot be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mmlens.beginnings import common_prefix
+from mmlens.inputs import MultimodalInputs
+from mmlens.interventions import hook_name, n_layers_of, window
+
+if TYPE_CHECKING:
+    from mmlens.model import HookedMultimodalTransformer
+
+SITES = ("resid_post", "attn_out", "mlp_out")
+Group = int | Sequence[int] | Int[Tensor, " _"]
+
+
+def check_pair(clean: MultimodalInputs, corrupted: MultimodalInputs) -> None:
+    """Raise a ValueError unless both are one prompt with the same positions."""
+    if len(clean) != 1 or len(corrupted) != 1:
+        raise ValueError(
+            f"causal_trace takes one prompt; clean has {len(clean)} rows, corrupted has "
+            f"{len(corrupted)}"
+        )
+    if clean.noise is not None:
+        raise ValueError("the clean inputs have noise; only the corrupted may have some")
+    if (
+        clean.n_pos != corrupted.n_pos
+        or not torch.equal(clean.is_image, corrupted.is_image)
+        or not torch.equal(clean.attention_mask, corrupted.attention_mask)
+    ):
+        raise ValueError(
+            f"clean ({clean.n_pos} positions) and corrupted ({corrupted.n_pos}) must have the same "
+            "positions, visual tokens and padding; swap_span keeps them"
+        )
+
+
+def first_difference(clean: MultimodalInputs, corrupted: MultimodalInputs) -> int:
+    """The first position at which the two runs can differ.
+
+    Raises:
+        ValueError: they are the same.
+    """
+    first = common_prefix(clean, corrupted)
+    if first == clean.n_pos:
+        raise ValueError("clean and corrupted inputs are the same: there is nothing to trace")
+    return first
+
+
+def position_groups(
+    model: HookedMultimodalTransformer,
+    clean: MultimodalInputs,
+    corrupted: MultimodalInputs,
+    sites: Sequence[str],
+    positions: Sequence[Group] | None,
+) -> tuple[list[Int[Tensor, " _"]], list[str]]:
+    """The groups of positions as LongTensors, and a label for each."""
+    first = first_difference(clean, corrupted)
+    labels = clean.labels()
+    if sites[0].startswith("vision.") and model.cfg.vision is not None:
+        columns = model.cfg.vision.grid[1]
+        patches = range(model.cfg.vision.n_patches)
+        labels = ["<cls>"] * model.cfg.vision.class_token
+        labels += [f"<patch {i // columns},{i % columns}>" for i in patches]
+        if positions is None:
+            raise ValueError("sites of the vision tower have positions of their own: give them")
+    if positions is None:
+        positions = list(range(first, clean.n_pos))
+    groups = [torch.as_tensor(group, dtype=torch.long).flatten().cpu() for group in positions]
+    if not groups:
+        raise ValueError("no positions to trace; positions=None takes all that can matter")
+    for group in groups:
+        if not len(group) or int(group.min()) < 0 or int(group.max()) >= len(labels):
+            raise ValueError(
+                f"positions {group.tolist()} are not among 0 ... {len(labels) - 1}; each group "
+                "needs at least one"
+            )
+    return groups, [group_label(group.tolist(), labels) for group in groups]
+
+
+def group_label(group: list[int], labels: list[str]) -> str:
+    """The tokens of a group, shortened where there are many."""
+    if len(group) > 6:
+        return f"{labels[group[0]]} ... {labels[group[-1]]} ({len(group)})"
+    return "".join(labels[position] for position in group)
+
+
+def layer_centres(
+    model: HookedMultimodalTransformer, sites: Sequence[str], layers: Iterable[int] | None
+) -> list[int]:
+    """The centres of the windows.
+
+    Raises:
+        ValueError: no sites, sites of both stacks, layers outside of the model.
+    """
+    if isinstance(sites, str) or not sites:
+        raise ValueError(f"sites must be several names, e.g. ('mlp_out',), not {sites!r}")
+    for site in sites:
+        hook_name(site, 0)
+    if len({site.startswith("vision.") for site in sites}) > 1:
+        raise ValueError(f"trace the decoder and the vision tower one at a time, not {sites}")
+    n_layers = n_layers_of(sites[0], model)
+    centres = list(range(n_layers) if layers is None else layers)
+    outside = [layer for layer in centres if not 0 <= layer < n_layers]
+    if outside or not centres:
+        raise ValueError(f"layers {outside or centres} are not among 0 ... {n_layers - 1}")
+    return centres
+
+
+def window_layers(model: HookedMultimodalTransformer, site: str, centre: int, width: int) -> range:
+    """`mmlens.window`, under a name that the argument `window` does not hide."""
+    return window(site, centre, width, model)
