@@ -102,10 +102,11 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         device_map: str | Mapping[str, Any] | None = None,
         vision_tower: str | Path | None = None,
     ) -> HookedMultimodalTransformer:
-        """Load a published checkpoint, a local folder, or the embedded model ("demo").
+        """Load a published checkpoint, a local folder, or an embedded model ("demo").
 
         Args:
-            name_or_path: "demo", a folder, a GGUF file, or a name on the Hugging Face hub.
+            name_or_path: "demo" or "demo-tuned" (`docs/demo-model.md`), a folder, a GGUF file, or a
+                name on the Hugging Face hub.
             device: where to put it; by default the GPU if there is one.
             dtype: by default the checkpoint's own.
             revision: branch, tag or commit on the hub.

@@ -82,7 +82,7 @@ def load_model(
     device_map: DeviceMap | None = None,
     vision_tower: str | Path | None = None,
 ) -> HookedMultimodalTransformer:
-    """The model of a checkpoint folder, a GGUF file, a hub name, or "demo".
+    """The model of a checkpoint folder, a GGUF file, a hub name, "demo" or "demo-tuned".
 
     Args:
         vision_tower: a folder or hub name to take the tower from, for the formats of LLaVA's code;
@@ -96,10 +96,10 @@ def load_model(
     if device is not None and device_map is not None:
         raise ValueError(f"device={device!r} and device_map={device_map!r}: give one of the two")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if str(name_or_path) == "demo":
+    if str(name_or_path) in ("demo", "demo-tuned"):
         from mmlens.checkpoints import demo
 
-        return demo.load(where, dtype or torch.float32)
+        return demo.load(str(name_or_path), where, dtype or torch.float32)
     if str(name_or_path).endswith(".gguf") and Path(name_or_path).expanduser().is_file():
         from mmlens.checkpoints import gguf
 

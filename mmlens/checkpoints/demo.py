@@ -1,7 +1,10 @@
-"""The embedded demo model: SmolLM2 from the cache, tower and projector from the package.
+"""The embedded demo models: SmolLM2 from the cache, tower and projector from the package.
 
 Not a published format, but put together from two: a Llama folder and an open_clip tower. The
 tokenizer gets an `<image>` token behind its vocabulary; nothing is ever embedded for it.
+
+"demo" has the language model as it is. "demo-tuned" has the same tower, and what was trained as in
+LLaVA's second stage: a projector of its own and a low-rank update of the language model.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from typing import Any
 
 import torch
 
-from mmlens.checkpoints import language_model, open_clip, open_clip_config
+from mmlens.checkpoints import language_model, low_rank, open_clip, open_clip_config
+from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.loader import build
+from mmlens.checkpoints.low_rank import with_update
 from mmlens.checkpoints.names import (
     Table,
     decoder_names,
@@ -28,40 +33,58 @@ from mmlens.config import MultimodalConfig, ProjectorConfig
 from mmlens.demo.language_model import language_model_folder
 from mmlens.model import HookedMultimodalTransformer
 
-IGNORED = tuple(rf"vision_tower\.{pattern}" for pattern in open_clip_config.IGNORED)
+FOLDER = Path(str(files("mmlens.demo")))
+TUNED = "tuned.safetensors"
+IGNORED = (*(rf"vision_tower\.{pattern}" for pattern in open_clip_config.IGNORED), low_rank.FACTORS)
 
 
-def load(device: torch.device, dtype: torch.dtype) -> HookedMultimodalTransformer:
-    """The demo model; the language model is fetched and converted on the first call.
+def load(variant: str, device: torch.device, dtype: torch.dtype) -> HookedMultimodalTransformer:
+    """A demo model; the language model is fetched and converted on the first call.
+
+    Args:
+        variant: "demo" or "demo-tuned".
 
     Raises:
+        CheckpointError: this copy of mmlens lacks the variant's weights.
         LanguageModelUnavailable: it is not in the cache and cannot be fetched.
     """
-    here = Path(str(files("mmlens.demo")))
-    settings = json.loads((here / "config.json").read_text())
-    tower = json.loads((here / "open_clip_config.json").read_text())
+    tuned = FOLDER / TUNED if variant == "demo-tuned" else None
+    if tuned is not None and not tuned.is_file():
+        raise CheckpointError(
+            f"{variant!r} is not in this copy of mmlens: {tuned} is missing. 'demo' is there; "
+            "training/demo/README.md says how the file is made"
+        )
+    settings = json.loads((FOLDER / "config.json").read_text())
+    tower = json.loads((FOLDER / "open_clip_config.json").read_text())
     folder = language_model_folder()
     tokenizer = load_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_PLACEHOLDER]})
-    cfg = config(folder, settings, tower)
+    cfg = replace(config(folder, settings, tower), model_name=variant)
     cfg.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    weights = [
-        *weight_files(folder, "language_model."),
-        WeightFile(here / "vision.safetensors", "vision_tower."),
-        WeightFile(here / "projector.safetensors", "multi_modal_projector."),
-    ]
     model = build(
         cfg,
-        weights,
+        weights(folder, tuned),
         table(cfg),
         ignored=IGNORED,
         dtype=dtype,
         device=device,
-        where="the demo model",
+        where=f"the {variant} model",
     )
     model.tokenizer = tokenizer
     model.image_processor = open_clip.image_transform(tower["model_cfg"], tower["preprocess_cfg"])
     return model
+
+
+def weights(folder: Path, tuned: Path | None) -> list[WeightFile]:
+    """The language model's files, the tower's and the projector's."""
+    language_model_files = weight_files(folder, "language_model.")
+    if tuned is None:
+        projector = WeightFile(FOLDER / "projector.safetensors", "multi_modal_projector.")
+    else:
+        projector = WeightFile(tuned)  # its factors are `IGNORED` here
+        language_model_files = with_update(language_model_files, tuned)
+    tower = WeightFile(FOLDER / "vision.safetensors", "vision_tower.")
+    return [*language_model_files, tower, projector]
 
 
 def config(folder: Path, settings: dict[str, Any], tower: dict[str, Any]) -> MultimodalConfig:
@@ -76,7 +99,6 @@ def config(folder: Path, settings: dict[str, Any], tower: dict[str, Any]) -> Mul
         cfg,
         vision=vision,
         projector=ProjectorConfig(d_in=vision.d_model, d_hidden=cfg.d_model, d_out=cfg.d_model),
-        model_name="demo",
         original_architecture="mmlens demo",
         default_template=settings["template"],
     )

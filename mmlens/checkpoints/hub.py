@@ -21,8 +21,8 @@ def find_folder(name_or_path: str | Path, revision: str | None) -> Path:
         return path
     if path.is_absolute() or str(name_or_path).count("/") != 1:
         raise CheckpointError(
-            f"unknown model {str(name_or_path)!r}: not a folder, not 'demo', and not a hub name "
-            "like 'llava-hf/llava-1.5-7b-hf'"
+            f"unknown model {str(name_or_path)!r}: not a folder, not 'demo' or 'demo-tuned', and "
+            "not a hub name like 'llava-hf/llava-1.5-7b-hf'"
         )
     from huggingface_hub import snapshot_download
 

@@ -56,7 +56,8 @@ Dtype = Annotated[
     typer.Option(help="Precision of the weights; by default the checkpoint's own."),
 ]
 Model = Annotated[
-    str, typer.Option(help='"demo", a checkpoint folder, or a name on the Hugging Face hub.')
+    str,
+    typer.Option(help='"demo", "demo-tuned", a checkpoint folder, or a name on the hub.'),
 ]
 Sites = Annotated[str, typer.Option(help="Where activations are restored, separated by commas.")]
 Window = Annotated[int, typer.Option(min=1, help="How many adjacent layers are restored together.")]
