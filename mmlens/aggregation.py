@@ -1,0 +1,298 @@
+"""Causal traces of many questions, aligned by what their positions are, with intervals.
+
+Questions have other lengths, so positions are compared by their role: the picture, the constraint,
+its last token, the last token of all, ... (Meng et al. 2022 and Basu et al. 2024 average their
+traces in this way).
+
+    roles = [role_positions(clean) for clean, _ in pairs]
+    traces = causal_trace_many(model, pairs)
+    profile = aggregate_traces(traces, roles, clusters=[question.subject for question in questions])
+    profile.plot().show()
+    profile.compare("mlp_out", "constraint", range(0, 4), range(4, 8))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmlens.inputs import MultimodalInputs
+from mmlens.layout import check_one_prompt
+from mmlens.resampling import bootstrap_mean, sign_flip_test
+from mmlens.results import SavedResult
+from mmlens.trace_result import CausalTrace
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+__all__ = [
+    "AggregatedTraces",
+    "WindowComparison",
+    "aggregate_traces",
+    "role_positions",
+]
+
+Roles = Mapping[str, Int[Tensor, " _"]]
+
+
+def role_positions(inputs: MultimodalInputs, constraint: str = "constraint") -> Roles:
+    """What the positions of a prompt are: names of roles, and their positions.
+
+    `image`; `before constraint` and `after constraint`, the other words (the last token is not
+    among them); `constraint`, and its first and last token; `last token`. A role without positions
+    is left out. Roles may overlap: a constraint of one token is its own first and last.
+
+    Args:
+        inputs: one prompt.
+        constraint: the span that takes the constraint's role.
+
+    Raises:
+        UnknownSpanError: (a KeyError) no such span.
+        ValueError: a batch.
+    """
+    check_one_prompt(len(inputs), "role_positions")
+    span, last = inputs.span(constraint).cpu(), inputs.span("last").cpu()
+    words = inputs.span("text").cpu()
+    others = words[~torch.isin(words, torch.cat([span, last]))]
+    roles = {
+        "image": inputs.is_image[0].cpu().nonzero().flatten(),
+        "before constraint": others[others < span.min()],
+        "constraint": span,
+        "constraint first": span[:1],
+        "constraint last": span[-1:],
+        "after constraint": others[others > span.min()],
+        "last token": last,
+    }
+    return {role: positions for role, positions in roles.items() if len(positions)}
+
+
+@dataclass(frozen=True)
+class WindowComparison:
+    """Whether one set of layers has larger effects than another, over the same questions."""
+
+    difference: float
+    """Mean effect of the first set - mean effect of the second."""
+    low: float
+    high: float
+    """Ends of the difference's bootstrap interval."""
+    p_value: float
+    """Of a paired permutation test of "the first is larger"; see `mmlens.resampling`."""
+    n_questions: int
+
+
+@dataclass(frozen=True, eq=False)
+class AggregatedTraces(SavedResult):
+    """Effects of every question, and their means with bootstrap intervals.
+
+    Example:
+        >>> profile.mean[0, 0].argmax()    # the most causal layer of the first site and role
+        >>> profile.low, profile.high      # [site, role, layer]
+    """
+
+    values: Float[Tensor, "question site role layer"]
+    """NaN where a question has no positions of a role."""
+    sites: tuple[str, ...]
+    roles: tuple[str, ...]
+    layers: tuple[int, ...]
+    """Centres of the windows."""
+    window: int
+    effect: str
+    """Which effect of `CausalTrace` the values are."""
+    clusters: tuple[str | int, ...]
+    """Whose questions are resampled together."""
+    samples: int
+    level: float
+    seed: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Models, and mean probabilities in the clean and the corrupted runs."""
+
+    @cached_property
+    def _means(self) -> tuple[Tensor, Tensor, Tensor]:
+        return bootstrap_mean(self.values, self.clusters, **self._resampling, level=self.level)
+
+    @property
+    def _resampling(self) -> dict[str, int]:
+        return {"samples": self.samples, "seed": self.seed}
+
+    @property
+    def mean(self) -> Float[Tensor, "site role layer"]:
+        """Over the questions that have the role."""
+        return self._means[0]
+
+    @property
+    def low(self) -> Float[Tensor, "site role layer"]:
+        """Lower ends of the intervals."""
+        return self._means[1]
+
+    @property
+    def high(self) -> Float[Tensor, "site role layer"]:
+        """Upper ends of the intervals."""
+        return self._means[2]
+
+    def compare(
+        self, site: str, role: str, layers: Iterable[int], others: Iterable[int]
+    ) -> WindowComparison:
+        """Is one set of layers more causal than another? Mean effects, question by question.
+
+        Raises:
+            ValueError: no such site, role or layers; fewer than two clusters have the role.
+
+        Example:
+            >>> profile.compare("mlp_out", "constraint", range(0, 4), range(4, 8)).p_value
+        """
+        cells = self.values[:, at(site, self.sites), at(role, self.roles)]
+        first, second = (
+            cells[:, [at(layer, self.layers) for layer in each]].mean(dim=1)
+            for each in (layers, others)
+        )
+        there = ~(first - second).isnan()
+        difference = (first - second)[there]
+        clusters = [
+            label for label, kept in zip(self.clusters, there.tolist(), strict=True) if kept
+        ]
+        p_value = sign_flip_test(difference, clusters, seed=self.seed)
+        mean, low, high = bootstrap_mean(difference, clusters, **self._resampling, level=self.level)
+        return WindowComparison(
+            float(mean), float(low), float(high), p_value, n_questions=len(difference)
+        )
+
+    def to_dataframe(self, model: str | None = None) -> pd.DataFrame:
+        """One row per site, role and layer: window, number of questions, mean, low, high.
+
+        Args:
+            model: a name for the column `model`, by which several profiles are told apart in
+                `mmlens.plots.profile`; by default the model's own.
+        """
+        import pandas as pd
+
+        name = self.metadata.get("model", "") if model is None else model
+        counts = (~self.values.isnan()).sum(dim=0)
+        rows = [
+            {
+                "model": name,
+                "site": site,
+                "role": role,
+                "layer": layer,
+                "window": self.window,
+                "n": int(counts[s, r, i]),
+                "mean": float(self.mean[s, r, i]),
+                "low": float(self.low[s, r, i]),
+                "high": float(self.high[s, r, i]),
+            }
+            for s, site in enumerate(self.sites)
+            for r, role in enumerate(self.roles)
+            for i, layer in enumerate(self.layers)
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self) -> Figure:
+        """A panel per site and role, layers to the right; see `mmlens.plots.profile`."""
+        from mmlens.plots.profile import plot_layer_profile
+
+        return plot_layer_profile(
+            self.to_dataframe(),
+            y_title=self.effect.replace("_", " "),
+            subtitle=f"{len(self.values)} questions, {self.level:.0%} bootstrap interval, window "
+            f"{self.window}",
+        )
+
+
+def aggregate_traces(
+    traces: Sequence[CausalTrace],
+    roles: Sequence[Roles],
+    *,
+    effect: str = "indirect_effect",
+    clusters: Sequence[str | int] | None = None,
+    samples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> AggregatedTraces:
+    """Align traces by role, and put bootstrap intervals around the means.
+
+    A question's effect at a role is that of the group which is exactly the role's positions; where
+    there is none, the mean over the groups that lie within it.
+
+    Args:
+        traces: of the same sites, layers and window.
+        roles: of each, as from `role_positions`; the order of the first is kept. Roles for which no
+            trace has a group are left out.
+        effect: a property of `CausalTrace`: "indirect_effect", "recovery", "restored".
+        clusters: one label per trace (the picture's, the subject's): what is resampled together.
+            By default every question is its own.
+        samples: resamples.
+        level: of the intervals.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: no traces; other sites, layers or windows; another number of roles or clusters;
+            no role has a group.
+    """
+    if not traces or len(roles) != len(traces):
+        raise ValueError(f"{len(roles)} roles for {len(traces)} traces; there must be some")
+    first = traces[0]
+    for trace in traces:
+        for name in ("sites", "layers", "window"):
+            if getattr(trace, name) != getattr(first, name):
+                raise ValueError(
+                    f"traces of other {name}: {getattr(trace, name)} and {getattr(first, name)}"
+                )
+    names = list(dict.fromkeys(name for each in roles for name in each))
+    rows = [
+        torch.stack([effect_at(trace, each.get(name), effect) for name in names], dim=1)
+        for trace, each in zip(traces, roles, strict=True)
+    ]
+    values = torch.stack(rows)
+    found = [index for index in range(len(names)) if not values[:, :, index].isnan().all()]
+    if not found:
+        raise ValueError(f"no trace has groups of positions within {', '.join(names)}")
+    labels = range(len(traces)) if clusters is None else clusters
+    if len(labels) != len(traces):
+        raise ValueError(f"{len(labels)} clusters for {len(traces)} traces")
+    return AggregatedTraces(
+        values=values[:, :, found],
+        sites=first.sites,
+        roles=tuple(names[index] for index in found),
+        layers=first.layers,
+        window=first.window,
+        effect=effect,
+        clusters=tuple(labels),
+        samples=samples,
+        level=level,
+        seed=seed,
+        metadata={
+            "model": first.metadata.get("model", ""),
+            "clean": sum(trace.clean for trace in traces) / len(traces),
+            "corrupted": sum(trace.corrupted for trace in traces) / len(traces),
+        },
+    )
+
+
+def effect_at(
+    trace: CausalTrace, positions: Int[Tensor, " _"] | None, effect: str
+) -> Float[Tensor, "site layer"]:
+    """The effect of restoring these positions; NaN where the trace has no group within them."""
+    values: Tensor = getattr(trace, effect).double()
+    wanted = set() if positions is None else set(positions.tolist())
+    within = [index for index, group in enumerate(trace.groups) if set(group) <= wanted]
+    exactly = [index for index in within if set(trace.groups[index]) == wanted]
+    if not within:
+        return values.new_full((len(trace.sites), len(trace.layers)), torch.nan)
+    return values[:, exactly[:1] or within].mean(dim=1)
+
+
+def at(name: Any, names: Sequence[Any]) -> int:
+    """Where a name stands.
+
+    Raises:
+        ValueError: it is not there; lists what is.
+    """
+    if name not in names:
+        raise ValueError(f"{name!r} is not among {', '.join(map(str, names))}")
+    return names.index(name)
