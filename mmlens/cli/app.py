@@ -13,6 +13,7 @@ from mmlens.cli.contributions import contributions
 from mmlens.cli.demo import demo
 from mmlens.cli.errors import UserError
 from mmlens.cli.knockout import knockout
+from mmlens.cli.reproduce import reproduce
 from mmlens.cli.trace import trace
 from mmlens.cli.verify import verify
 
@@ -27,6 +28,7 @@ app.command()(demo)
 app.command()(trace)
 app.command()(contributions)
 app.command()(knockout)
+app.command()(reproduce)
 app.command()(verify)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -103,6 +103,28 @@ class VisualQuestion:
             phrases[f"text_constraint_{index}" if index else "text_constraint"] = words
         found = {name: find_span(self.question, phrase) for name, phrase in phrases.items()}
         return {name: _trimmed(self.question, *span) for name, span in found.items()}
+
+    def named(self) -> VisualQuestion:
+        """The same in words alone: the subject where the visual constraint was, and no picture.
+
+        Raises:
+            SpanNotFoundError: (a ValueError) the constraint is not in the question.
+            ValueError: the question has no visual constraint or no subject.
+
+        Example:
+            >>> question.question, question.named().question
+            ('This country is a part of', 'France is a part of')
+        """
+        from mmlens.spans import find_span
+
+        if not self.visual_constraint or not self.subject:
+            raise ValueError(f"{self.source}: needs a visual constraint and a subject to name it")
+        start, end = _trimmed(self.question, *find_span(self.question, self.visual_constraint))
+        name = self.subject
+        if self.question[start].isupper():
+            name = name[0].upper() + name[1:]
+        text = self.question[:start] + name + self.question[end:]
+        return replace(self, question=text, image=None, visual_constraint=name)
 
     def is_right(self, continuation: str) -> bool:
         """Whether a model's continuation begins with an accepted answer, or takes the right option.

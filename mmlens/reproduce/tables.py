@@ -1,0 +1,71 @@
+"""Tables that several figures share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from mmlens.aggregation import AggregatedTraces
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LABELS = {"seen": "sees the picture", "named": "language model alone, told the name"}
+
+
+def peaks(table: pd.DataFrame) -> pd.DataFrame:
+    """The layer with the largest mean of every line; its interval knows nothing of the choice."""
+    rows = table.dropna(subset="mean").reset_index(drop=True)
+    return rows.loc[rows.groupby(["model", "site", "role"], sort=False)["mean"].idxmax()]
+
+
+def raw_effects(profiles: Mapping[str, AggregatedTraces]) -> pd.DataFrame:
+    """Every question's effects: model, question, cluster, site, role, layer, value."""
+    import pandas as pd
+
+    tables = []
+    for name, profile in profiles.items():
+        axes = {
+            "question": range(len(profile.values)),
+            "site": profile.sites,
+            "role": profile.roles,
+            "layer": profile.layers,
+        }
+        index = pd.MultiIndex.from_product(axes.values(), names=axes.keys())
+        values = pd.DataFrame({profile.effect: profile.values.flatten().numpy()}, index=index)
+        values = values.reset_index().assign(model=name, window=profile.window)
+        values["cluster"] = [str(profile.clusters[question]) for question in values["question"]]
+        tables.append(values)
+    return pd.concat(tables, ignore_index=True)
+
+
+def early_tests(profiles: Mapping[str, AggregatedTraces]) -> pd.DataFrame:
+    """Is the first eighth of the layers (4 of 32) more causal than the second, and than the rest?
+
+    Means over the window's layers, at every role and site; permutation tests of "the first is
+    larger", one-sided, not corrected for their number.
+    """
+    import pandas as pd
+
+    rows = []
+    for name, profile in profiles.items():
+        n_layers = len(profile.layers)
+        eighth = max(1, round(n_layers / 8))
+        first, second, rest = (
+            profile.layers[:eighth],
+            profile.layers[eighth : 2 * eighth],
+            profile.layers[eighth:],
+        )
+        for site in profile.sites:
+            for role in profile.roles:
+                for other in (second, rest):
+                    found = profile.compare(site, role, first, other)
+                    where = {"model": name, "site": site, "role": role, "layers": span(first)}
+                    rows.append({**where, "against": span(other), **asdict(found)})
+    return pd.DataFrame(rows)
+
+
+def span(layers: tuple[int, ...]) -> str:
+    """First and last."""
+    return f"{layers[0]}-{layers[-1]}"
