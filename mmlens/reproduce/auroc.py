@@ -92,15 +92,15 @@ def draw(layers: pd.DataFrame, table: pd.DataFrame) -> go.Figure:
     confidence = table[table["predictor"] == "confidence"].iloc[0]
     figure.add_trace(point("confidence", confidence, INK), row=1, col=2)
     figure.add_hline(y=0.5, line={"color": INK, "width": 1, "dash": "dash"})
-    figure.update_xaxes(title_text="layer", gridcolor=GRID, row=1, col=1)
+    figure.update_xaxes(title_text="layer", gridcolor=GRID, zeroline=False, row=1, col=1)
     figure.update_yaxes(gridcolor=GRID)
     figure.update_yaxes(title_text="AUROC", row=1, col=1)
     figure.update_layout(
         layout(
             width=980,
             height=430,
-            margin={"t": 105},
-            legend={"x": 0.01, "y": 0.01, "yanchor": "bottom"},
+            margin={"t": 135},
+            legend={"orientation": "h", "x": 0, "y": 0.77, "yref": "container"},
         )
     )
     return figure

@@ -20,9 +20,9 @@ SITES = ("attn_out", "mlp_out")
 ROLES = ("constraint", "text constraint", "last token")
 WINDOW = 6
 LINES = {
-    "one constraint, replaced": (),
-    "two, the visual one replaced": ("constraint",),
-    "two, the text one replaced": ("text_constraint",),
+    "one constraint": (),
+    "two: visual replaced": ("constraint",),
+    "two: text replaced": ("text_constraint",),
 }
 
 
@@ -45,6 +45,7 @@ def constraints(study: Study) -> Figure:
             asked, sites=SITES, roles=ROLES, window=WINDOW, corrupt=corrupt
         )
     table = pd.concat([each.to_dataframe(name) for name, each in profiles.items()])
+    table = table.sort_values("role", key=lambda roles: roles.map(ROLES.index), kind="stable")
     n_used = " / ".join(str(len(profile.values)) for profile in profiles.values())
     figure = plot_layer_profile(
         table.assign(role=table["role"].replace("constraint", "visual constraint")),

@@ -11,7 +11,7 @@ from mmlens.aggregation import AggregatedTraces
 if TYPE_CHECKING:
     import pandas as pd
 
-LABELS = {"seen": "sees the picture", "named": "language model alone, told the name"}
+LABELS = {"seen": "sees the picture", "named": "told the name, without picture"}
 
 
 def peaks(table: pd.DataFrame) -> pd.DataFrame:
@@ -43,8 +43,8 @@ def raw_effects(profiles: Mapping[str, AggregatedTraces]) -> pd.DataFrame:
 def early_tests(profiles: Mapping[str, AggregatedTraces]) -> pd.DataFrame:
     """Is the first eighth of the layers (4 of 32) more causal than the second, and than the rest?
 
-    Means over the window's layers, at every role and site; permutation tests of "the first is
-    larger", one-sided, not corrected for their number.
+    The same for the first eighth without layer 0. Means over the layers, at every role and site;
+    permutation tests of "the first is larger", one-sided, not corrected for their number.
     """
     import pandas as pd
 
@@ -52,16 +52,15 @@ def early_tests(profiles: Mapping[str, AggregatedTraces]) -> pd.DataFrame:
     for name, profile in profiles.items():
         n_layers = len(profile.layers)
         eighth = max(1, round(n_layers / 8))
-        first, second, rest = (
-            profile.layers[:eighth],
-            profile.layers[eighth : 2 * eighth],
-            profile.layers[eighth:],
-        )
+        first, second = profile.layers[:eighth], profile.layers[eighth : 2 * eighth]
+        pairs = [(first, second), (first, profile.layers[eighth:])]
+        # Layer 0 reads the word itself: what do the others do?
+        pairs += [(first[1:], second)] * (eighth > 1)
         for site in profile.sites:
             for role in profile.roles:
-                for other in (second, rest):
-                    found = profile.compare(site, role, first, other)
-                    where = {"model": name, "site": site, "role": role, "layers": span(first)}
+                for one, other in pairs:
+                    found = profile.compare(site, role, one, other)
+                    where = {"model": name, "site": site, "role": role, "layers": span(one)}
                     rows.append({**where, "against": span(other), **asdict(found)})
     return pd.DataFrame(rows)
 

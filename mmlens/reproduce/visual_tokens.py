@@ -49,20 +49,22 @@ def visual_tokens(study: Study) -> Figure:
         .assign(measure=measure)
         for i, measure in enumerate(MEASURES)
     )
-    index = pd.MultiIndex.from_product(
-        [range(len(asked)), range(measured.shape[1]), MEASURES],
-        names=["question", "layer", "measure"],
-    )
+    axes = {
+        "question": range(len(asked)),
+        "layer": range(measured.shape[1]),
+        "measure": MEASURES,
+    }
+    index = pd.MultiIndex.from_product(axes.values(), names=axes.keys())
     raw = pd.DataFrame({"value": measured.flatten().numpy()}, index=index).reset_index()
     n_tokens = contributions.shape[-1]
     part = max(1, n_tokens // PART)
-    figure = draw(contributions.mean(dim=0), table, part)
+    share = (contributions / contributions.sum(dim=-1, keepdim=True)).mean(dim=0)
+    figure = draw(share, table, part)
     figure.update_layout(
         title_text="What the constraint receives from the visual tokens",
         title_subtitle={"text": study.describe(len(asked)), "font": {"size": 12}},
     )
-    shares = contributions / contributions.sum(dim=-1, keepdim=True)
-    per_token = pd.DataFrame(shares.mean(dim=0).numpy(), columns=range(n_tokens))
+    per_token = pd.DataFrame(share.numpy(), columns=range(n_tokens))
     per_token.insert(0, "layer", range(len(per_token)))
     notes = {"visual tokens": n_tokens, "late tokens": part, "equal share": part / n_tokens}
     return Figure(
@@ -85,16 +87,15 @@ def measures(contribution: Float[Tensor, "layer token"]) -> Float[Tensor, "layer
     return torch.stack([total, late, largest, half.double(), total / total.sum()], dim=-1)
 
 
-def draw(contribution: Float[Tensor, "layer token"], table: pd.DataFrame, part: int) -> go.Figure:
+def draw(share: Float[Tensor, "layer token"], table: pd.DataFrame, part: int) -> go.Figure:
     """Shares by layer and token; the late tokens' share; the total by layer."""
-    n_tokens = contribution.shape[-1]
+    n_tokens = share.shape[-1]
     titles = (
         "share of each visual token",
         f"share of the last {part} of {n_tokens} tokens",
-        "all visual tokens",
+        "sum over all visual tokens",
     )
     figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.1)
-    share = contribution / contribution.sum(dim=-1, keepdim=True)
     high = float(share.max())
     heatmap = go.Heatmap(
         z=share.tolist(),
@@ -127,13 +128,13 @@ def draw(contribution: Float[Tensor, "layer token"], table: pd.DataFrame, part: 
             hovertemplate="layer %{x}<br>%{y:.4f}<extra></extra>",
         )
         figure.add_traces([band, line], rows=1, cols=column)
-        figure.update_xaxes(title_text="layer", gridcolor=GRID, row=1, col=column)
+        figure.update_xaxes(title_text="layer", gridcolor=GRID, zeroline=False, row=1, col=column)
         figure.update_yaxes(gridcolor=GRID, rangemode="tozero", row=1, col=column)
     equal = part / n_tokens
     figure.add_hline(
         y=equal,
         line={"color": INK, "width": 1, "dash": "dash"},
-        annotation_text="equal share",
+        annotation={"text": "equal share", "yanchor": "top"},
         row=1,
         col=2,
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mmlens.reproduce.study import Study
 
 SITES = ("attn_out", "mlp_out")
+ROWS = {"seen": "sees the picture", "named": "told the name"}
 
 
 def windows(study: Study) -> Figure:
@@ -29,7 +30,7 @@ def windows(study: Study) -> Figure:
             profile = study.trace(asked, sites=SITES, roles=("constraint",), window=window)
             layers = "1 layer" if window == 1 else f"{window} layers"
             profiles[f"{LABELS[kind]}, {layers}"] = profile
-            tables.append(profile.to_dataframe(layers).assign(role=LABELS[kind]))
+            tables.append(profile.to_dataframe(layers).assign(role=ROWS[kind]))
     table = pd.concat(tables)
     subtitle = study.describe(len(chosen), "restored at the constraint")
     figure = plot_layer_profile(
