@@ -210,6 +210,8 @@ def aggregate_traces(
     *,
     effect: str = "indirect_effect",
     clusters: Sequence[str | int] | None = None,
+    right: Sequence[bool] | None = None,
+    minimum_gap: float | None = None,
     samples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
@@ -226,16 +228,24 @@ def aggregate_traces(
         effect: a property of `CausalTrace`: "indirect_effect", "recovery", "restored".
         clusters: one label per trace (the picture's, the subject's): what is resampled together.
             By default every question is its own.
+        right: whether each question was answered rightly; the others are left out, and counted in
+            `metadata["filters"]`.
+        minimum_gap: least clean - corrupted probability; the same.
         samples: resamples.
         level: of the intervals.
         seed: of the resampling.
 
     Raises:
-        ValueError: no traces; other sites, layers or windows; another number of roles or clusters;
-            no role has a group.
+        ValueError: no traces (or none that pass the filters); other sites, layers or windows; other
+            numbers of roles, clusters or answers; no role has a group.
     """
     if not traces or len(roles) != len(traces):
         raise ValueError(f"{len(roles)} roles for {len(traces)} traces; there must be some")
+    kept, filters = filtered(traces, right, minimum_gap)
+    labels = list(range(len(traces)) if clusters is None else clusters)
+    if len(labels) != len(traces):
+        raise ValueError(f"{len(labels)} clusters for {len(traces)} traces")
+    traces, roles = [traces[i] for i in kept], [roles[i] for i in kept]
     first = traces[0]
     for trace in traces:
         for name in ("sites", "layers", "window"):
@@ -252,9 +262,6 @@ def aggregate_traces(
     found = [index for index in range(len(names)) if not values[:, :, index].isnan().all()]
     if not found:
         raise ValueError(f"no trace has groups of positions within {', '.join(names)}")
-    labels = range(len(traces)) if clusters is None else clusters
-    if len(labels) != len(traces):
-        raise ValueError(f"{len(labels)} clusters for {len(traces)} traces")
     return AggregatedTraces(
         values=values[:, :, found],
         sites=first.sites,
@@ -262,7 +269,7 @@ def aggregate_traces(
         layers=first.layers,
         window=first.window,
         effect=effect,
-        clusters=tuple(labels),
+        clusters=tuple(labels[i] for i in kept),
         samples=samples,
         level=level,
         seed=seed,
@@ -270,8 +277,38 @@ def aggregate_traces(
             "model": first.metadata.get("model", ""),
             "clean": sum(trace.clean for trace in traces) / len(traces),
             "corrupted": sum(trace.corrupted for trace in traces) / len(traces),
+            "filters": filters,
         },
     )
+
+
+def filtered(
+    traces: Sequence[CausalTrace], right: Sequence[bool] | None, minimum_gap: float | None
+) -> tuple[list[int], dict[str, Any]]:
+    """Which traces pass, and a record: what was asked of them, and how many fell to what.
+
+    Raises:
+        ValueError: none passes, or another number of answers than of traces.
+    """
+    if right is not None and len(right) != len(traces):
+        raise ValueError(f"{len(right)} answers for {len(traces)} traces")
+    answered = [i for i in range(len(traces)) if right is None or right[i]]
+    gaps = [traces[i].clean - traces[i].corrupted for i in answered]
+    kept = [
+        i
+        for i, gap in zip(answered, gaps, strict=True)
+        if minimum_gap is None or gap >= minimum_gap
+    ]
+    record = {
+        "given": len(traces),
+        "only right answers": right is not None,
+        "wrong": len(traces) - len(answered),
+        "minimum gap": minimum_gap,
+        "gap too small": len(answered) - len(kept),
+    }
+    if not kept:
+        raise ValueError(f"no trace passes the filters: {record}")
+    return kept, record
 
 
 def effect_at(

@@ -32,6 +32,40 @@ class Answer:
         return log_probs.gather(-1, index).sum(dim=(1, 2)).exp()
 
 
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """What is read from a run's logits at the answer's positions: up to three numbers for each row.
+
+    The answer's probability; its logit minus that of `contrast` (first tokens); and the KL
+    divergence of the next-token distribution from that of another run.
+    """
+
+    answer: Answer
+    contrast: Answer | None = None
+    clean: Float[Tensor, "_ d_vocab"] | None = None
+    """Logits of the other run, at the last token of the prompt: one row, or one per row."""
+
+    def __call__(self, logits: Float[Tensor, "row n d_vocab"]) -> Float[Tensor, "row measure"]:
+        """[row, measure]"""
+        found = [self.answer.probability(logits)]
+        first = logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
+        if self.contrast is not None:
+            found.append(first[:, self.answer.tokens[0]] - first[:, self.contrast.tokens[0]])
+        if self.clean is not None:
+            expected = self.clean.to(first).log_softmax(dim=-1)
+            difference = expected - first.log_softmax(dim=-1)
+            # 0 x (-inf - -inf) where a token is impossible in both.
+            found.append((expected.exp() * difference).nan_to_num(0.0).sum(dim=-1))
+        return torch.stack(found, dim=-1)
+
+    def named(self, values: Float[Tensor, "*cell measure"]) -> dict[str, Tensor]:
+        """The numbers by name."""
+        names = ["probability"]
+        names += ["logit_difference"] * (self.contrast is not None)
+        names += ["kl"] * (self.clean is not None)
+        return dict(zip(names, values.unbind(dim=-1), strict=True))
+
+
 def given_answer(
     model: HookedMultimodalTransformer, clean: MultimodalInputs, answer: str | int
 ) -> Answer:

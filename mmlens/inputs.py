@@ -44,6 +44,7 @@ from mmlens.layout import (
     padded_noise,
     position_labels,
     shortened,
+    tile_boxes,
 )
 
 __all__ = ["MultimodalInputs", "UnknownSpanError", "collate"]
@@ -237,6 +238,17 @@ class MultimodalInputs:
         if inside[0] < 0:
             raise ValueError("patch (0, 0) has no visual token: this model leaves it out")
         return self._image_start(image, batch) + inside
+
+    def tiles(
+        self, rows: int, columns: int, *, image: int = 0, batch: int | None = None
+    ) -> list[Int[Tensor, " _"]]:
+        """The picture in rows x columns boxes of patches, in reading order; sizes differ by one.
+
+        Raises:
+            ValueError: more boxes than patches, or as `patches`.
+        """
+        boxes = tile_boxes(self.grid_size or (0, 0), rows, columns)
+        return [self.patches(box, image=image, batch=batch) for box in boxes]
 
     @property
     def _first_patch(self) -> int:

@@ -8,6 +8,7 @@ change: everything below its first layer, and every position before its first.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,6 +83,36 @@ def hook_name(site: str, layer: int | None = None) -> str:
     return f"{tower}blocks.{layer}.{module}hook_{short}"
 
 
+def split_site(site: str) -> tuple[str, tuple[int, ...] | None]:
+    """The name of a site and its units, where it has some in brackets.
+
+    Units are heads for the sites of attention ("z[3]"), neurons for those of the MLP
+    ("post[0,16-31]"), dimensions for the others; ranges include both ends.
+
+    Raises:
+        ValueError: brackets with something else in them.
+
+    Example:
+        >>> split_site("z[0,2-4]")
+        ('z', (0, 2, 3, 4))
+    """
+    name, bracket, inside = site.partition("[")
+    if not bracket:
+        return site, None
+    parts = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in inside[:-1].split(",")]
+    ends = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+    if site[-1] != "]" or len(ends) < len(parts) or any(first > last for first, last in ends):
+        raise ValueError(f"site {site!r}: units are numbers and ranges, as in 'z[0,2-4]'")
+    units = [unit for first, last in ends for unit in range(first, last + 1)]
+    return name, tuple(sorted(set(units)))
+
+
+def hook_names(site: str, layers: Iterable[int] | None) -> list[str]:
+    """The hook points of a site (with or without units) in these layers."""
+    name, _ = split_site(site)
+    return [hook_name(name)] if layers is None else [hook_name(name, layer) for layer in layers]
+
+
 def window(
     site: str,
     center: int,
@@ -134,7 +165,8 @@ class Intervention:
     """`hook`, applied at `site` of every one of `layers`, at `positions`.
 
     Args:
-        site: a short name, see `hook_name`.
+        site: a short name, see `hook_name`; with units, only these are edited: "z[3]" is head 3,
+            "post[0-99]" a hundred neurons (see `split_site`). The function sees all units.
         layers: any set of layers; None for a site without layers.
         positions: any positions (queries, for scores and patterns); None for all. They count along
             the activation: for the vision tower, its own patches.
@@ -152,6 +184,9 @@ class Intervention:
     """
 
     site: str
+    """Without units."""
+    units: tuple[int, ...] | None
+    """Heads, neurons or dimensions, ascending; None for all."""
     layers: tuple[int, ...] | None
     """Ascending."""
     positions: Int[Tensor, " n"] | None
@@ -167,18 +202,18 @@ class Intervention:
     ) -> None:
         layers = [layers] if isinstance(layers, int) else layers
         # A frozen dataclass can be filled no other way.
-        object.__setattr__(self, "site", site)
+        name, units = split_site(site)
+        object.__setattr__(self, "site", name)
+        object.__setattr__(self, "units", units)
         object.__setattr__(self, "layers", None if layers is None else tuple(sorted(set(layers))))
         object.__setattr__(self, "positions", as_positions(positions))
         object.__setattr__(self, "hook", hook)
         # A wrong site or a missing layer is an error here, not in the run.
-        hook_name(site, None if layers is None else 0)
+        hook_name(name, None if layers is None else 0)
 
     def hook_names(self) -> list[str]:
         """The hook points it acts on."""
-        if self.layers is None:
-            return [hook_name(self.site)]
-        return [hook_name(self.site, layer) for layer in self.layers]
+        return hook_names(self.site, self.layers)
 
     def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
         """`(name, function)` pairs for `run_with_hooks`; concatenate those of several."""
@@ -203,7 +238,7 @@ class Intervention:
         """The activation with the declared slice edited; its positions count from `first`.
 
         Raises:
-            IndexError: positions that the activation does not have.
+            IndexError: positions or units that the activation does not have.
             ValueError: the function returned another shape than it was given.
         """
         if self.positions is None:
@@ -221,15 +256,25 @@ class Intervention:
         return activation.index_copy(axis, index, edited)
 
     def _edit_slice(self, slice: Tensor, hook: HookPoint) -> Tensor:
-        edited = self.hook(slice, hook=hook, **self._options)
+        # An edit in place must not reach the other units.
+        given = slice if self.units is None else slice.clone()
+        edited = self.hook(given, hook=hook, **self._options)
         if edited is None:
-            return slice
+            edited = given
         if edited.shape != slice.shape:
             raise ValueError(
                 f"{hook.name}: the hook function was given {tuple(slice.shape)} and returned "
                 f"{tuple(edited.shape)}"
             )
-        return edited.to(slice)
+        if self.units is None:
+            return edited.to(slice)
+        axis = 3 - position_axis(str(hook.name))
+        if self.units[-1] >= slice.shape[axis]:
+            raise IndexError(
+                f"{hook.name} has units 0 ... {slice.shape[axis] - 1}; there is no {self.units[-1]}"
+            )
+        index = torch.tensor(self.units, device=slice.device)
+        return slice.index_copy(axis, index, edited.to(slice).index_select(axis, index))
 
 
 def as_positions(

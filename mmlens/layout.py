@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence, Sized
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -327,3 +328,23 @@ def padded_noise(
             for (noise, tokens, n), shape in zip(parts, zero, strict=True)
         ]
     )
+
+
+def tile_boxes(
+    grid_size: tuple[int, int], rows: int, columns: int
+) -> list[tuple[int, int, int, int]]:
+    """A grid in rows x columns boxes (row0, col0, row1, col1; half open), in reading order.
+
+    Raises:
+        ValueError: no boxes, or more than patches.
+    """
+    height, width = grid_size
+    if not (1 <= rows <= height and 1 <= columns <= width):
+        raise ValueError(f"{rows} x {columns} boxes of a grid of {height} x {width} patches")
+    tops = [height * row // rows for row in range(rows + 1)]
+    lefts = [width * column // columns for column in range(columns + 1)]
+    return [
+        (top, left, bottom, right)
+        for top, bottom in pairwise(tops)
+        for left, right in pairwise(lefts)
+    ]

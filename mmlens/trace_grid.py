@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmlens.beginnings import common_prefix
 from mmlens.inputs import MultimodalInputs
-from mmlens.interventions import hook_name, n_layers_of, window
+from mmlens.interventions import MODEL_SITES, hook_name, n_layers_of, split_site, window
 
 if TYPE_CHECKING:
     from mmlens.model import HookedMultimodalTransformer
@@ -61,15 +61,10 @@ def position_groups(
 ) -> tuple[list[Int[Tensor, " _"]], list[str]]:
     """The groups of positions as LongTensors, and a label for each."""
     first = first_difference(clean, corrupted)
-    labels = clean.labels()
-    if sites[0].startswith("vision.") and model.cfg.vision is not None:
-        columns = model.cfg.vision.grid[1]
-        patches = range(model.cfg.vision.n_patches)
-        labels = ["<cls>"] * model.cfg.vision.class_token
-        labels += [f"<patch {i // columns},{i % columns}>" for i in patches]
-        if positions is None:
-            raise ValueError("sites of the vision tower have positions of their own: give them")
+    labels = labels_at(model, clean, sites[0])
     if positions is None:
+        if positions_at(sites[0]) != "tokens":
+            raise ValueError(f"site {sites[0]!r} has positions of its own: give them")
         positions = list(range(first, clean.n_pos))
     groups = [torch.as_tensor(group, dtype=torch.long).flatten().cpu() for group in positions]
     if not groups:
@@ -83,6 +78,28 @@ def position_groups(
     return groups, [group_label(group.tolist(), labels) for group in groups]
 
 
+def labels_at(model: HookedMultimodalTransformer, clean: MultimodalInputs, site: str) -> list[str]:
+    """A label for each position of a site: tokens, or what stands for the picture's patches."""
+    where, vision = positions_at(site), model.cfg.vision
+    if where == "tokens" or vision is None:
+        return clean.labels()
+    columns = vision.grid[1]
+    patches = [f"<patch {i // columns},{i % columns}>" for i in range(vision.n_patches)]
+    if where == "patches":
+        return patches
+    labels = ["<cls>"] * vision.class_token + patches
+    return labels[-clean.n_visual_tokens :] if where == "visual tokens" else labels
+
+
+def positions_at(site: str) -> str:
+    """What the positions of a site are."""
+    if site == "vision.patch_embed":
+        return "patches"
+    if site == "vision.out" or site.startswith("projector."):
+        return "visual tokens"
+    return "class token and patches" if site.startswith("vision.") else "tokens"
+
+
 def group_label(group: list[int], labels: list[str]) -> str:
     """The tokens of a group, shortened where there are many."""
     if len(group) > 6:
@@ -93,17 +110,29 @@ def group_label(group: list[int], labels: list[str]) -> str:
 def layer_centres(
     model: HookedMultimodalTransformer, sites: Sequence[str], layers: Iterable[int] | None
 ) -> list[int]:
-    """The centres of the windows.
+    """The centres of the windows; 0 alone for sites without layers.
 
     Raises:
-        ValueError: no sites, sites of both stacks, layers outside of the model.
+        ValueError: no sites, sites of several stacks, layers outside of the model, or layers for
+            sites that have none.
     """
     if isinstance(sites, str) or not sites:
         raise ValueError(f"sites must be several names, e.g. ('mlp_out',), not {sites!r}")
-    for site in sites:
-        hook_name(site, 0)
-    if len({site.startswith("vision.") for site in sites}) > 1:
-        raise ValueError(f"trace the decoder and the vision tower one at a time, not {sites}")
+    names = [split_site(site)[0] for site in sites]
+    flat = [name in MODEL_SITES for name in names]
+    for name, has_none in zip(names, flat, strict=True):
+        hook_name(name, None if has_none else 0)
+    if len({positions_at(name) for name in names}) > 1:
+        raise ValueError(
+            f"trace the decoder, the vision tower and the visual tokens one at a time, not {sites}"
+        )
+    if any(flat):
+        if layers is not None or not all(flat):
+            raise ValueError(
+                f"{', '.join(sites)}: sites without layers have a single column; trace them apart, "
+                "without layers"
+            )
+        return [0]
     n_layers = n_layers_of(sites[0], model)
     centres = list(range(n_layers) if layers is None else layers)
     outside = [layer for layer in centres if not 0 <= layer < n_layers]
@@ -112,6 +141,17 @@ def layer_centres(
     return centres
 
 
-def window_layers(model: HookedMultimodalTransformer, site: str, centre: int, width: int) -> range:
-    """`mmlens.window`, under a name that the argument `window` does not hide."""
-    return window(site, centre, width, model)
+def window_layers(
+    model: HookedMultimodalTransformer, site: str, centre: int, width: int
+) -> range | None:
+    """`mmlens.window`, under a name that the argument `window` does not hide; None for no layers.
+
+    Raises:
+        ValueError: a window of several layers, for a site without layers.
+    """
+    name, _ = split_site(site)
+    if name not in MODEL_SITES:
+        return window(name, centre, width, model)
+    if width != 1:
+        raise ValueError(f"site {site!r} has no layers, and so no window of {width}")
+    return None

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from mmlens.files import write_atomically
+from mmlens.results import SavedResult
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class CausalTrace:
+class CausalTrace(SavedResult):
     """P(answer) of the clean run, of the corrupted run, and with every cell restored.
 
     Example:
@@ -45,6 +41,16 @@ class CausalTrace:
     method: str
     metadata: dict[str, Any] = field(default_factory=dict)
     """Model, prompt, tokens, samples, seconds: whatever JSON can hold."""
+    contrast: str = ""
+    """The answer whose logit is subtracted in `logit_difference`."""
+    logit_difference: Float[Tensor, "site group layer"] | None = None
+    """Logit of the answer - logit of the contrast (their first tokens), with each cell restored."""
+    clean_logit_difference: float | None = None
+    corrupted_logit_difference: float | None = None
+    kl: Float[Tensor, "site group layer"] | None = None
+    """KL(clean || restored) of the next token behind the prompt, in nats."""
+    corrupted_kl: float | None = None
+    """KL(clean || corrupted)."""
 
     @property
     def indirect_effect(self) -> Float[Tensor, "site group layer"]:
@@ -56,10 +62,35 @@ class CausalTrace:
         """1 where the cell brings back everything: indirect_effect / (clean - corrupted)."""
         return self.indirect_effect / (self.clean - self.corrupted)
 
+    @property
+    def logit_difference_effect(self) -> Float[Tensor, "site group layer"]:
+        """What the cell brings back of the logit difference: restored - corrupted.
+
+        Raises:
+            ValueError: the trace was made without `contrast`.
+        """
+        if self.logit_difference is None or self.corrupted_logit_difference is None:
+            raise ValueError("no logit differences: causal_trace(contrast=...) computes them")
+        return self.logit_difference - self.corrupted_logit_difference
+
+    @property
+    def kl_effect(self) -> Float[Tensor, "site group layer"]:
+        """How much nearer to the clean run's distribution the cell brings: KL corrupted - restored.
+
+        Raises:
+            ValueError: the trace was made without `kl=True`.
+        """
+        if self.kl is None or self.corrupted_kl is None:
+            raise ValueError("no KL: causal_trace(kl=True) computes it")
+        return self.corrupted_kl - self.kl
+
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per cell: site, group, label, positions, layer, window and the three effects."""
+        """One row per cell: site, group, label, positions, layer, window, and what was measured."""
         import pandas as pd
 
+        names = ["restored", "indirect_effect", "recovery"]
+        names += [name for name in ("logit_difference", "kl") if getattr(self, name) is not None]
+        values = {name: getattr(self, name).tolist() for name in names}
         rows = [
             {
                 "site": site,
@@ -68,10 +99,8 @@ class CausalTrace:
                 "positions": list(self.groups[group]),
                 "layer": layer,
                 "window": self.window,
-                "restored": float(self.restored[s, group, i]),
-                "indirect_effect": float(self.indirect_effect[s, group, i]),
-                "recovery": float(self.recovery[s, group, i]),
             }
+            | {name: each[s][group][i] for name, each in values.items()}
             for s, site in enumerate(self.sites)
             for group in range(len(self.groups))
             for i, layer in enumerate(self.layers)
@@ -83,29 +112,3 @@ class CausalTrace:
         from mmlens.plots.trace import plot_trace
 
         return plot_trace(self)
-
-    def save(self, path: str | Path) -> Path:
-        """Write everything to one safetensors file, which appears only when it is complete."""
-        fields = asdict(self)
-        del fields["restored"]
-        tensors = {"restored": self.restored.contiguous()}
-        return write_atomically(path, save(tensors, {"trace": json.dumps(fields)}))
-
-    @classmethod
-    def load(cls, path: str | Path) -> CausalTrace:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: a file of something else.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                fields = json.loads((file.metadata() or {})["trace"])
-                restored = file.get_tensor("restored")
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} holds no causal trace") from error
-        for name in ("sites", "layers", "group_labels", "answer_tokens"):
-            fields[name] = tuple(fields[name])
-        fields["groups"] = tuple(tuple(group) for group in fields["groups"])
-        return cls(restored=restored, **fields)

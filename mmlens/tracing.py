@@ -19,12 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmlens.answers import given_answer, make_answer, with_answer
+from mmlens.answers import Measure, given_answer, make_answer, with_answer
 from mmlens.beginnings import record_like
 from mmlens.branching import Recording
 from mmlens.hooks import restore
 from mmlens.inputs import MultimodalInputs
-from mmlens.interventions import Intervention, hook_name
+from mmlens.interventions import Intervention, hook_names
 from mmlens.trace_grid import (
     SITES,
     Group,
@@ -54,6 +54,8 @@ def causal_trace(
     window: int = 1,
     positions: Sequence[Group] | None = None,
     answer: str | int | None = None,
+    contrast: str | int | None = None,
+    kl: bool = False,
     method: Literal["branch", "naive"] = "branch",
     batch_rows: int | None = None,
     progress: Progress | None = None,
@@ -65,14 +67,19 @@ def causal_trace(
         corrupted: the same positions with other words (`swap_span`), noise (`noise_span`), another
             picture.
         sites: short names of activations, see `mmlens.interventions.hook_name`; all of the decoder
-            or all of the vision tower.
+            or all of the vision tower. With units in brackets only these are restored: "z[3]" is
+            head 3, "post[0-99]" a group of neurons. Sites without layers ("projector.out",
+            "vision.out", "input_embed") have a single column.
         layers: centres of the windows; all layers by default.
         window: layers restored together around each centre, see `mmlens.window`.
         positions: groups of positions, each restored together; None takes every position from the
             first that differs, one at a time. The tower's sites have positions of their own: 0 is
-            the class token, then come the patches, row by row.
+            the class token, then come the patches, row by row. `clean.tiles(4, 4)` are regions of
+            the picture.
         answer: a text, a token id, or None for the clean run's most probable next token. A text of
             several tokens is scored by its joint probability.
+        contrast: another answer; the difference of their first tokens' logits is followed as well.
+        kl: whether to follow KL(clean || restored) of the whole next-token distribution as well.
         method: "branch" shares what the runs have in common; "naive" does one full hooked run per
             cell, and is the reference for the other.
         batch_rows: the most rows that "branch" computes at once; by default what fits into free
@@ -99,6 +106,8 @@ def causal_trace(
         window=window,
         positions=positions,
         answer=answer,
+        contrast=contrast,
+        kl=kl,
         method=method,
         batch_rows=batch_rows,
         progress=progress,
@@ -177,6 +186,8 @@ def traced(
     window: int = 1,
     positions: Sequence[Group] | None = None,
     answer: str | int | None = None,
+    contrast: str | int | None = None,
+    kl: bool = False,
     method: str = "branch",
     batch_rows: int | None = None,
     progress: Progress | None = None,
@@ -192,9 +203,7 @@ def traced(
     windows = {
         site: [window_layers(model, site, centre, window) for centre in centres] for site in sites
     }
-    names = {
-        hook_name(site, layer) for site in sites for layers in windows[site] for layer in layers
-    }
+    names = {name for site in sites for each in windows[site] for name in hook_names(site, each)}
 
     def cells(cache: Mapping[str, Tensor]) -> list[list[Intervention]]:
         return [
@@ -205,11 +214,20 @@ def traced(
         ]
 
     run = METHODS[method](model, clean, answer, sorted(names), like)
-    restored, corrupted_probability = run.restored(corrupted, cells, batch_rows, progress)
+    measure = Measure(
+        run.target,
+        None if contrast is None else given_answer(model, clean, contrast),
+        run.logits[:, 0] if kl else None,
+    )
+    found = run.restored(corrupted, cells, measure, batch_rows, progress)
+    shape = (len(sites), len(groups), len(centres))
+    restored = measure.named(found[0].unflatten(0, shape).cpu())
+    corrupted_values = measure.named(found[1].mean(dim=0))
+    clean_values = measure.named(measure(run.logits).mean(dim=0))
     trace = CausalTrace(
-        restored=restored.unflatten(0, (len(sites), len(groups), len(centres))).cpu(),
-        clean=run.probability.mean().item(),
-        corrupted=corrupted_probability.mean().item(),
+        restored=restored["probability"],
+        clean=clean_values["probability"].item(),
+        corrupted=corrupted_values["probability"].item(),
         sites=tuple(sites),
         layers=tuple(centres),
         window=window,
@@ -225,8 +243,19 @@ def traced(
             "samples": 1 if corrupted.noise is None else len(corrupted.noise),
             "seconds": round(time.perf_counter() - began, 3),
         },
+        contrast="" if measure.contrast is None else measure.contrast.text,
+        logit_difference=restored.get("logit_difference"),
+        clean_logit_difference=number(clean_values.get("logit_difference")),
+        corrupted_logit_difference=number(corrupted_values.get("logit_difference")),
+        kl=restored.get("kl"),
+        corrupted_kl=number(corrupted_values.get("kl")),
     )
     return trace, run.recording
+
+
+def number(value: Tensor | None) -> float | None:
+    """A tensor of one number as a number."""
+    return None if value is None else value.item()
 
 
 class Branching:
@@ -244,18 +273,18 @@ class Branching:
         given = None if answer is None else given_answer(model, clean, answer)
         inputs = clean if given is None else with_answer(clean, given)
         self.recording = record_like(model, inputs, [] if like is None else [like], names)
-        logits = self.recording.logits(None if given is None else given.positions)
-        self.target = given or make_answer(model, [int(logits[0, 0].argmax())], last)
-        self.probability = self.target.probability(logits)
+        self.logits = self.recording.logits(None if given is None else given.positions)
+        self.target = given or make_answer(model, [int(self.logits[0, 0].argmax())], last)
 
     def restored(
         self,
         corrupted: MultimodalInputs,
         cells: Callable[[Mapping[str, Tensor]], list[list[Intervention]]],
+        measure: Measure,
         batch_rows: int | None,
         progress: Progress | None,
-    ) -> tuple[Float[Tensor, " cell"], Float[Tensor, " row"]]:
-        """P(answer) of every cell (mean over rows), and of the corrupted run."""
+    ) -> tuple[Float[Tensor, "cell measure"], Float[Tensor, "row measure"]]:
+        """What is measured of every cell (mean over rows), and of the corrupted run."""
         target = self.target
         recording = self.recording.record(with_answer(corrupted, target))
         branches = cells(self.recording.cache)
@@ -269,12 +298,12 @@ class Branching:
 
         restored = recording.run(
             branches,
-            target.probability,
+            measure,
             positions=target.positions,
             batch_rows=batch_rows,
             progress=advance,
         )
-        return restored.mean(dim=1), target.probability(recording.logits(target.positions))
+        return restored.mean(dim=1), measure(recording.logits(target.positions))
 
 
 class Naive:
@@ -299,33 +328,33 @@ class Naive:
             stop_at_layer=model.cfg.n_layers,
             return_cache_object=False,
         )
-        logits = model.unembed(model.ln_final(resid)[:, last:])
-        self.target = given or make_answer(model, [int(logits[0, 0].argmax())], last)
-        self.probability = self.target.probability(logits)
+        self.logits = model.unembed(model.ln_final(resid)[:, last:])
+        self.target = given or make_answer(model, [int(self.logits[0, 0].argmax())], last)
 
     def restored(
         self,
         corrupted: MultimodalInputs,
         cells: Callable[[Mapping[str, Tensor]], list[list[Intervention]]],
+        measure: Measure,
         batch_rows: int | None,
         progress: Progress | None,
-    ) -> tuple[Float[Tensor, " cell"], Float[Tensor, " row"]]:
-        """P(answer) of every cell (mean over rows), and of the corrupted run."""
+    ) -> tuple[Float[Tensor, "cell measure"], Float[Tensor, "row measure"]]:
+        """What is measured of every cell (mean over rows), and of the corrupted run."""
         inputs, branches, restored = with_answer(corrupted, self.target), cells(self.cache), []
-        base = self.read(inputs)
+        base = self.read(inputs, measure)
         for done, cell in enumerate(branches, start=1):
             hooks = [pair for intervention in cell for pair in intervention.fwd_hooks()]
             with self.model.hooks(fwd_hooks=hooks):  # the hooks also see the final norm
-                restored.append(self.read(inputs).mean())
+                restored.append(self.read(inputs, measure).mean(dim=0))
             if progress is not None:
                 progress(done, len(branches))
         return torch.stack(restored), base
 
-    def read(self, inputs: MultimodalInputs) -> Float[Tensor, " row"]:
-        """P(answer) of a run."""
+    def read(self, inputs: MultimodalInputs, measure: Measure) -> Float[Tensor, "row measure"]:
+        """What is measured of a run."""
         resid = self.model(inputs, stop_at_layer=self.model.cfg.n_layers)
         normalized = self.model.ln_final(resid)[:, self.target.positions]
-        return self.target.probability(self.model.unembed(normalized))
+        return measure(self.model.unembed(normalized))
 
 
 METHODS: dict[str, type[Branching | Naive]] = {"branch": Branching, "naive": Naive}

@@ -396,7 +396,7 @@ def test_what_cannot_be_traced(seed):
         ({"sites": ()}, "sites must be several names"),
         ({"sites": "mlp_out"}, "sites must be several names"),
         ({"sites": ("mlp",)}, "unknown site 'mlp'"),
-        ({"sites": ("projector.out",)}, "has no layers"),
+        ({"sites": ("projector.out",)}, "positions of its own"),
         ({"layers": [3]}, "not among 0 ... 2"),
         ({"layers": [-1]}, "not among 0 ... 2"),
         ({"layers": []}, "not among 0 ... 2"),
@@ -480,7 +480,7 @@ def test_loading_something_else(tmp_path):
     text = tmp_path / "text.safetensors"
     text.write_text("nothing of the kind")
     for path in (other, text):
-        with pytest.raises(ValueError, match="holds no causal trace"):
+        with pytest.raises(ValueError, match="holds no CausalTrace"):
             CausalTrace.load(path)
     with pytest.raises(FileNotFoundError):
         CausalTrace.load(tmp_path / "none.safetensors")
