@@ -17,6 +17,7 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0"
 
 if TYPE_CHECKING:
+    from mmlens.aggregation import AggregatedTraces, aggregate_traces, role_positions
     from mmlens.attribution import (
         AttentionContribution,
         AttentionKnockout,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 # TransformerLens take seconds, which `mmlens --help` should not.
 _PUBLIC = {
     "ActivationCache": "hook_points",
+    "AggregatedTraces": "aggregation",
     "AttentionContribution": "attribution",
     "AttentionKnockout": "attribution",
     "AttributionPatching": "attribution",
@@ -69,6 +71,7 @@ _PUBLIC = {
     "Recording": "branching",
     "VisionConfig": "config",
     "VisualQuestion": "data",
+    "aggregate_traces": "aggregation",
     "attention_contribution": "attribution",
     "attention_knockout": "attribution",
     "attribution_patching": "attribution",
@@ -83,6 +86,7 @@ _PUBLIC = {
     "mean_image": "corruptions",
     "noise_image": "corruptions",
     "noise_span": "corruptions",
+    "role_positions": "aggregation",
     "swap_image": "corruptions",
     "swap_span": "corruptions",
     "window": "interventions",
@@ -90,6 +94,7 @@ _PUBLIC = {
 
 __all__ = [
     "ActivationCache",
+    "AggregatedTraces",
     "AttentionContribution",
     "AttentionKnockout",
     "AttributionPatching",
@@ -108,6 +113,7 @@ __all__ = [
     "VisionConfig",
     "VisualQuestion",
     "__version__",
+    "aggregate_traces",
     "attention_contribution",
     "attention_knockout",
     "attribution_patching",
@@ -122,6 +128,7 @@ __all__ = [
     "mean_image",
     "noise_image",
     "noise_span",
+    "role_positions",
     "swap_image",
     "swap_span",
     "window",

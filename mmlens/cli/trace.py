@@ -103,10 +103,12 @@ def check_sites(sites: tuple[str, ...]) -> None:
     Raises:
         UserError: no such site, or one outside of the decoder's layers.
     """
-    from mmlens.interventions import LAYERED_SITES
+    from mmlens.interventions import LAYERED_SITES, split_site
 
     for site in sites:
-        if site not in LAYERED_SITES:
+        with explained("--sites: "):
+            name, _ = split_site(site)
+        if name not in LAYERED_SITES:
             raise UserError(
                 f"--sites: unknown site {site!r}; a decoder layer has {', '.join(LAYERED_SITES)}"
             )
