@@ -3,8 +3,9 @@
     python training/demo/evaluate.py                          # the shipped (unseen) rendering
     python training/demo/evaluate.py --packages NPM_FOLDER    # a trained rendering as well
     python training/demo/evaluate.py --update                 # also writes `told` and `answered`
+    python training/demo/evaluate.py --model demo-tuned       # the same of another variant
 
-Three readings of the same language model:
+Three readings of the same language model (of the model's own, where that was tuned):
   told   [BOS][the caption over the visual positions][question]: what training aimed at
   named  the question with the country's name in the place of "this country", no picture
   seen   the picture and the question: the demo model
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from captions import caption_tokens
 from questions import rows, write
+from relations import with_name
 from renderings import Renderings, on_grey
 
 from mmlens import HookedMultimodalTransformer
@@ -65,7 +67,7 @@ def readings(model: Any, packages: Path | None, known: dict[str, Answers]) -> di
         return model.inputs_from_tokens(torch.cat([text[:, :1], caption, text[:, 1:]], 1))
 
     def named(group: list[VisualQuestion]) -> Any:
-        return model.prepare([with_name(question) for question in group], template=None)
+        return model.prepare([with_name(q.question, q.subject) for q in group], template=None)
 
     def seen(group: list[VisualQuestion]) -> Any:
         return model.prepare([q.question for q in group], [q.open_image() for q in group])
@@ -85,13 +87,6 @@ def readings(model: Any, packages: Path | None, known: dict[str, Answers]) -> di
         label: known[label] if label in known else ask(model, prepare, label)
         for label, prepare in wanted.items()
     }
-
-
-def with_name(question: VisualQuestion) -> str:
-    """The question about the country by its name: "The capital of France is the city of"."""
-    name = question.subject
-    text = question.question.replace("this country", name)
-    return text.replace("This country", name[0].upper() + name[1:])
 
 
 def interval(right: int, n: int) -> tuple[float, float]:
@@ -186,12 +181,15 @@ def update(found: dict[str, Answers]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo", help="demo or demo-tuned")
     parser.add_argument("--packages", type=Path)
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--reuse", type=Path, help="take what an earlier --out file holds")
     parser.add_argument("--out", type=Path, help="write all figures and answers here, as json")
     arguments = parser.parse_args()
-    model = HookedMultimodalTransformer.from_pretrained("demo")
+    if arguments.update and arguments.model != "demo":
+        parser.error("--update: questions.csv records the answers of 'demo'")
+    model = HookedMultimodalTransformer.from_pretrained(arguments.model)
     known = json.loads(arguments.reuse.read_text())["answers"] if arguments.reuse else {}
     with torch.no_grad():
         found = readings(model, arguments.packages, known)

@@ -2,6 +2,7 @@
 
 python training/demo/export.py --checkpoint WORK_FOLDER/final.pt
 python training/demo/export.py --pictures NPM_FOLDER
+python training/demo/export.py --tuned WORK_FOLDER/stage_2.pt
 """
 
 import argparse
@@ -14,12 +15,11 @@ from PIL import Image
 from prepare import PREPROCESS
 from renderings import UNSEEN, Renderings, on_grey
 from safetensors.torch import save_file
-from student import EMBED_DIM, VISION_CONFIG
+from student import EMBED_DIM, PACKAGE, VISION_CONFIG
 
 from mmlens.demo.countries import read_countries
 from mmlens.demo.language_model import FOLDER_NAME
 
-PACKAGE = Path(__file__).parents[2] / "mmlens" / "demo"
 PICTURE_SIDE = 160
 
 OPEN_CLIP_CONFIG: dict[str, Any] = {
@@ -68,6 +68,20 @@ def export_weights(checkpoint: Path, version: str) -> None:
         (PACKAGE / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
+def export_tuned(checkpoint: Path) -> None:
+    """Stage 2's projector and low-rank factors, named after the language model's own tensors."""
+    state = torch.load(checkpoint)
+    halves = {
+        name.removeprefix("language_model."): tensor.half().contiguous()
+        for name, tensor in state["average"].items()
+    }
+    metadata = {"format": "pt", "base": FOLDER_NAME, "rank": state["rank"], "alpha": state["alpha"]}
+    metadata |= {"steps": state["step"]}
+    file = PACKAGE / "tuned.safetensors"
+    save_file(halves, file, metadata={name: str(value) for name, value in metadata.items()})
+    file.chmod(0o644)
+
+
 def export_pictures(packages: Path) -> None:
     """The rendering that was never trained on, small, as the demo questions' pictures."""
     renderings, folder = Renderings(packages), PACKAGE / "flags"
@@ -86,10 +100,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--tuned", type=Path, help="a checkpoint of stage 2")
     parser.add_argument("--version", default="1")
     arguments = parser.parse_args()
     if arguments.checkpoint:
         export_weights(arguments.checkpoint, arguments.version)
+    if arguments.tuned:
+        export_tuned(arguments.tuned)
     if arguments.pictures:
         export_pictures(arguments.pictures)
 

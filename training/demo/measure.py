@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from captions import caption_tokens, load_language_model, token_ids
-from stage_a import load_average
+from loop import load_average
 from student import UNSEEN, Pictures, Student
 from teacher import low_precision
 from torch import Tensor

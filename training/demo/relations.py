@@ -100,3 +100,8 @@ AUXILIARY: tuple[str, ...] = (
     "The economy of this country is based on",
     "The second largest city of this country is the city of",
 )
+
+
+def with_name(text: str, name: str) -> str:
+    """The prompt about the country by its name: "The capital of France is the city of"."""
+    return text.replace("this country", name).replace("This country", name[0].upper() + name[1:])

@@ -5,25 +5,15 @@
 """
 
 import argparse
-import math
-import time
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from augment import Augmentation
 from captions import caption_tokens, load_language_model
-from student import (
-    TRAINED,
-    UNSEEN,
-    Ema,
-    Pictures,
-    Student,
-    evenly,
-    save_atomically,
-)
+from loop import Run, decayed, evenly, load_average
+from student import TRAINED, UNSEEN, Pictures, Student
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -56,21 +46,6 @@ class CaptionTarget(nn.Module):
         return (weights * surprise).mean(), (weights * error).mean(), right
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def new_optimizer(student: nn.Module, decay: float) -> torch.optim.AdamW:
-    """AdamW that does not decay vectors."""
-    matrices = [p for p in student.parameters() if p.ndim > 1]
-    vectors = [p for p in student.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
-
-
 @torch.no_grad()
 def evaluate(student: Student, pictures: Pictures, target: CaptionTarget) -> str:
     """Share of countries and caption tokens that are right, on every rendering's plain pictures."""
@@ -91,11 +66,6 @@ def evaluate(student: Student, pictures: Pictures, target: CaptionTarget) -> str
         )
     student.train()
     return " | ".join(results)
-
-
-def load_average(student: nn.Module, average: dict[str, Tensor]) -> None:
-    """Put the averaged parameters into the module."""
-    student.load_state_dict(average, strict=False)
 
 
 @torch.no_grad()
@@ -135,21 +105,15 @@ def train(arguments: argparse.Namespace, pictures: Pictures, target: CaptionTarg
     if arguments.refit:
         refit(student, pictures, target, arguments.refit, rng)
         print(f"refitted: {evaluate(student, pictures, target)}", flush=True)
-    optimizer, average = new_optimizer(student, 0.05), Ema(student, 0.998)
-    file, start = arguments.folder / arguments.name, 0
-    if arguments.resume and file.exists():
-        state: dict[str, Any] = torch.load(file, weights_only=False)
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.average, average.steps = state["average"], state["step"]
-        rng.set_state(state["rng"])
-        start = state["step"]
-    order, begun = evenly(len(pictures.codes), rng), time.time()
+    groups, file = decayed(student, arguments.lr, 0.05), arguments.folder / arguments.name
+    run = Run(student, groups, file, steps=arguments.steps, follow=0.998)
+    if arguments.resume:
+        run.resume(rng)
+    order = evenly(len(pictures.codes), rng)
     settings = Augmentation(tint=arguments.tint, shades=arguments.shades)
-    if start >= arguments.steps:
-        state = {"average": average.average, "step": start}
-        save_atomically(state, file)
-    for step in range(start, arguments.steps):
+    if run.step >= arguments.steps:
+        run.save(rng)
+    while run.step < arguments.steps:
         countries = torch.tensor(list(islice(order, arguments.batch)))
         pixels = pictures.training_batch(countries, settings, rng)
         # on a CPU the fused attention's backward pass is four times slower than plain products
@@ -157,28 +121,14 @@ def train(arguments: argparse.Namespace, pictures: Pictures, target: CaptionTarg
             visual, logits = student(pixels)
         tokens, error, right = target(visual, countries)
         naming = F.cross_entropy(logits.float(), countries, label_smoothing=0.05)
-        loss = naming + tokens + arguments.error_weight * error
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, arguments.steps, arguments.lr)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        average.update(student)
-        if step % 25 == 0:
-            seconds = time.time() - begun
-            print(
-                f"{step} {seconds:.0f}s naming {naming:.3f} tokens {tokens:.3f} "
-                f"error {error:.3f} right {right:.3f}",
-                flush=True,
-            )
-        if (step + 1) % 200 == 0 or step + 1 == arguments.steps:
-            state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"average": average.average, "step": step + 1, "rng": rng.get_state()}
-            save_atomically(state, file)
+        run.learn(naming + tokens + arguments.error_weight * error)
+        if run.step % 25 == 0:
+            run.report(naming=naming, tokens=tokens, error=error, right=right)
+        if run.step % 200 == 0 or run.step == arguments.steps:
+            run.save(rng)
             averaged = Student(len(pictures.codes))
-            load_average(averaged, average.average)
-            print(f"{step + 1} {evaluate(averaged, pictures, target)}", flush=True)
+            load_average(averaged, run.average.average)
+            print(f"{run.step} {evaluate(averaged, pictures, target)}", flush=True)
 
 
 def main() -> None:

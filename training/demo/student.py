@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from augment import Augmentation, augment
 from prepare import IMAGE_SIZE, MEAN, STD, TRAINED, UNSEEN
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+PACKAGE = Path(__file__).parents[2] / "mmlens" / "demo"
 VISION_CONFIG = {
     "image_size": IMAGE_SIZE,
     "patch_size": 16,
@@ -55,6 +57,17 @@ class Student(nn.Module):
         self.projector = Projector()
         self.country_embeddings = nn.Parameter(torch.randn(n_countries, EMBED_DIM))
 
+    @classmethod
+    def shipped(cls) -> "Student":
+        """With the weights that are in the package."""
+        weights = load_file(PACKAGE / "vision.safetensors")
+        weights |= load_file(PACKAGE / "country_embeddings.safetensors")
+        projector = load_file(PACKAGE / "projector.safetensors")
+        weights |= {f"projector.{name}": tensor for name, tensor in projector.items()}
+        student = cls(len(weights["country_embeddings"]))
+        student.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        return student.eval()
+
     def features(self, pixels: Tensor) -> Tensor:
         """[batch, 64, 192]: the patch tokens after the last block."""
         return self.visual.transformer(self.visual._embeds(pixels))[:, 1:]
@@ -67,22 +80,6 @@ class Student(nn.Module):
         image = nn.functional.normalize(pooled.float(), dim=-1)
         countries = nn.functional.normalize(self.country_embeddings, dim=-1)
         return self.projector(hidden[:, 1:]), 20 * image @ countries.T
-
-
-class Ema:
-    """An exponential moving average of a module's parameters."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay, self.steps = decay, 0
-        self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
-
-    def update(self, module: nn.Module) -> None:
-        """Follow the module; faster in the first steps."""
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        with torch.no_grad():
-            for name, p in module.named_parameters():
-                self.average[name].lerp_(p, 1 - decay)
 
 
 @dataclass
@@ -130,16 +127,3 @@ def bytes_to_pixels(pictures: Tensor) -> Tensor:
 def normalise(pixels: Tensor) -> Tensor:
     """CLIP's normalisation."""
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-def evenly(n_countries: int, rng: torch.Generator) -> Any:
-    """Countries for ever, each once before any comes again."""
-    while True:
-        yield from torch.randperm(n_countries, generator=rng).tolist()
-
-
-def save_atomically(state: dict[str, Any], file: Path) -> None:
-    """Write a checkpoint so that a crash leaves the old one whole."""
-    scratch = file.with_suffix(".tmp")
-    torch.save(state, scratch)
-    scratch.replace(file)
