@@ -122,6 +122,7 @@ def causal_trace_many(
     *,
     positions: Callable[[MultimodalInputs], Sequence[Group] | None] | None = None,
     answers: Sequence[str | int | None] | None = None,
+    contrasts: Sequence[str | int | None] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> list[CausalTrace]:
@@ -136,20 +137,23 @@ def causal_trace_many(
         positions: from the clean inputs to the groups of positions to trace, such as
             `lambda clean: [clean.span("constraint"), clean.span("last")]`.
         answers: one per question.
+        contrasts: the other answers that each is compared with, see `causal_trace`.
         progress: whether to show the bar (on stderr, one step per cell).
         options: of `causal_trace`.
 
     Raises:
-        ValueError: as `causal_trace`; or another number of answers than of pairs.
+        ValueError: as `causal_trace`; or another number of answers or contrasts than of pairs.
 
     Example:
         >>> pairs = [(clean, swap_span(model, clean, "constraint")) for clean in prompts]
         >>> traces = causal_trace_many(model, pairs, window=3)
     """
     pairs = list(pairs)
-    each_answer = [None] * len(pairs) if answers is None else list(answers)
-    if len(each_answer) != len(pairs):
-        raise ValueError(f"{len(each_answer)} answers for {len(pairs)} pairs of inputs")
+    nothing = [None] * len(pairs)
+    followed = [nothing if each is None else list(each) for each in (answers, contrasts)]
+    for each in followed:
+        if len(each) != len(pairs):
+            raise ValueError(f"{len(each)} answers for {len(pairs)} pairs of inputs")
     traces: list[CausalTrace] = []
     like: Recording | None = None
     with tqdm(total=0, desc="tracing", unit="cell", disable=not progress) as bar:
@@ -160,7 +164,7 @@ def causal_trace_many(
             bar.total = finished + total * (len(pairs) - len(traces))
             bar.update(finished + done - bar.n)
 
-        for (clean, corrupted), answer in zip(pairs, each_answer, strict=True):
+        for (clean, corrupted), answer, contrast in zip(pairs, *followed, strict=True):
             groups = None if positions is None else positions(clean)
             trace, like = traced(
                 model,
@@ -169,6 +173,7 @@ def causal_trace_many(
                 like=like,
                 positions=groups,
                 answer=answer,
+                contrast=contrast,
                 progress=advance,
                 **options,
             )

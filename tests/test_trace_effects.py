@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import D_VOCAB, small_inputs, small_model
 
-from mmlens import CausalTrace, Intervention, causal_trace
+from mmlens import CausalTrace, Intervention, causal_trace, causal_trace_many
 from mmlens.aggregation import aggregate_traces
 from mmlens.attribution import attribution_patching
 from mmlens.hooks import add, zero
@@ -302,6 +302,21 @@ def test_effects_that_were_not_asked_for(seed):
         _ = trace.kl_effect
     with pytest.raises(ValueError, match="contrast"):
         _ = trace.logit_difference_effect
+
+
+def test_many_traces_have_contrasts_of_their_own(seed):
+    model = small_model(seed)
+    prompts = [small_inputs(model, seed + number) for number in range(2)]
+    pairs = [(clean, words_swapped(clean, seed)) for clean in prompts]
+    options = {"sites": ("mlp_out",), "layers": [0]}
+    traces = causal_trace_many(model, pairs, contrasts=[5, 7], progress=False, **options)
+    for (clean, corrupted), contrast, trace in zip(pairs, (5, 7), traces, strict=True):
+        alone = causal_trace(model, clean, corrupted, contrast=contrast, **options)
+        torch.testing.assert_close(
+            trace.logit_difference, alone.logit_difference, atol=1e-4, rtol=1e-4
+        )
+    with pytest.raises(ValueError, match="1 answers for 2 pairs"):
+        causal_trace_many(model, pairs, contrasts=[5], progress=False)
 
 
 # Filters
