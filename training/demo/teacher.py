@@ -1,4 +1,4 @@
-"""For stage B: what the language model answers when it is TOLD the country, asked once and kept.
+"""For stage 2: what the language model answers when it is TOLD the country, asked once and kept.
 
 For every country and every prompt that training may use: the greedy continuation of
 [BOS][caption over the visual positions][prompt], and the final hidden states from the prompt's
