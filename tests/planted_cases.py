@@ -9,10 +9,15 @@ import torch
 from planted_circuits import one_hop, two_hop
 from planted_models import N_ENTITIES, RELATIONS, Planted, Step
 
-from mmlens import swap_span, window
+from mmlens import attention_knockout, swap_span
 from mmlens.inputs import MultimodalInputs
 
 SITES = ("resid_post", "attn_out", "mlp_out")
+
+
+def window(layer: int, width: int) -> range:
+    """The layers that are put back or cut around a layer; some of them may not be there."""
+    return range(layer - width // 2, layer - width // 2 + width)
 
 
 @dataclass
@@ -105,10 +110,10 @@ class Trail:
         assert site == "k"  # a constraint's words are looked at whichever they are
         return False
 
-    def cells(self, model, sites, groups, width=1) -> torch.Tensor:
+    def cells(self, sites, groups, width=1) -> torch.Tensor:
         """`has` for windows of layers and groups of positions [site, group, layer]."""
         found = [
-            any(self.has(s, p, i) for p in g for i in window(s, layer, width, model))
+            any(self.has(s, p, i) for p in g for i in window(layer, width))
             for s in sites
             for g in groups
             for layer in range(self.n_layers)
@@ -131,6 +136,18 @@ def check(case: Case, trace, expected: torch.Tensor) -> None:
     assert trace.restored.shape == expected.shape
     assert trace.restored[expected].min() >= planted.least
     assert trace.indirect_effect[~expected].abs().max() <= planted.nothing
+
+
+def check_cut(case: Case, source, destination, layers: set[int], width=1) -> None:
+    """P(answer) falls to nothing where a window holds one of `layers`, and nowhere else."""
+    planted = case.planted
+    cut = attention_knockout(planted.model, case.inputs, source, destination, window=width)
+    assert cut.answer_tokens == (case.answer,)
+    for layer, probability in zip(cut.layers, cut.probability.tolist(), strict=True):
+        if layers & set(window(layer, width)):
+            assert probability <= planted.most
+        else:
+            assert probability >= planted.least
 
 
 def everywhere(case: Case) -> list[list[int]]:
