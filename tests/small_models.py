@@ -92,6 +92,19 @@ def small_model(seed: int, **choices: Any) -> HookedMultimodalTransformer:
     return model.requires_grad_(False)
 
 
+def any_family(seed: int, **choices: Any) -> HookedMultimodalTransformer:
+    """The same, by chance with parallel blocks or with layers that look back a few positions."""
+    chance = random.Random(seed)
+    n_layers = choices.pop("n_layers", chance.randint(2, 6))
+    kind = chance.choice(["plain", "parallel", "local"])
+    if kind == "parallel":
+        choices = {"parallel_attn_mlp": True, **choices}
+    elif kind == "local":
+        types = tuple(chance.choice(["local", "global"]) for _ in range(n_layers))
+        choices = {"attn_types": types, "window_size": chance.choice([1, 3, 7]), **choices}
+    return small_model(seed, n_layers=n_layers, **choices)
+
+
 def language_model(seed: int, **choices: Any) -> HookedMultimodalTransformer:
     """The same without eyes."""
     cfg = small_config(random.Random(seed), **choices)

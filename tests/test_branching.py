@@ -28,7 +28,7 @@ def probabilities(logits):
 
 def sites_of(model):
     """The layered sites that the model's decoder has."""
-    return [site for site in LAYERED_SITES if site != "pre_linear" or model.cfg.gated_mlp]
+    return [site for site in LAYERED_SITES if hook_name(site, 0) in model.hook_dict]
 
 
 def decoder_edit(model, inputs, chance, site=None):

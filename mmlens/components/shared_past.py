@@ -101,10 +101,10 @@ class Packing:
     def filled(
         self,
         packed: Float[Tensor, "row packed *shape"],
-        base: Float[Tensor, "row own *shape"],
+        base: Float[Tensor, "row held *shape"],
         origin: int,
     ) -> Float[Tensor, "row continuation own *shape"]:
-        """One row per continuation, from `origin` on, with `base` before its start."""
+        """One row per continuation, from `origin` on; `base` is what lies before its start."""
         if self.is_rectangle and self.first == origin:
             return packed.unflatten(1, (len(self.starts), -1))
         starts, offsets, _ = self._grid
