@@ -1,167 +1,188 @@
-"""What a causal trace costs: Hugging Face with forward hooks, mmlens naive, mmlens branching.
+"""What a causal trace costs, by six programs, in one run on one device with the same weights.
 
-One question about one flag, the demo model, one run, one device: every layer at three sites, at one
-position (the last of the constraint) or at every text position. Times are given as forward-pass
-equivalents: time / time of one Hugging Face SDPA forward of the same prompt's embeddings.
+    python benchmarks/trace.py --shape smollm2            # one position, three sites, all layers
+    python benchmarks/trace.py --shape smollm2 --map      # every text position, two sites
+    python benchmarks/trace.py --shape llava-7b [--map]   # on a GPU: bfloat16, random weights
+    python benchmarks/trace.py --shape bunny-3b [--map]
 
-    python benchmarks/trace.py [--map] [--repeats 3]      (nothing else should run meanwhile)
-
-The reference is transformers' `LlamaForCausalLM` with the same weights, given the embeddings with
-the visual tokens in, one forward pass per cell with a torch forward hook, as one would write it by
-hand. Differences are between probabilities of the answer. Writes benchmarks/results/trace-*.md.
+Times are also given as forward-pass equivalents: time / time of one Hugging Face SDPA forward of
+the same prompt (the decoder alone, logits at the last position only), measured in the same run.
+Branching is always measured whole. The others are, too, where that takes less than `--budget`
+seconds; else on a random sample of cells, as the table says: their time is then extrapolated, (time
+of the clean run) + (number of cells) x (mean time of the measured ones), and the difference is over
+those. Nothing else should run meanwhile. Writes to benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import time
-from collections.abc import Callable
-from pathlib import Path
+import random
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
+from measuring import machine, median_seconds, megabytes, peak_memory, seconds, table, write
+from plotly import graph_objects as go
+from shapes import SHAPES, Case, build
+from tracers import Batched, Branch, Bridge, ByHand, Cell, Naive, NNsightTracer
 
-from mmlens import CausalTrace, HookedMultimodalTransformer, causal_trace, demo_questions, swap_span
-from mmlens.demo.language_model import language_model_folder
-from mmlens.files import write_atomically
-from mmlens.inputs import MultimodalInputs
-
-SITES = ("resid_post", "attn_out", "mlp_out")
-RESULTS = Path(__file__).parent / "results"
+PROGRAMS = (ByHand, Batched, Bridge, NNsightTracer, Naive, Branch)
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """The shortest of several runs, after one that warms up, and its result."""
-    run()
-    best, result = float("inf"), None
-    for _ in range(repeats):
-        began = time.perf_counter()
-        result = run()
-        best = min(best, time.perf_counter() - began)
-    return best, result
+@dataclass
+class Measured:
+    """One line of the table."""
 
+    name: str
+    seconds: float
+    memory: int
+    n_cells: int
+    found: dict[Cell, float]
 
-def hf_module(lm: LlamaForCausalLM, site: str, layer: int) -> torch.nn.Module:
-    """The module whose output is the site's activation."""
-    block = lm.model.layers[layer]
-    return {"resid_post": block, "attn_out": block.self_attn, "mlp_out": block.mlp}[site]
+    def difference(self, reference: dict[Cell, float]) -> float | None:
+        """The largest difference of P(answer) over the cells that both have."""
+        both = [abs(p - reference[cell]) for cell, p in self.found.items() if cell in reference]
+        return max(both, default=None)
 
-
-def first(output: Any) -> Tensor:
-    """A module's hidden states, of a tuple or alone."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def keep(kept: dict, key: tuple[str, int]) -> Callable[..., None]:
-    """A forward hook that stores the activation."""
-
-    def hook(module: Any, args: Any, output: Any) -> None:
-        kept[key] = first(output)
-
-    return hook
-
-
-def put_back(clean: Tensor, position: int) -> Callable[..., Any]:
-    """A forward hook that restores one position."""
-
-    def hook(module: Any, args: Any, output: Any) -> Any:
-        hidden = first(output).clone()
-        hidden[:, position] = clean[:, position]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    return hook
+    @property
+    def is_extrapolated(self) -> bool:
+        """Whether only some of the cells were measured."""
+        return len(self.found) < self.n_cells
 
 
 @torch.no_grad()
-def trace_by_hand(
-    lm: LlamaForCausalLM, clean: Tensor, corrupted: Tensor, positions: list[int], answer: int
-) -> Tensor:
-    """P(answer) [site, position, layer], one hooked forward pass per cell."""
-    kept: dict[tuple[str, int], Tensor] = {}
-    layers = range(len(lm.model.layers))
-    keys = [(site, layer) for site in SITES for layer in layers]
-    handles = [hf_module(lm, *key).register_forward_hook(keep(kept, key)) for key in keys]
-    lm(inputs_embeds=clean, logits_to_keep=1)
-    for handle in handles:
-        handle.remove()
-    cells = torch.empty(len(SITES), len(positions), len(layers))
-    for site, layer in keys:
-        for p, position in enumerate(positions):
-            hook = put_back(kept[site, layer], position)
-            handle = hf_module(lm, site, layer).register_forward_hook(hook)
-            logits = lm(inputs_embeds=corrupted, logits_to_keep=1).logits
-            handle.remove()
-            cells[SITES.index(site), p, layer] = logits[0, -1].softmax(-1)[answer]
-    return cells
+def measure(
+    program: Any, cells: list[Cell], device: torch.device, budget: float, repeats: int
+) -> Measured:
+    """Time, memory and results of one program.
+
+    Args:
+        cells: in random order; where all take longer than `budget` seconds, the first of them.
+        repeats: runs of branching, of which the fastest counts.
+    """
+    with peak_memory(device) as peak:
+        prepared, _ = seconds(program.prepare, device)
+        chosen, times = cells, []
+        if not isinstance(program, Branch):
+            repeats, at_once = 1, getattr(program, "size", 1)
+            program.run(cells[:at_once])  # warms up
+            each, _ = seconds(lambda: program.run(cells[:at_once]), device)
+            chosen = cells[: max(at_once, int(budget / each) * at_once)]
+        for _ in range(repeats):
+            took, found = seconds(lambda: program.run(chosen), device)
+            times.append(took)
+    total = prepared + min(times) * len(cells) / len(chosen)
+    values = dict(zip(chosen, found.double().tolist(), strict=True))
+    return Measured(program.name, total, peak.size, len(cells), values)
 
 
-def embeddings(model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> Tensor:
-    """The residual stream that enters block 0."""
-    with torch.no_grad():
-        return model.input_embeddings(inputs)
+@torch.no_grad()
+def time_of_a_forward(case: Case) -> float:
+    """Seconds of one Hugging Face forward: the unit."""
+    lm, entering = case.decoder(), case.embeddings(case.clean)
+    runs = {"hf": lambda: lm(inputs_embeds=entering, logits_to_keep=1, use_cache=False)}
+    return median_seconds(runs, case.device, repeats=5)["hf"]
+
+
+def cells_of(case: Case, is_map: bool) -> tuple[list[str], list[int]]:
+    """Sites and positions: three at the last of the swapped words, or two at all from the first."""
+    if is_map:
+        return ["attn_out", "mlp_out"], list(range(case.constraint[0], case.clean.n_pos))
+    return ["resid_post", "attn_out", "mlp_out"], [case.constraint[0]]
 
 
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--map", action="store_true", help="every text position from the constraint"
-    )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shape", choices=SHAPES, default="demo")
+    parser.add_argument("--map", action="store_true", help="every text position, two sites")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds for one program")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of branching")
     options = parser.parse_args()
-    model = HookedMultimodalTransformer.from_pretrained("demo")
-    lm = LlamaForCausalLM.from_pretrained(language_model_folder()).to(model.device).eval()
-    question = demo_questions(relation="capital")[0]
-    clean = model.prepare(
-        question.question, question.image, spans={"constraint": question.visual_constraint}
-    )
-    corrupted = swap_span(model, clean, "constraint", "Paris")
-    start = int(clean.span("constraint")[0])
-    positions = list(range(start, clean.n_pos)) if options.map else [start + 1]
-    x, y = embeddings(model, clean), embeddings(model, corrupted)
+    case = build(options.shape)
+    sites, positions = cells_of(case, options.map)
+    n_layers, device = case.model.cfg.n_layers, case.device
+    cells = [Cell(s, p, layer) for s in sites for p in positions for layer in range(n_layers)]
+    random.Random(0).shuffle(cells)
     with torch.no_grad():
-        one, _ = seconds(lambda: lm(inputs_embeds=x, logits_to_keep=1), 10)
+        answer = int(case.model(case.clean)[0, -1].argmax())
+    one, measured = time_of_a_forward(case), []
+    for program in PROGRAMS:
+        run = program(case, sites, answer)
+        measured.append(measure(run, cells, device, options.budget, options.repeats))
+        print(f"{measured[-1].name}: {measured[-1].seconds:.1f} s", flush=True)
+        one = min(one, time_of_a_forward(case))
+    kind = "map" if options.map else "one position"
+    text = report(case, kind, sites, positions, measured, one)
+    name = f"trace-{options.shape}-{kind.replace(' ', '-')}-{device.type}"
+    write(name, text, picture(f"{case.name}, {kind}", measured, one))
 
-    def traced(method: Any) -> CausalTrace:
-        return causal_trace(
-            model, clean, corrupted, sites=SITES, positions=positions, method=method
-        )
 
-    few = 1 if options.map else options.repeats
-    by_branch, branch = seconds(lambda: traced("branch"), options.repeats)
-    by_naive, naive = seconds(lambda: traced("naive"), few)
-    answer = branch.answer_tokens[0]
-    by_hand, hand = seconds(lambda: trace_by_hand(lm, x, y, positions, answer), few)
-    rows = [
-        ("Hugging Face, forward hooks, one cell a pass", by_hand, 0.0),
-        ("mmlens, method='naive'", by_naive, float((naive.restored - hand).abs().max())),
-        ("mmlens, method='branch'", by_branch, float((branch.restored - hand).abs().max())),
-    ]
-    name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
-    threads = "" if model.device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    lines = [
-        f"# One causal trace of the demo model ({'map' if options.map else 'one position'})",
-        "",
-        f"Device: {name}{threads}; torch {torch.__version__}; {clean.n_pos} positions, "
-        f"{len(positions)} traced, {len(SITES)} sites, {model.cfg.n_layers} layers = "
-        f"{branch.restored.numel()} cells; one Hugging Face forward: {one * 1e3:.1f} ms.",
-        "",
-        "| | seconds | forward-pass equivalents | times faster than by hand | max difference |",
-        "|---|---|---|---|---|",
-    ]
-    for label, time_, difference in rows:
-        lines.append(
-            f"| {label} | {time_:.2f} | {time_ / one:.1f} | {by_hand / time_:.1f} | "
-            f"{difference:.1e} |"
+def report(
+    case: Case, kind: str, sites: list[str], positions: list[int], lines: list[Measured], one: float
+) -> str:
+    """The table, and what it says."""
+    by_hand = lines[0]
+    rows = []
+    for each in lines:
+        difference = each.difference(by_hand.found)
+        n = f"{len(each.found)} of {each.n_cells}" if each.is_extrapolated else "all"
+        rows.append(
+            [
+                each.name,
+                f"{each.seconds:,.2f}{' (extrapolated)' if each.is_extrapolated else ''}",
+                f"{each.seconds / one:,.2f}",
+                f"{by_hand.seconds / each.seconds:,.1f}",
+                megabytes(each.memory),
+                n,
+                "reference" if each is by_hand else f"{difference:.1e}",
+            ]
         )
-    text = "\n".join(lines) + "\n"
-    print(text)
-    RESULTS.mkdir(exist_ok=True)
-    kind = "map" if options.map else "one-position"
-    write_atomically(RESULTS / f"trace-{kind}-{model.device.type}.md", text)
+    header = [
+        "program",
+        "seconds",
+        "forward-pass equivalents",
+        "times faster than by hand",
+        "peak memory, MB",
+        "cells measured",
+        "largest difference",
+    ]
+    cfg = case.model.cfg
+    return (
+        f"# A causal trace, {kind}: {case.name}\n\n"
+        f"{machine(case.device)}; {str(cfg.dtype).removeprefix('torch.')}.\n\n"
+        f"{case.clean.n_pos} positions, of which {int(case.clean.is_image.sum())} visual; "
+        f"{len(positions)} traced, from {positions[0]} on; sites {', '.join(sites)}; "
+        f"{cfg.n_layers} layers: {lines[0].n_cells} cells. One Hugging Face SDPA forward of the "
+        f"decoder takes {one * 1e3:.1f} ms. Memory is what is held above the weights and the "
+        "prompts' embeddings. Differences are between probabilities of the answer, over the cells "
+        f"that were measured by hand as well.\n\n{table(header, rows)}\n"
+    )
+
+
+def picture(title: str, lines: list[Measured], one: float) -> go.Figure:
+    """Forward-pass equivalents of every program."""
+    figure = go.Figure(
+        go.Bar(
+            x=[each.seconds / one for each in lines],
+            y=[each.name + (" *" if each.is_extrapolated else "") for each in lines],
+            orientation="h",
+            marker_color=["#999999"] * (len(lines) - 1) + ["#0072b2"],
+            text=[f"{each.seconds / one:,.1f}" for each in lines],
+            textposition="outside",
+            cliponaxis=False,
+        )
+    )
+    figure.update_layout(
+        title=f"A causal trace: {title} (* extrapolated)",
+        xaxis={"type": "log", "title": "forward-pass equivalents"},
+        yaxis={"autorange": "reversed"},
+        template="plotly_white",
+        width=900,
+        height=360,
+        margin={"l": 300, "r": 60},
+    )
+    return figure
 
 
 if __name__ == "__main__":

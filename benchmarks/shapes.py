@@ -1,0 +1,233 @@
+"""Models and prompts to measure with: the demo's, or a published model's shape with random weights.
+
+What is wrapped by others (`decoder(case)`) are transformers' own modules whose parameters are views
+of mmlens's: the weights are the same, and in memory once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PhiConfig,
+    SiglipVisionConfig,
+)
+
+from mmlens import HookedMultimodalTransformer, MultimodalInputs, demo_questions, swap_span
+from mmlens.checkpoints.hf_configs import decoder_fields, vision_config
+from mmlens.checkpoints.names import decoder_names
+from mmlens.config import MultimodalConfig, ProjectorConfig, VisionConfig
+from mmlens.demo.language_model import language_model_folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a clean and a corrupted prompt, and where they differ."""
+
+    name: str
+    model: HookedMultimodalTransformer
+    hf_config: Any
+    """Of the decoder alone."""
+    clean: MultimodalInputs
+    corrupted: MultimodalInputs
+    constraint: tuple[int, ...]
+    """Positions of the swapped words."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.model.device
+
+    def embeddings(self, inputs: MultimodalInputs) -> Tensor:
+        """What enters the first layer: the decoder's prompt, with the visual tokens in."""
+        with torch.no_grad():
+            return self.model.input_embeddings(inputs)
+
+    def decoder(self) -> Any:
+        """Transformers' decoder with the same weights (SDPA attention)."""
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(
+                self.hf_config, dtype=self.model.cfg.dtype, attn_implementation="sdpa"
+            )
+        ours = dict(self.model.named_parameters())
+        for name, slot in decoder_names(self.model.cfg).items():
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(slot.of(ours).detach(), requires_grad=False)
+            setattr(lm.get_submodule(owner), leaf, value)
+        lm.tie_weights()
+        if self.model.cfg.tie_word_embeddings:
+            lm.lm_head.weight = lm.model.embed_tokens.weight
+        # What is computed from the configuration, and not among the weights.
+        rotary = type(lm.model.rotary_emb)(self.hf_config)
+        lm.model.rotary_emb = rotary.to(self.device)
+        left = [name for name, value in lm.named_parameters() if value.is_meta]
+        assert not left, left
+        return lm.eval()
+
+
+def random_weights(model: HookedMultimodalTransformer) -> HookedMultimodalTransformer:
+    """Weights of the size that trained models start from."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.02, generator=generator)
+        else:
+            parameter.data.zero_()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".w"):
+            parameter.data.fill_(1.0)
+    return model.requires_grad_(False)
+
+
+def random_case(
+    name: str,
+    hf_config: Any,
+    tower: VisionConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    before: int,
+    suffix: int,
+) -> Case:
+    """A prompt of BOS, one picture, `before` words, and `suffix` more, the first two swapped."""
+    d_model = hf_config.hidden_size
+    cfg = MultimodalConfig(
+        **decoder_fields(hf_config),
+        image_token_id=hf_config.vocab_size - 1,
+        vision=tower,
+        projector=ProjectorConfig(
+            d_in=tower.d_model * len(tower.feature_layers), d_hidden=d_model, d_out=d_model
+        ),
+        model_name=name,
+    )
+    with torch.device("meta"):
+        model = HookedMultimodalTransformer(cfg).to(dtype)
+    model = random_weights(model.to_empty(device=device))
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(5, 20_000, (before + suffix,), generator=generator)
+    image = torch.full((tower.n_visual_tokens,), cfg.image_token_id)
+    tokens = torch.cat([torch.tensor([1]), image, words])[None]
+    pixels = torch.randn(1, 3, *tower.image_size, generator=generator)
+    clean = model.inputs_from_tokens(tokens, pixels)
+    start = clean.n_pos - suffix
+    constraint = tuple(range(start, min(start + 2, clean.n_pos)))
+    changed = clean.tokens.clone()
+    changed[0, list(constraint)] += 7
+    return Case(name, model, hf_config, clean, replace(clean, tokens=changed), constraint)
+
+
+def demo(device: torch.device, dtype: torch.dtype, **_: Any) -> Case:
+    """The embedded model, a flag, and a question about its capital."""
+    model = HookedMultimodalTransformer.from_pretrained("demo", device=device, dtype=dtype)
+    question = demo_questions(relation="capital")[0]
+    clean = model.prepare(
+        question.question, question.image, spans={"constraint": question.visual_constraint}
+    )
+    corrupted = swap_span(model, clean, "constraint", "Paris")
+    constraint = tuple(clean.span("constraint").tolist())
+    config = AutoConfig.from_pretrained(language_model_folder())
+    return Case("demo", model, config, clean, corrupted, constraint)
+
+
+def stand_in_tower(side: int, columns: int | None = None) -> VisionConfig:
+    """A tower of one narrow layer: for a decoder's shape, where the tower is not what is measured.
+
+    Args:
+        side: rows of patches.
+        columns: by default as many.
+    """
+    hf = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        image_size=(14 * side, 14 * (columns or side)),
+        patch_size=14,
+    )
+    return vision_config(hf, -1, "default")
+
+
+def smollm2(**options: Any) -> Case:
+    """SmolLM2-135M's shape with 576 visual tokens."""
+    return random_case("SmolLM2-135M shape", smollm2_config(), stand_in_tower(24), **options)
+
+
+def smollm2_config(n_layers: int = 30) -> LlamaConfig:
+    """SmolLM2-135M's sizes (its published config.json)."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=n_layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+    )
+
+
+def llava_7b(**options: Any) -> Case:
+    """LLaVA-1.5-7B's shape: Vicuna-7B, CLIP ViT-L/14 at 336 pixels, 576 visual tokens."""
+    decoder = LlamaConfig(vocab_size=32064, max_position_embeddings=4096, num_key_value_heads=32)
+    tower = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=16,
+        num_hidden_layers=24,
+        image_size=336,
+        patch_size=14,
+    )
+    return random_case(
+        "LLaVA-1.5-7B shape", decoder, vision_config(tower, -2, "default"), **options
+    )
+
+
+def bunny_3b(**options: Any) -> Case:
+    """Bunny-v1.0-3B's shape: Phi-2, SigLIP so400m at 384 pixels, 729 visual tokens."""
+    decoder = PhiConfig(
+        vocab_size=50295,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.4,
+        },
+    )
+    tower = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_attention_heads=16,
+        num_hidden_layers=27,
+        image_size=384,
+        patch_size=14,
+    )
+    return random_case("Bunny-3B shape", decoder, vision_config(tower, -1, "full"), **options)
+
+
+SHAPES: dict[str, Callable[..., Case]] = {
+    "demo": demo,
+    "smollm2": partial(smollm2, before=13, suffix=22),
+    "llava-7b": partial(llava_7b, before=14, suffix=30),
+    "bunny-3b": partial(bunny_3b, before=14, suffix=30),
+}
+
+
+def build(name: str) -> Case:
+    """A shape by its name, on the GPU (bfloat16) if there is one, else on the CPU (float32)."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.bfloat16 if cuda and name != "demo" else torch.float32
+    return SHAPES[name](device=device, dtype=dtype)
