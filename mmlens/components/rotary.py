@@ -69,9 +69,11 @@ def rotate(
     sin: Float[Tensor, "rows pos 1 rotary_dim"],
 ) -> Float[Tensor, "batch pos head d_head"]:
     """`x` with the first `rotary_dim` dimensions of each head rotated, the others as they are."""
-    rotary_dim = cos.shape[-1]
-    rotated, untouched = x[..., :rotary_dim], x[..., rotary_dim:]
-    first, second = rotated.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    result = rotated * cos + turned * sin
-    return torch.cat([result, untouched], dim=-1) if untouched.shape[-1] else result
+    half = cos.shape[-1] // 2  # both halves have the same angles
+    cos, sin = cos[..., :half], sin[..., :half]
+    first, second, untouched = x.tensor_split([half, 2 * half], dim=-1)
+    parts = [
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    ]
+    return torch.cat([*parts, untouched] if untouched.shape[-1] else parts, dim=-1)
