@@ -14,7 +14,7 @@ import torch
 from shapes import Case
 from torch import Tensor
 
-from mmlens import Intervention, hook_name, tracing
+from mmlens import Intervention, causal_trace, hook_name
 from mmlens.hooks import restore
 
 
@@ -209,27 +209,31 @@ class NNsightTracer:
 
 
 class Naive:
-    """`causal_trace(method="naive")`: one full hooked forward pass per cell."""
+    """What `causal_trace(method="naive")` does: one full hooked forward pass per cell."""
 
     name = "mmlens, method='naive'"
 
     def __init__(self, case: Case, sites: Sequence[str], answer: int) -> None:
         self.case, self.sites, self.answer = case, sites, answer
+        self.stop = {"stop_at_layer": case.model.cfg.n_layers}
 
     def prepare(self) -> None:
         """The clean run, with the activations of all sites."""
         layers = range(self.case.model.cfg.n_layers)
         names = [hook_name(site, layer) for site in self.sites for layer in layers]
-        self.tracer = tracing.Naive(self.case.model, self.case.clean, self.answer, names, None)
+        _, self.cache = self.case.model.run_with_cache(
+            self.case.clean, names_filter=names, return_cache_object=False, **self.stop
+        )
 
     def run(self, cells: Sequence[Cell]) -> Tensor:
-        """P(answer) of every cell (and of the corrupted run)."""
-
-        def branches(cache: Any) -> list[list[Intervention]]:
-            put_back = restore(cache)
-            return [[Intervention(c.site, c.layer, c.position, put_back)] for c in cells]
-
-        return self.tracer.restored(self.case.corrupted, branches, None, None)[0]
+        """P(answer) of every cell."""
+        model, found = self.case.model, []
+        for site, position, layer in cells:
+            put_back = Intervention(site, layer, position, restore(self.cache)).fwd_hooks()
+            resid = model.run_with_hooks(self.case.corrupted, fwd_hooks=put_back, **self.stop)
+            logits = model.unembed(model.ln_final(resid[:, -1:]))
+            found.append(probability(logits, self.answer))
+        return torch.cat(found)
 
 
 class Branch:
@@ -246,7 +250,7 @@ class Branch:
     def run(self, cells: Sequence[Cell]) -> Tensor:
         """P(answer) of every cell, which are all of a trace."""
         positions = sorted({cell.position for cell in cells})
-        trace = tracing.causal_trace(
+        trace = causal_trace(
             self.case.model,
             self.case.clean,
             self.case.corrupted,
