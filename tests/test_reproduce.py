@@ -149,7 +149,7 @@ def test_measures_by_hand():
     assert found["late share"] == [2 / 32, 0.02]
     assert found["largest share"] == [2 / 32, 0.7]
     assert found["tokens for half"] == [16.0, 1.0]
-    assert found["first layer's part"] == pytest.approx([32 / 132, 100 / 132])
+    assert found["layer's part"] == pytest.approx([32 / 132, 100 / 132])
 
 
 def test_knockout_is_the_mean_of_knockouts(study):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PART = 16
 """The last and the largest 1 / PART of the visual tokens are looked at."""
-MEASURES = ("total", "late share", "largest share", "tokens for half", "first layer's part")
+MEASURES = ("total", "late share", "largest share", "tokens for half", "layer's part")
 
 
 def visual_tokens(study: Study) -> Figure:
