@@ -74,10 +74,10 @@ def swap_span(
     strings = None
     if inputs.str_tokens is not None:
         strings = list(inputs.str_tokens[0])
-        for position, text in zip(
-            positions.tolist(), token_strings(model.tokenizer, ids), strict=True
-        ):
-            strings[position] = text
+        known = model.tokenizer is not None
+        words = token_strings(model.tokenizer, ids) if known else [f"[{i}]" for i in ids]
+        for position, word in zip(positions.tolist(), words, strict=True):
+            strings[position] = word
     # The words that texts and char_spans describe are gone.
     return replace(
         inputs,

@@ -353,3 +353,11 @@ def test_the_noise_trace_is_romes(seed, tmp_path):
             for layer in range(4):
                 expected = rome_trace(hf, tokens, noise, answer, position, layer, kind, width)
                 assert trace.restored[0, group, layer].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_words_without_a_tokenizer_are_shown_by_their_ids(seed):
+    model = small_model(seed)
+    inputs = small_inputs(model, seed, images=(0,), spans={"c": [2, 3]})
+    named = replace(inputs, str_tokens=([f"w{i}" for i in range(inputs.n_pos)],))
+    swapped = swap_span(model, named, "c", 7)
+    assert swapped.str_tokens[0][1:5] == ["w1", "[7]", "[7]", "w4"]
