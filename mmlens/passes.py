@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mmlens.model import HookedMultimodalTransformer
 
 # Positions of one pass beyond which it gets no faster per position. On two CPU cores, products with
-# SmolLM2-135M's weights reach 139, 177, 188 and 190 GFLOP/s at 22, 200, 612 and 2048 positions. That
-# of a GPU is an estimate: enough rows to fill its kernels with a 7B model's weights.
+# SmolLM2-135M's weights reach 139, 177, 188 and 190 GFLOP/s at 22, 200, 612 and 2048 positions.
+# That of a GPU is an estimate: enough rows to fill its kernels with a 7B model's weights.
 FAST = {"cpu": 2048, "cuda": 32768}
 
 
