@@ -37,7 +37,10 @@ def arithmetic(n_pos: int, suffix: int, n_layers: int) -> float:
 
 @torch.no_grad()
 def measured(case: Case, repeats: int) -> float:
-    """Time of a trace at the first swapped word / time of a Hugging Face forward, in turns."""
+    """Time of a trace at the first swapped word / time of a Hugging Face forward, in turns.
+
+    The forward computes logits at the last position only, as the trace does.
+    """
     lm, entering = case.decoder(), case.embeddings(case.clean)
     forwards, traces = [], []
     for _ in range(repeats + 1):

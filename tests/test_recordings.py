@@ -1,4 +1,7 @@
-"""Recordings share what their prompts have in common, and passes share memory."""
+"""Recordings share what their prompts have in common, and passes share memory.
+
+In float64, so that rounding is no excuse.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def assert_same_recording(found, expected, branches):
 @given(SEEDS)
 def test_a_recording_that_begins_like_another(seed):
     chance = random.Random(seed)
-    model = any_family(seed)
+    model = any_family(seed).double()
     images = chance.choice([(1,), (2,), (0,), (1, 2)])
     inputs = small_inputs(model, seed, images=images)
     first = model.record(inputs)
@@ -75,7 +78,7 @@ def test_a_recording_that_begins_like_another(seed):
 
 def test_samples_of_noise_share_the_prefix_of_one_row(seed):
     chance = random.Random(seed)
-    model = any_family(seed)
+    model = any_family(seed).double()
     clean = small_inputs(model, seed, images=(1,))
     last = clean.n_pos - 1
     drawn = torch.zeros(3, clean.n_pos, model.cfg.d_model)
@@ -92,7 +95,7 @@ def test_samples_of_noise_share_the_prefix_of_one_row(seed):
 
 
 def test_where_prompts_begin_to_differ(seed):
-    model = small_model(seed)
+    model = small_model(seed).double()
     inputs = small_inputs(model, seed, images=(1, 1), words=(6, 4))
     n_pos, start = inputs.n_pos, min(starts[0] for starts in inputs.image_starts)
     assert common_prefix(inputs, inputs) == n_pos
@@ -118,7 +121,7 @@ def count_calls(monkeypatch, module, name="forward"):
 
 
 def test_questions_on_one_picture_share_it(seed, monkeypatch):
-    model = any_family(seed)
+    model = any_family(seed).double()
     first = small_inputs(model, seed, images=(1,), words=(4,))
     at = behind_images(first)
     if at >= first.n_pos:
@@ -141,7 +144,7 @@ def test_questions_on_one_picture_share_it(seed, monkeypatch):
 
 
 def test_a_picture_that_is_there_twice_is_encoded_once(seed, monkeypatch):
-    model = small_model(seed)
+    model = small_model(seed).double()
     inputs = small_inputs(model, seed, images=(2, 1))
     twice = replace(inputs, pixel_values=inputs.pixel_values[[0, 1, 0]])
     expected = model(twice)
@@ -152,7 +155,7 @@ def test_a_picture_that_is_there_twice_is_encoded_once(seed, monkeypatch):
 
 
 def test_edits_of_the_tower_are_one_batch(seed, monkeypatch):
-    model = small_model(seed)
+    model = small_model(seed).double()
     inputs = small_inputs(model, seed, images=(2,))
     recording = model.record(inputs)
     branches = [
@@ -179,7 +182,7 @@ def test_edits_of_the_tower_are_one_batch(seed, monkeypatch):
 
 
 def test_the_prefix_is_attended_to_in_place(seed, monkeypatch):
-    model = small_model(seed, n_key_value_heads=2, n_heads=6)
+    model = small_model(seed, n_key_value_heads=2, n_heads=6).double()
     inputs = small_inputs(model, seed, images=(1, 1), words=(5, 5))
     recording = model.record(inputs)
     attended = []
@@ -201,7 +204,7 @@ def test_the_prefix_is_attended_to_in_place(seed, monkeypatch):
 
 
 def test_the_last_layer_computes_what_is_read(seed, monkeypatch):
-    model = small_model(seed, n_layers=3)
+    model = small_model(seed, n_layers=3).double()
     inputs = small_inputs(model, seed, images=(1,))
     recording = model.record(inputs)
     rows = []
@@ -227,7 +230,7 @@ def test_the_last_layer_computes_what_is_read(seed, monkeypatch):
 
 
 def test_a_trace_computes_what_differs(seed, monkeypatch):
-    model = any_family(seed, n_layers=4)
+    model = any_family(seed, n_layers=4).double()
     clean = small_inputs(model, seed, images=(1,))
     if clean.is_image[0, -2:].any():
         clean = clean.append(torch.tensor([7, 8]))
@@ -244,7 +247,7 @@ def test_a_trace_computes_what_differs(seed, monkeypatch):
 
 
 def test_many_traces_equal_single_ones(seed, monkeypatch, capsys):
-    model = any_family(seed)
+    model = any_family(seed).double()
     first = small_inputs(model, seed, images=(1,), words=(6,)).append(torch.tensor([5, 6, 7]))
     second = with_words(first, [first.n_pos - 1])
     third = small_inputs(model, seed + 1, images=(0,), words=(5,))
@@ -296,7 +299,7 @@ def test_many_traces_equal_single_ones(seed, monkeypatch, capsys):
 )
 def test_where_memory_runs_out_passes_are_halved(seed, monkeypatch, error):
     chance = random.Random(seed)
-    model = any_family(seed)
+    model = any_family(seed).double()
     inputs = small_inputs(model, seed, images=(1,))
     recording = model.record(inputs)
     branches = [[decoder_edit(model, inputs, chance)] for _ in range(11)]
@@ -312,7 +315,7 @@ def test_where_memory_runs_out_passes_are_halved(seed, monkeypatch, error):
 
     monkeypatch.setattr(module, "run_joined", limited)
     found = recording.run(branches, probabilities, progress=done.append)
-    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(found, expected, atol=1e-9)
     assert max(sizes) > most and sum(done) == 11
     most = 0  # not even one fits
     with pytest.raises(type(error)):
@@ -322,7 +325,7 @@ def test_where_memory_runs_out_passes_are_halved(seed, monkeypatch, error):
 
 def test_other_errors_are_not_tried_again(seed):
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
-    model = small_model(seed)
+    model = small_model(seed).double()
     calls = []
 
     def fail(activation, hook):
@@ -347,7 +350,7 @@ def test_passes(seed):
         else Start(chance.randrange(-1, 5), chance.randrange(n_pos), n_pos - 1)
         for _ in range(chance.randint(1, 99))
     ]
-    model = any_family(seed % 7)
+    model = any_family(seed % 7).double()
     batch_rows = chance.choice([None, 1, 8])
     found = passes(starts, n_pos, n_rows, model, batch_rows)
     assert sorted(i for each in found for i in each.indices) == list(range(len(starts)))
@@ -396,10 +399,12 @@ def test_packing(seed):
 
 
 def test_logits_of_some_tokens(seed):
-    model = any_family(seed)
+    model = any_family(seed).double()
     inputs = small_inputs(model, seed)
     if model.unembed.bias is None:
-        model.unembed.bias = nn.Parameter(torch.randn(model.cfg.d_vocab), requires_grad=False)
+        model.unembed.bias = nn.Parameter(
+            torch.randn(model.cfg.d_vocab).double(), requires_grad=False
+        )
     branches = [[Intervention("mlp_out", 0, [1], add(0.5))], []]
     recording = model.record(inputs)
     whole = recording.run(branches, lambda logits: logits)

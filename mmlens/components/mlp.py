@@ -36,25 +36,24 @@ class MLP(nn.Module):
         """The layer's output at every position."""
         if not self.cfg.gated_mlp:
             return self.down(self.hook_post(self.act(self.hook_pre(self.up(x)))))
-        gate, linear = self.gate_and_linear(x)
-        post, linear = self.act(self.hook_pre(gate)), self.hook_pre_linear(linear)
+        if x.device.type == "cpu":
+            # A CPU is no faster with one large product, and its activation function twice as fast
+            # on a result that lies in one piece, and still in its caches.
+            (w_gate, w_in), (b_gate, b_in) = self.up.weight.chunk(2), self._biases()
+            post = self.act(self.hook_pre(F.linear(x, w_gate, b_gate)))
+            linear = F.linear(x, w_in, b_in)
+        else:
+            gate, linear = self.up(x).chunk(2, dim=-1)
+            post = self.act(self.hook_pre(gate))
+        linear = self.hook_pre_linear(linear)
         # Nobody holds what the activation function returned; a gradient may need it, though.
         post = post * linear if torch.is_grad_enabled() else post.mul_(linear)
         return self.down(self.hook_post(post))
 
-    def gate_and_linear(
-        self, x: Residual
-    ) -> tuple[Float[Tensor, "*batch d_mlp"], Float[Tensor, "*batch d_mlp"]]:
-        """Both products with the fused weights.
-
-        A GPU is faster with one large product. A CPU is not, and its activation function is twice
-        as fast on a result that lies in one piece: 3% of a forward pass of SmolLM2-135M.
-        """
-        if x.device.type != "cpu":
-            gate, linear = self.up(x).chunk(2, dim=-1)
-            return gate, linear
-        biases = (None, None) if self.up.bias is None else self.up.bias.chunk(2)
-        gate, linear = map(F.linear, (x, x), self.up.weight.chunk(2), biases)
+    def _biases(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.up.bias is None:
+            return None, None
+        gate, linear = self.up.bias.chunk(2)
         return gate, linear
 
     @property

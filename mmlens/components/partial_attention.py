@@ -40,9 +40,9 @@ def attend_part(
 
     A query that may look at none of them has a normaliser of (almost) zero.
 
-    On two CPU cores, torch's flash kernel takes 32 ms for 1320 queries of 9 heads over 576 shared
-    keys, matrix products with the scores written down 55 ms; over 22 keys of their own, 15 and
-    104 ms. Concatenating prefix and own keys per row takes 72 ms for both together.
+    On two CPU cores torch's flash kernel takes 11 ms for 1320 queries of 9 heads over 576 shared
+    keys, and 2.3 ms for 22 keys of their own; products with the scores written down take 45 and
+    2.6 ms, and prefix and own keys concatenated for every row 72 ms.
 
     Kernels give no gradient of the normaliser, and those of CUDA take no mask here: then the scores
     are written down.
