@@ -30,7 +30,8 @@ if os.environ.get("MMLENS_TYPECHECK", "1") != "0":
 import numpy as np
 import torch
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+# The models here are small: several threads would mostly wait for each other.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 # A first call that loads a model is slow without being wrong, so there is no deadline.
 hypothesis.settings.register_profile("mmlens", deadline=None, print_blob=True)
