@@ -75,11 +75,11 @@ class Case:
 
 
 def random_weights(model: HookedMultimodalTransformer) -> HookedMultimodalTransformer:
-    """Weights of the size that trained models start from."""
+    """Weights that keep activations and logits of order 1, so that the answer stands out."""
     generator = torch.Generator(model.device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            parameter.data.normal_(std=0.02, generator=generator)
+            parameter.data.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
         else:
             parameter.data.zero_()
     for name, parameter in model.named_parameters():
