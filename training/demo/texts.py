@@ -53,7 +53,7 @@ def continued(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--count", type=int, default=1000)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model, tokenizer = load_language_model()
