@@ -33,6 +33,9 @@ class TransformerConfig:
     mlp_bias: bool = False
     parallel_attn_mlp: bool = False
     """Attention and MLP read the same normalised stream, side by side (Phi)."""
+    layer_scale: bool = False
+    """What attention and MLP add is multiplied by a learnt factor per dimension (a few towers of
+    open_clip's; Touvron et al. 2021)."""
     window_size: int | None = None
     """How many positions a query of a "local" layer looks back at, its own included."""
     attn_types: tuple[Literal["global", "local"], ...] | None = None

@@ -43,6 +43,7 @@ OWN: dict[str, dict[str, Any]] = {
         "norm_kwargs": {"eps": 1e-3},
         "act_kwargs": {"approximate": "tanh"},
     },
+    "layer scale": {"ls_init_value": 0.3},
     "as in CoCa": {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4},
     "fixed positions": {"pos_embed_type": "sin_cos_2d", "width": 24, "head_width": 6},
     "patches dropped in training": {"patch_dropout": 0.5},

@@ -34,7 +34,6 @@ def test_a_timm_model_that_is_no_plain_vit(said: str) -> None:
     ("choices", "said"),
     [
         ({"layers": [1, 1, 1, 1]}, "ModifiedResNet"),
-        ({"ls_init_value": 0.1}, "ls_1.gamma"),
         ({"qk_norm": True}, "CustomResidualAttentionBlock"),
         ({"timm_model_name": "convnext_atto"}, "ConvNeXt"),
         ({"timm_model_name": "no_such_model"}, "no_such_model"),

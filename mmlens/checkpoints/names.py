@@ -142,6 +142,8 @@ def open_clip_tower_names(cfg: VisionConfig, prefix: str = "visual.") -> Table:
         there, here = f"{prefix}transformer.resblocks.{layer}", f"vision.blocks.{layer}"
         table |= norm_names(f"{there}.ln_1", f"{here}.ln1", bias=True)
         table |= norm_names(f"{there}.ln_2", f"{here}.ln2", bias=True)
+        for scale in ("ls_1", "ls_2") if cfg.layer_scale else ():
+            table[f"{there}.{scale}.gamma"] = Slot(f"{here}.{scale}")
         for kind in ("weight", "bias"):
             table[f"{there}.attn.in_proj_{kind}"] = Slot(f"{here}.attn.qkv.{kind}")
         table |= weight_and_bias(f"{there}.attn.out_proj", f"{here}.attn.o")

@@ -112,7 +112,9 @@ class OpenClipTower:
     def ignored(self) -> tuple[str, ...]:
         """Patterns of what the weights hold beside."""
         prefix = re.escape(self.prefix)
-        return tuple(prefix + pattern for pattern in open_clip_config.IGNORED + TEXT_HALF)
+        return tuple(
+            prefix + pattern for pattern in open_clip_config.ignored(self.model_cfg) + TEXT_HALF
+        )
 
 
 def load_tower(

@@ -33,6 +33,7 @@ IGNORED = (
     r"visual\.(head|trunk\.(norm|fc_norm|attn_pool|head))\..*",
     r"visual\.trunk\.blocks\.\d+\.(norm\d|attn\.(qkv|proj)|mlp\.fc\d)\.(weight|bias)",
 )
+LAYER_SCALE = r"visual\.transformer\.resblocks\.\d+\.ls_\d\.gamma"
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 
 
@@ -65,11 +66,17 @@ def vision_config(
         ours = nn.ModuleDict({"vision": HookedVisionTransformer(cfg)})
     shapes = {f"visual.{name}": tensor.shape for name, tensor in visual.state_dict().items()}
     try:
-        check(ours, shapes, table(model_cfg, cfg), ignored=IGNORED)
-    except CheckpointError as error:  # layer scale, register tokens, norms within attention ...
+        check(ours, shapes, table(model_cfg, cfg), ignored=ignored(model_cfg))
+    except CheckpointError as error:  # register tokens, norms within attention ...
         first = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
         raise refused(f"other parameters than a plain ViT ({first} ...)") from None
     return cfg
+
+
+def ignored(model_cfg: dict[str, Any]) -> tuple[str, ...]:
+    """Patterns of the tower's tensors that a language model gets nothing of."""
+    has_layer_scale = model_cfg["vision_cfg"].get("ls_init_value") is not None
+    return (*IGNORED, LAYER_SCALE) if has_layer_scale else IGNORED
 
 
 def table(model_cfg: dict[str, Any], cfg: VisionConfig, prefix: str = "visual.") -> Table:
@@ -130,6 +137,7 @@ def open_clip_fields(visual: Any) -> dict[str, Any]:
         "d_mlp": block.mlp.c_fc.out_features,
         "act_fn": activation(block.mlp.gelu),
         "eps": epsilon(block.ln_1),
+        "layer_scale": not isinstance(block.ls_1, nn.Identity),
         "qkv_bias": True,
         "o_bias": True,
         "mlp_bias": True,

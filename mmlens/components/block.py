@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -31,6 +32,10 @@ class TransformerBlock(nn.Module):
         self.ln1 = make_norm(cfg)
         self.attn = Attention(cfg, causal=causal, rotary=rotary, window=cfg.window(layer))
         self.mlp = MLP(cfg)
+        self.layer_scale = cfg.layer_scale
+        if cfg.layer_scale:
+            self.ls_1 = nn.Parameter(torch.ones(cfg.d_model))
+            self.ls_2 = nn.Parameter(torch.ones(cfg.d_model))
         self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]
         self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
         if not self.parallel:
@@ -48,12 +53,14 @@ class TransformerBlock(nn.Module):
         """
         resid = self.hook_resid_pre(resid)
         normalized = self.ln1(resid)
-        attn_out = self.hook_attn_out(self.attn(normalized, keep=keep, **attention))
+        attn_out = self.attn(normalized, keep=keep, **attention)
+        attn_out = self.hook_attn_out(attn_out * self.ls_1 if self.layer_scale else attn_out)
         if keep is not None:
             resid, normalized = resid[:, keep], normalized[:, keep]
         if self.parallel:
             mlp_out = self.hook_mlp_out(self.mlp(normalized))
             return self.hook_resid_post(attn_out + mlp_out + resid)
         resid = self.hook_resid_mid(resid + attn_out)
-        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(resid)))
+        mlp_out = self.mlp(self.ln2(resid))
+        mlp_out = self.hook_mlp_out(mlp_out * self.ls_2 if self.layer_scale else mlp_out)
         return self.hook_resid_post(resid + mlp_out)
