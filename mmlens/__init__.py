@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         swap_span,
     )
     from mmlens.data import VisualQuestion, demo_questions
+    from mmlens.editing import Edit, EditRequest
     from mmlens.hook_points import ActivationCache, HookPoint
     from mmlens.inputs import MultimodalInputs, collate
     from mmlens.interventions import Intervention, hook_name, window
@@ -60,6 +61,8 @@ _PUBLIC = {
     "CausalTrace": "tracing",
     "CheckpointError": "checkpoints.errors",
     "DirectLogitAttribution": "attribution",
+    "Edit": "editing",
+    "EditRequest": "editing",
     "HookPoint": "hook_points",
     "HookedMultimodalTransformer": "model",
     "Intervention": "interventions",
@@ -101,6 +104,8 @@ __all__ = [
     "CausalTrace",
     "CheckpointError",
     "DirectLogitAttribution",
+    "Edit",
+    "EditRequest",
     "HookPoint",
     "HookedMultimodalTransformer",
     "Intervention",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from mmlens.components import Embed, Unembed
 from mmlens.config import MultimodalConfig
+
+if TYPE_CHECKING:
+    from mmlens.editing import Edit
 
 
 class WeightProperties(nn.Module):
@@ -19,6 +23,21 @@ class WeightProperties(nn.Module):
     embed: Embed
     unembed: Unembed
     blocks: nn.ModuleList
+
+    def apply(self, fn: Callable[[nn.Module], None] | Edit) -> Self:
+        """Add an `Edit` to the weights, until `edit.revert(model)`.
+
+        A function is called with every module, as in torch.
+
+        Raises:
+            ValueError: the edit is applied already, or was made for other weights.
+        """
+        from mmlens.editing.edit import Edit
+
+        if not isinstance(fn, Edit):
+            return super().apply(fn)
+        fn.apply(self)
+        return self
 
     def _stack(self, path: str) -> Tensor:
         part, name = path.split(".")

@@ -1,0 +1,140 @@
+"""What one edit is to do: which prompt is to be answered with what.
+
+    request = EditRequest(inputs, "Rome", key_prompts=augmented(inputs, 4),
+                          neighbours=[other_question, other_picture])
+
+Every editing method takes one request or several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmlens.hooks import generator_for
+from mmlens.inputs import MultimodalInputs
+from mmlens.layout import check_one_prompt
+
+__all__ = ["EditRequest", "as_requests", "augmented"]
+
+
+@dataclass(frozen=True, eq=False)
+class EditRequest:
+    """A prompt and the answer that it is to get.
+
+    Raises:
+        UnknownSpanError: (a KeyError) a prompt that has no such span.
+        ValueError: a batch, noise, a span without positions, or an empty target.
+
+    Example:
+        >>> inputs = model.prepare("The capital of this country is the city of", flag,
+        ...                        spans={"constraint": "this country"})
+        >>> edit = multedit(model, EditRequest(inputs, "Rome"), layer=3)
+    """
+
+    inputs: MultimodalInputs
+    """One prompt; with a picture, or without one."""
+    target: str | int
+    """The new answer as it would follow the prompt, of any number of tokens; or a token id."""
+    _: KW_ONLY
+    span: str = "constraint"
+    """The span whose last token is the key's position."""
+    key_prompts: Sequence[MultimodalInputs] = ()
+    """Further prompts that are to get the same answer: other wordings, other pictures of the same
+    thing, `augmented` ones. They have the span as well."""
+    neighbours: Sequence[MultimodalInputs] = ()
+    """Prompts whose answers are to stay: other questions about the picture, the same question about
+    another one."""
+
+    def __post_init__(self) -> None:
+        if self.target == "":
+            raise ValueError("the target is empty; give the new answer")
+        for inputs in (*self.prompts, *self.neighbours):
+            check_one_prompt(len(inputs), "EditRequest")
+            if inputs.noise is not None:
+                raise ValueError("an edit is of a prompt without noise")
+        for inputs in self.prompts:
+            self.position(inputs)
+
+    @property
+    def prompts(self) -> tuple[MultimodalInputs, ...]:
+        """All prompts that are to get the answer; the first is the request's own."""
+        return (self.inputs, *self.key_prompts)
+
+    def position(self, inputs: MultimodalInputs) -> int:
+        """Where the key is in one of the prompts: the last token of the span."""
+        positions = inputs.span(self.span).tolist()
+        if not positions:
+            raise ValueError(f"the span {self.span!r} has no positions, so it has no last token")
+        return max(positions)
+
+    def described(self) -> dict[str, str | int]:
+        """Prompt, target and span, for an edit's metadata."""
+        prompt = self.inputs.texts[0] if self.inputs.texts else ""
+        return {"prompt": prompt, "target": self.target, "span": self.span}
+
+
+def as_requests(
+    given: MultimodalInputs | EditRequest | Sequence[EditRequest], target: str | int | None
+) -> list[EditRequest]:
+    """What an editing method was given, as a list of requests.
+
+    Raises:
+        ValueError: inputs without a target, requests with one beside their own, or none at all.
+    """
+    if isinstance(given, MultimodalInputs):
+        if target is None:
+            raise ValueError("inputs alone do not say what to edit: give the target, too")
+        return [EditRequest(given, target)]
+    if target is not None:
+        raise ValueError(f"target={target!r}, but requests hold their own targets")
+    requests = [given] if isinstance(given, EditRequest) else list(given)
+    if not requests:
+        raise ValueError("no requests: there is nothing to edit")
+    return requests
+
+
+def augmented(
+    inputs: MultimodalInputs, n: int, *, crop: float = 0.1, light: float = 0.1, seed: int = 0
+) -> list[MultimodalInputs]:
+    """The same prompt with its pictures changed a little, `n` times.
+
+    Each picture loses a random margin, at most `crop` of its height and width in all, and is
+    resized to what it was; its pixel values are scaled by up to 1 +- `light`.
+
+    Raises:
+        ValueError: there is no picture, or a margin that leaves nothing.
+    """
+    pixels = inputs.pixel_values
+    if pixels is None:
+        raise ValueError("there is no picture to change in these inputs")
+    if not 0 <= crop < 1:
+        raise ValueError(f"crop={crop}; it is a share of the picture, from 0 to below 1")
+    return [
+        replace(
+            inputs,
+            pixel_values=torch.stack(
+                [
+                    changed(picture, crop, light, generator_for(seed, sample, index))
+                    for index, picture in enumerate(pixels)
+                ]
+            ),
+            images=None,
+        )
+        for sample in range(n)
+    ]
+
+
+def changed(picture: Tensor, crop: float, light: float, chance: torch.Generator) -> Tensor:
+    """One picture [channel, height, width] without a random margin, and lighter or darker."""
+    height, width = picture.shape[1:]
+    drawn = torch.rand(5, generator=chance).tolist()
+    lost = (round(drawn[0] * crop * height), round(drawn[1] * crop * width))
+    top, left = (round(share * n) for share, n in zip(drawn[2:4], lost, strict=True))
+    part = picture[:, top : top + height - lost[0], left : left + width - lost[1]]
+    part = F.interpolate(part[None].float(), (height, width), mode="bilinear", antialias=True)[0]
+    return (part * (1 + light * (2 * drawn[4] - 1))).to(picture)
