@@ -75,7 +75,7 @@ class Case:
 
 
 def random_weights(model: HookedMultimodalTransformer) -> HookedMultimodalTransformer:
-    """Weights that keep activations and logits of order 1, so that the answer stands out."""
+    """Weights that keep activations of order 1, and an answer that stands out."""
     generator = torch.Generator(model.device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -85,6 +85,7 @@ def random_weights(model: HookedMultimodalTransformer) -> HookedMultimodalTransf
     for name, parameter in model.named_parameters():
         if name.endswith(".w"):
             parameter.data.fill_(1.0)
+    model.ln_final.w.data.fill_(6.0)  # logits spread by 6, so that one token gets much
     return model.requires_grad_(False)
 
 
@@ -110,7 +111,10 @@ def random_case(
     )
     with torch.device("meta"):
         model = HookedMultimodalTransformer(cfg).to(dtype)
-    model = random_weights(model.to_empty(device=device))
+    model = model.to_empty(device=device)
+    if cfg.tie_word_embeddings:  # each of the two has been allocated
+        model.unembed.weight = model.embed.W_E
+    model = random_weights(model)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(5, 20_000, (before + suffix,), generator=generator)
     image = torch.full((tower.n_visual_tokens,), cfg.image_token_id)

@@ -1,4 +1,4 @@
-"""What a causal trace costs, by six programs, in one run on one device with the same weights.
+"""What a causal trace costs, by several programs, in one run on one device with the same weights.
 
     python benchmarks/trace.py --shape smollm2            # one position, three sites, all layers
     python benchmarks/trace.py --shape smollm2 --map      # every text position, two sites
@@ -18,6 +18,7 @@ those. Nothing else should run meanwhile. Writes to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,10 @@ import torch
 from measuring import machine, median_seconds, megabytes, peak_memory, seconds, table, write
 from plotly import graph_objects as go
 from shapes import SHAPES, Case, build
-from tracers import Batched, Branch, Bridge, ByHand, Cell, Naive, NNsightTracer
+from tracers import Batched, Branch, Bridge, ByHand, Cell, Naive, NNsightTracer, Released
 
 PROGRAMS = (ByHand, Batched, Bridge, NNsightTracer, Naive, Branch)
+MAP_PROGRAMS = (ByHand, Released, *PROGRAMS[1:])
 
 
 @dataclass
@@ -64,15 +66,20 @@ def measure(
     """
     with peak_memory(device) as peak:
         prepared, _ = seconds(program.prepare, device)
-        chosen, times = cells, []
+        at_once = len(cells) if isinstance(program, Branch) else getattr(program, "size", 1)
         if not isinstance(program, Branch):
-            repeats, at_once = 1, getattr(program, "size", 1)
-            program.run(cells[:at_once])  # warms up
-            each, _ = seconds(lambda: program.run(cells[:at_once]), device)
-            chosen = cells[: max(at_once, int(budget / each) * at_once)]
+            repeats = 1
+            program.run(cells[:1])  # warms up
+        chosen = cells[:at_once]
+        times = []
         for _ in range(repeats):
             took, found = seconds(lambda: program.run(chosen), device)
             times.append(took)
+        more = int(budget / took) * at_once
+        if more > at_once and len(chosen) < len(cells):
+            chosen = cells[:more]
+            took, found = seconds(lambda: program.run(chosen), device)
+            times = [took]
     total = prepared + min(times) * len(cells) / len(chosen)
     values = dict(zip(chosen, found.double().tolist(), strict=True))
     return Measured(program.name, total, peak.size, len(cells), values)
@@ -88,7 +95,7 @@ def units(case: Case) -> tuple[float, float]:
             "last": lambda: lm(inputs_embeds=entering, use_cache=False, logits_to_keep=1),
         },
         case.device,
-        repeats=5,
+        repeats=3,
     )
     return times["plain"], times["last"]
 
@@ -116,7 +123,7 @@ def main() -> None:
     with torch.no_grad():
         answer = int(case.model(case.clean)[0, -1].argmax())
     (plain, last), measured = units(case), []
-    for program in PROGRAMS:
+    for program in MAP_PROGRAMS if options.map else PROGRAMS:
         run = program(case, sites, answer)
         measured.append(measure(run, cells, device, options.budget, options.repeats))
         print(f"{measured[-1].name}: {measured[-1].seconds:.1f} s", flush=True)
@@ -180,6 +187,7 @@ def report(
 
 def picture(title: str, lines: list[Measured], one: float) -> go.Figure:
     """Forward-pass equivalents of every program."""
+    decades = math.log10(max(each.seconds for each in lines) / one) + 0.4
     figure = go.Figure(
         go.Bar(
             x=[each.seconds / one for each in lines],
@@ -193,7 +201,7 @@ def picture(title: str, lines: list[Measured], one: float) -> go.Figure:
     )
     figure.update_layout(
         title=f"A causal trace: {title} (* extrapolated)",
-        xaxis={"type": "log", "title": "forward-pass equivalents"},
+        xaxis={"type": "log", "title": "forward-pass equivalents", "range": [0, decades]},
         yaxis={"autorange": "reversed"},
         template="plotly_white",
         width=900,

@@ -1,4 +1,4 @@
-"""The same cells of a causal trace, by six programs.
+"""The same cells of a causal trace, by several programs.
 
 Each gets the same decoder weights and the same visual tokens, restores one activation of the clean
 run in the corrupted one, and reads P(answer) at the last position.
@@ -111,6 +111,16 @@ class Batched(ByHand):
             except torch.OutOfMemoryError:
                 self.size //= 2
         return torch.cat(done)
+
+
+class Released(ByHand):
+    """The procedure of the paper's released script: every pass is for one cell and has three rows."""
+
+    name = "the released script's procedure, 3 rows a pass"
+
+    def run(self, cells: Sequence[Cell]) -> Tensor:
+        """P(answer) of every cell."""
+        return torch.cat([self.together([cell, cell, cell])[:1] for cell in cells])
 
 
 class Bridge:
