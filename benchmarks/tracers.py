@@ -114,7 +114,7 @@ class Batched(ByHand):
 
 
 class Released(ByHand):
-    """The procedure of the paper's released script: every pass is for one cell and has three rows."""
+    """The procedure of the paper's released script: one cell a pass, of three rows."""
 
     name = "the released script's procedure, 3 rows a pass"
 
