@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from mmlens.data.questions import QuestionSet, VisualQuestion, choose_image
+from mmlens.data.questions import QuestionSet, VisualQuestion, choose_image, demonstrative
 
 __all__ = ["encyclopedic_vqa"]
 
@@ -22,7 +21,6 @@ COLUMNS = {
     *("question_type", "wikipedia_title", "encyclopedic_vqa_split"),
 }
 INATURALIST = "inaturalist"
-DEMONSTRATIVE = re.compile(r"\b(this|these|that|those)\s+[\w'-]+", re.IGNORECASE)
 
 
 def encyclopedic_vqa(
@@ -119,6 +117,5 @@ def _constraint(question: str, original: str, subject: str) -> tuple[str, str]:
         words = question[len(before) : len(question) - len(after)].strip()
         if words and words.lower() != named:
             return words, "question_original"
-    if found := DEMONSTRATIVE.search(question):
-        return found[0], "demonstrative"
-    return "", ""
+    found = demonstrative(question)
+    return found, "demonstrative" if found else ""

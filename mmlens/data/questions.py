@@ -7,10 +7,11 @@ data set runs on all.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from mmlens.data.metrics import is_right, parse_choice
 
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
 
     from mmlens.data.report import Report
 
-__all__ = ["QuestionSet", "VisualQuestion", "choose_image"]
+__all__ = ["QuestionSet", "Rows", "VisualQuestion", "choose_image", "demonstrative"]
+
+Row = TypeVar("Row")
+Set = TypeVar("Set")
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+DEMONSTRATIVE = re.compile(r"\b(this|these|that|those)\s+[\w'-]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -143,21 +148,22 @@ def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
     return (inside[0], inside[-1] + 1) if inside else (start, end)
 
 
-class QuestionSet(Sequence[VisualQuestion]):
-    """The questions of a data set, made when they are asked for; pictures stay closed.
+def demonstrative(text: str) -> str:
+    """The first "this ...", "that ..." of a text: words that may point at a picture; or nothing."""
+    found = DEMONSTRATIVE.search(text)
+    return found[0] if found else ""
+
+
+class Rows(Sequence[Row]):
+    """The rows of a data set, made when they are asked for; pictures stay closed.
 
     Args:
         name: of the data set.
         n: how many there are.
-        make: gives the question of a row, 0 ... n - 1.
-
-    Example:
-        >>> questions = multimodal_known("multimodal_known.csv", "pictures")
-        >>> print(questions.report())
-        >>> for question in questions[:100]: ...
+        make: gives the row of a number, 0 ... n - 1.
     """
 
-    def __init__(self, name: str, n: int, make: Callable[[int], VisualQuestion]) -> None:
+    def __init__(self, name: str, n: int, make: Callable[[int], Row]) -> None:
         self.name = name
         self._make = make
         self._rows: Sequence[int] = range(n)
@@ -166,20 +172,30 @@ class QuestionSet(Sequence[VisualQuestion]):
         return len(self._rows)
 
     @overload
-    def __getitem__(self, index: int) -> VisualQuestion: ...
+    def __getitem__(self, index: int) -> Row: ...
 
     @overload
-    def __getitem__(self, index: slice) -> QuestionSet: ...
+    def __getitem__(self: Set, index: slice) -> Set: ...
 
-    def __getitem__(self, index: int | slice) -> VisualQuestion | QuestionSet:
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            part = QuestionSet(self.name, 0, self._make)
+            part = type(self)(self.name, 0, self._make)
             part._rows = self._rows[index]
             return part
         return self._make(self._rows[index])
 
     def __repr__(self) -> str:
-        return f"QuestionSet({self.name!r}, {len(self)} questions)"
+        return f"{type(self).__name__}({self.name!r}, {len(self)} rows)"
+
+
+class QuestionSet(Rows[VisualQuestion]):
+    """The questions of a data set, made when they are asked for.
+
+    Example:
+        >>> questions = multimodal_known("multimodal_known.csv", "pictures")
+        >>> print(questions.report())
+        >>> for question in questions[:100]: ...
+    """
 
     def report(self) -> Report:
         """What is not as it should be: constraints, pictures, answers; see `mmlens.data.report`."""
