@@ -92,11 +92,12 @@ class Recording:
         model: HookedMultimodalTransformer,
         inputs: MultimodalInputs,
         names: Sequence[str] = (),
+        known: Pictures | None = None,
     ) -> Recording:
-        """Run the model once, and keep."""
+        """Run the model once, and keep; pictures among the `known` ones are not encoded."""
         cache, caching, _ = model.get_caching_hooks(names)
         with model.hooks(fwd_hooks=caching):
-            pictures = Pictures.encoded(model, inputs)
+            pictures = Pictures.encoded(model, inputs, known)
             resid = model.input_embeddings(inputs, None if pictures is None else pictures.visual)
             mask, cos_sin = model.attention_context(resid, inputs.attention_mask, None, None)
             own = keep_run(model, resid, 0, cos_sin=cos_sin, mask=mask)

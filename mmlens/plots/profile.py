@@ -12,12 +12,13 @@ from mmlens.plots.style import GRID, INK, LINES, LineStyle, layout, site_title
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("model", "site", "role", "layer", "mean", "low", "high")
+COLUMNS = ("model", "site", "role", "mean", "low", "high")
 
 
 def plot_layer_profile(
     df: pd.DataFrame,
     *,
+    x: str = "layer",
     y_title: str = "indirect effect",
     title: str | None = None,
     subtitle: str | None = None,
@@ -29,6 +30,7 @@ def plot_layer_profile(
         df: columns `model`, `site`, `role` (where it was restored: "constraint", "last"),
             `layer`, `mean`, `low`, `high` (ends of the interval), one row per point. Panels and
             lines come in the order in which they first occur.
+        x: another column instead of `layer`; it is the title of the axis as well.
         y_title: what the values are.
         title: above everything.
         subtitle: below the title: how many questions, which interval.
@@ -40,7 +42,7 @@ def plot_layer_profile(
     Example:
         >>> save_figure(plot_layer_profile(df, subtitle="60 questions, 95 % interval"), "p.png")
     """
-    if missing := [name for name in COLUMNS if name not in df.columns]:
+    if missing := [name for name in (*COLUMNS, x) if name not in df.columns]:
         raise ValueError(f"a layer profile needs the columns {', '.join(missing)} as well")
     if not len(df):
         raise ValueError("a layer profile of no rows cannot be drawn")
@@ -60,13 +62,13 @@ def plot_layer_profile(
         for row, role in enumerate(roles, start=1):
             for column, site in enumerate(sites, start=1):
                 chosen = (df["model"] == model) & (df["site"] == site) & (df["role"] == role)
-                points = df[chosen].sort_values("layer")
+                points = df[chosen].sort_values(x)
                 first = row == 1 and column == 1
-                for shape in _line_with_band(points, str(model), style, in_legend=first):
+                for shape in _line_with_band(points, x, str(model), style, in_legend=first):
                     figure.add_trace(shape, row=row, col=column)
     figure.add_hline(y=0, line={"color": INK, "width": 1})
     figure.update_xaxes(gridcolor=GRID, zeroline=False)
-    figure.update_xaxes(title_text="layer", row=len(roles))
+    figure.update_xaxes(title_text=x, row=len(roles))
     figure.update_yaxes(gridcolor=GRID, zeroline=False)
     figure.update_yaxes(title_text=y_title, col=1)
     # The legend stands between the headings and the panels: its height is known, theirs as well.
@@ -93,13 +95,13 @@ def plot_layer_profile(
 
 
 def _line_with_band(
-    points: pd.DataFrame, name: str, style: LineStyle, *, in_legend: bool
+    points: pd.DataFrame, x: str, name: str, style: LineStyle, *, in_legend: bool
 ) -> list[go.Scatter]:
     """The interval as a closed outline, and the mean on top of it."""
-    layers = points["layer"].tolist()
+    values = points[x].tolist()
     low, high = points["low"].tolist(), points["high"].tolist()
     band = go.Scatter(
-        x=layers + layers[::-1],
+        x=values + values[::-1],
         y=high + low[::-1],
         fill="toself",
         fillcolor=style.fill(),
@@ -110,7 +112,7 @@ def _line_with_band(
         showlegend=False,
     )
     line = go.Scatter(
-        x=layers,
+        x=values,
         y=points["mean"].tolist(),
         customdata=list(zip(low, high, strict=True)),
         name=name,
@@ -119,7 +121,7 @@ def _line_with_band(
         mode="lines+markers",
         line={"color": style.color, "dash": style.dash, "width": 2},
         marker={"symbol": style.symbol, "size": 5},
-        hovertemplate=f"{name}<br>layer %{{x}}<br>%{{y:.4f}} "
+        hovertemplate=f"{name}<br>{x} %{{x}}<br>%{{y:.4f}} "
         "(%{customdata[0]:.4f} to %{customdata[1]:.4f})<extra></extra>",
     )
     return [band, line]

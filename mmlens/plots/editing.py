@@ -1,0 +1,161 @@
+"""Figures of edits: methods side by side, layers, and one edit after another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from plotly import graph_objects as go
+from plotly.subplots import make_subplots
+
+from mmlens.plots.profile import plot_layer_profile
+from mmlens.plots.style import GRID, INK, LINES, layout
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MEASURES = {
+    "probability": "probability of the expected answer",
+    "score": "greedy answer right",
+}
+COLUMNS = ("method", "group", "measure", "before", "mean", "low", "high")
+
+
+def plot_edits(
+    df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
+) -> go.Figure:
+    """Draw what methods do to each group of questions: bars with intervals, and a tick for before.
+
+    Args:
+        df: columns `method`, `group`, `measure`, `before`, `mean`, `low`, `high`, as
+            `EditEvaluation.summary` gives them. Groups and methods come in the order in which they
+            first occur.
+        title: above everything.
+        subtitle: below the title: how many edits, which interval.
+
+    Raises:
+        ValueError: a column is missing, or there is nothing to draw.
+    """
+    shown = drawable(df)
+    methods, groups = (list(shown[name].unique()) for name in ("method", "group"))
+    figure = make_subplots(
+        rows=len(MEASURES),
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.1,
+        row_titles=list(MEASURES.values()),
+    )
+    for row, measure in enumerate(MEASURES, start=1):
+        for index, method in enumerate(methods):
+            chosen = (shown["measure"] == measure) & (shown["method"] == method)
+            points = shown[chosen].set_index("group").reindex(groups)
+            color = LINES[index % len(LINES)].color
+            bar = go.Bar(
+                x=groups,
+                y=points["mean"],
+                name=method,
+                legendgroup=method,
+                showlegend=row == 1,
+                marker={"color": color},
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": points["high"] - points["mean"],
+                    "arrayminus": points["mean"] - points["low"],
+                    "thickness": 1,
+                    "width": 3,
+                    "color": INK,
+                },
+                customdata=points[["before", "low", "high"]],
+                hovertemplate=f"{method}<br>%{{x}}<br>%{{y:.3f}} (%{{customdata[1]:.3f}} to "
+                "%{customdata[2]:.3f}), before %{customdata[0]:.3f}<extra></extra>",
+            )
+            figure.add_trace(bar, row=row, col=1)
+        before = shown[shown["measure"] == measure].groupby("group", sort=False)["before"].mean()
+        figure.add_trace(before_ticks(before.reindex(groups), in_legend=row == 1), row=row, col=1)
+    figure.update_yaxes(range=[0, 1.02], gridcolor=GRID, zeroline=False)
+    top = 70 + 30 * bool(title) + 20 * bool(subtitle)
+    figure.update_layout(
+        layout(
+            width=max(640, 160 + len(groups) * (50 + 22 * len(methods))),
+            height=top + 90 + 250 * len(MEASURES),
+            margin={"t": top, "l": 60, "r": 45, "b": 90},
+            barmode="group",
+            legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        )
+    )
+    figure.update_layout(title_text=title)
+    if subtitle:
+        figure.update_layout(title_subtitle={"text": subtitle, "font": {"size": 12}})
+    return figure
+
+
+def before_ticks(before: pd.Series, *, in_legend: bool) -> go.Scatter:
+    """A line across each group at what it was without any edit."""
+    return go.Scatter(
+        x=list(before.index),
+        y=before,
+        mode="markers",
+        name="before",
+        legendgroup="before",
+        showlegend=in_legend,
+        marker={"symbol": "line-ew", "size": 40, "line": {"width": 2, "color": INK}},
+        hovertemplate="before<br>%{x}<br>%{y:.3f}<extra></extra>",
+    )
+
+
+def plot_edit_layers(
+    df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
+) -> go.Figure:
+    """Draw what an edit does by the layer that is edited: a row per method, a line per group.
+
+    Args:
+        df: as for `plot_edits`, with a column `layer`.
+        title: above everything.
+        subtitle: below the title.
+
+    Raises:
+        ValueError: a column is missing, or there is nothing to draw.
+    """
+    return curves(df, "layer", title=title, subtitle=subtitle)
+
+
+def plot_sequences(
+    df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
+) -> go.Figure:
+    """Draw what becomes of edits as more of them follow: a row per method, a line per group.
+
+    Args:
+        df: as for `plot_edits`, with a column `n_edits`.
+        title: above everything.
+        subtitle: below the title.
+
+    Raises:
+        ValueError: a column is missing, or there is nothing to draw.
+    """
+    named = df.rename(columns={"n_edits": "edits in the model"})
+    return curves(named, "edits in the model", title=title, subtitle=subtitle)
+
+
+def curves(df: pd.DataFrame, x: str, *, title: str | None, subtitle: str | None) -> go.Figure:
+    """Lines of groups, in a column per measure and a row per method."""
+    shown = drawable(df)
+    profile = shown.assign(
+        model=shown["group"], site=shown["measure"].map(MEASURES), role=shown["method"]
+    )
+    return plot_layer_profile(
+        profile, x=x, y_title="mean", title=title, subtitle=subtitle, share_y="all"
+    )
+
+
+def drawable(df: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a measure that is drawn.
+
+    Raises:
+        ValueError: a column is missing, or there are no such rows.
+    """
+    if missing := [name for name in COLUMNS if name not in df.columns]:
+        raise ValueError(f"a figure of edits needs the columns {', '.join(missing)} as well")
+    shown = df[df["measure"].isin(list(MEASURES))]
+    if not len(shown):
+        raise ValueError(f"no rows with a measure among {', '.join(MEASURES)}: nothing to draw")
+    return shown
