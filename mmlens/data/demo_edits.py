@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
 
 from PIL import Image
 
@@ -22,9 +21,9 @@ from mmlens.data.questions import VisualQuestion
 from mmlens.demo.photograph import photograph
 from mmlens.demo.phrasings import PHRASINGS
 
-__all__ = ["Kind", "demo_edits"]
+__all__ = ["KINDS", "demo_edits"]
 
-Kind = Literal["correct", "counterfactual", "invented"]
+KINDS = ("correct", "counterfactual", "invented")
 COUNTERFACTUAL = ("capital", "continent", "language", "currency", "religion")
 """Relations with one answer that other countries share, so that another one is plausible."""
 INVENTED = """
@@ -37,7 +36,7 @@ INVENTED = """
 
 
 def demo_edits(
-    kind: Kind = "correct",
+    kind: str = "correct",
     *,
     n_images: int = 3,
     n_neighbours: int = 3,
@@ -62,8 +61,8 @@ def demo_edits(
         >>> case = demo_edits("correct")[0]
         >>> case.question.question, case.question.subject, case.target
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"no demo edits {kind!r}; there are {', '.join(get_args(Kind))}")
+    if kind not in KINDS:
+        raise ValueError(f"no demo edits {kind!r}; there are {', '.join(KINDS)}")
     questions = _questions(kind)
     random.Random(seed).shuffle(questions)
     near = Neighbourhood(demo_questions(answered=True))
@@ -95,7 +94,7 @@ def demo_edits(
     return EditSet(f"demo-{kind}", len(questions), make)
 
 
-def _questions(kind: Kind) -> list[VisualQuestion]:
+def _questions(kind: str) -> list[VisualQuestion]:
     """What can be edited; not the name of the country, on which everything else hangs."""
     if kind == "invented":
         return demo_questions(relation="capital")
@@ -104,7 +103,7 @@ def _questions(kind: Kind) -> list[VisualQuestion]:
     return [question for question in asked if question.relation in relations]
 
 
-def _target(question: VisualQuestion, kind: Kind, seed: int) -> str:
+def _target(question: VisualQuestion, kind: str, seed: int) -> str:
     """The true answer; or one drawn from those of other countries, or from the invented ones."""
     if kind == "correct":
         return question.answers[0]
