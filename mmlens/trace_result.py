@@ -12,7 +12,8 @@ from mmlens.results import SavedResult
 
 if TYPE_CHECKING:
     import pandas as pd
-    from plotly.graph_objects import Figure
+
+    from mmlens.plots.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,12 +15,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from mmlens.attribution import AttentionContribution
+from mmlens.attribution import (
+    AttentionContribution,
+    AttributionPatching,
+    DirectLogitAttribution,
+    LogitLens,
+)
 from mmlens.files import write_atomically
 from mmlens.plots import save
-from mmlens.plots.contributions import plot_contribution
+from mmlens.plots.contributions import plot_grid
 from mmlens.plots.labels import shorten, visible
-from mmlens.plots.profile import COLUMNS, plot_layer_profile
+from mmlens.plots.profile import plot_layer_profile
 from mmlens.plots.style import heat_scale
 from mmlens.plots.terminal import TerminalHeatmap
 from mmlens.plots.trace import plot_trace
@@ -110,8 +117,6 @@ class TestTraceHeatmap:
 
 def trace_of(trace: CausalTrace, restored: torch.Tensor) -> CausalTrace:
     """The same trace with other values."""
-    from dataclasses import replace
-
     return replace(trace, restored=restored)
 
 
@@ -160,7 +165,7 @@ class TestLayerProfile:
             for role in ("constraint", "last")
             for layer, mean in enumerate(torch.rand(6).tolist())
         ]
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+        return pd.DataFrame(rows, columns=["model", "site", "role", "layer", "mean", "low", "high"])
 
     def test_a_line_and_a_band_per_model_and_panel(self, seed):
         df = self.frame()
@@ -209,10 +214,25 @@ class TestTerminal:
         assert "--" in row
 
     @pytest.mark.parametrize("n_layers", [1, 4, 32, 48, 200])
-    @pytest.mark.parametrize("width", [60, 80, 120])
+    @pytest.mark.parametrize("width", [20, 45, 60, 80, 120])
     def test_it_fits_the_terminal(self, seed, n_layers, width):
         for line in lines_of(make_trace(n_layers=n_layers), width):
             assert len(line) <= width
+
+    def test_a_picture_is_one_row(self, seed):
+        patches = tuple(f"<img {i // 4},{i % 4}>" for i in range(12))
+        lines = lines_of(make_trace((*patches, " a", " b", " c")))
+        assert sum("image (12 tokens)" in line for line in lines) == len(SITES)
+        assert not any("img 0,0" in line for line in lines)
+
+    def test_of_very_many_positions_the_strongest_are_shown(self, seed):
+        labels = tuple(f" w{i}" for i in range(200))
+        trace = make_trace(labels)
+        trace.restored[1, 117, 2] = 0.9
+        lines = lines_of(trace)
+        assert sum(bool(re.search(r" w\d", line)) for line in lines) == 40 * len(SITES)
+        assert sum(" w117 " in line for line in lines) == len(SITES)
+        assert lines[-1].startswith("160 positions")
 
     def test_colours_are_used_where_there_are_some(self):
         console = Console(width=80, color_system="truecolor", force_terminal=True)
@@ -314,19 +334,99 @@ class TestContributions:
         contribution = self.make(per_head)
         over = (1, 2) if per_head else (1,)
         figure = contribution.plot()
-        left, right = figure.data
         means = contribution.values.mean(dim=over)
-        assert torch.allclose(torch.tensor(left.z), means)
-        layer = int(means.sum(dim=1).argmax())
-        assert torch.allclose(torch.tensor(right.z), means[layer, :6].view(2, 3))
-        assert left.x[-1] == "9  of" and list(left.y) == [0, 1, 2, 5]
+        folded, _, each = (trace.z for trace in figure.data)
+        assert torch.allclose(torch.tensor(each), means.T)
+        assert torch.allclose(torch.tensor(folded)[0], means[:, :6].sum(dim=1))
+        assert torch.equal(torch.tensor(folded)[1], means[:, 6])
+        assert list(figure.data[0].x) == [0, 1, 2, 5]
 
-    def test_a_chosen_layer_and_no_picture(self, seed: int) -> None:
+    def test_patches_alone_are_shown_by_row(self, seed: int) -> None:
         contribution = self.make()
-        figure = plot_contribution(contribution, layer=5)
-        assert torch.allclose(
-            torch.tensor(figure.data[1].z), contribution.values[3].mean(dim=0)[:6].view(2, 3)
+        only = replace(
+            contribution,
+            values=contribution.values[..., :6],
+            source=contribution.source[:6],
+            source_labels=contribution.source_labels[:6],
+            source_patches=contribution.source_patches[:6],
         )
+        figure = only.plot()
+        assert [trace.visible for trace in figure.data] == [False, True, False]
+
+    def test_the_grid_of_a_layer(self, seed: int) -> None:
+        contribution = self.make()
+        grids = contribution.values.mean(dim=1)[:, :6].view(4, 2, 3)
+        figure = plot_grid(contribution, layer=5)
+        for layer, shown in enumerate(figure.data):
+            assert torch.allclose(torch.tensor(shown.z), grids[layer])
+        assert [shown.visible for shown in figure.data] == [False, False, False, True]
+        strongest = int(grids.sum(dim=(1, 2)).argmax())
+        assert plot_grid(contribution).layout.sliders[0].active == strongest
         with pytest.raises(ValueError, match="layer 3 is not among"):
-            plot_contribution(contribution, layer=3)
-        assert len(plot_contribution(contribution, image=1).data) == 1
+            plot_grid(contribution, layer=3)
+        with pytest.raises(ValueError, match="image 1"):
+            plot_grid(contribution, image=1)
+
+
+class TestReadings:
+    """The lens, logit attribution and estimates draw themselves."""
+
+    def test_the_lens(self, seed: int) -> None:
+        log_probs = torch.randn(3, 5, 2).log_softmax(dim=0)
+        lens = LogitLens(
+            log_probs=log_probs,
+            ranks=torch.zeros(3, 5, 2, dtype=torch.long),
+            top_tokens=torch.randint(0, 4, (3, 5, 3)),
+            top_log_probs=torch.zeros(3, 5, 3),
+            layers=(0, 1, 2),
+            positions=tuple(range(5)),
+            labels=("<img 0,0>", "<img 0,1>", " a", " b", " c"),
+            tokens=(0, 3),
+            names={str(i): f" word{i}" for i in range(4)},
+        )
+        figure = lens.plot()
+        each = [trace for trace in figure.data if len(trace.z) == 5]
+        for token, panel in enumerate(each):
+            assert torch.allclose(torch.tensor(panel.z), log_probs[..., token].exp().T)
+        best = lens.names[str(int(lens.top_tokens[2, 4, 0]))].strip()
+        assert f"says: {best}" in each[0].customdata[4][2]
+
+    @pytest.mark.parametrize("per_head", [False, True])
+    def test_what_is_added_to_a_logit(self, seed: int, per_head: bool) -> None:
+        kinds = ("head_0", "head_1", "mlp_out") if per_head else ("attn_out", "mlp_out")
+        names = ("embed", *(f"{layer}.{kind}" for layer in range(3) for kind in kinds), "bias")
+        attribution = DirectLogitAttribution(
+            values=torch.randn(len(names), 2),
+            logits=torch.randn(2),
+            components=names,
+            positions=(7, 8),
+            labels=(" a", " b"),
+            token=" Rome",
+            contrast=" Paris",
+        )
+        figure = attribution.plot()
+        value = attribution.values[names.index("2.mlp_out"), 1]
+        panel = figure.data[0 if per_head else 1]
+        assert torch.isclose(torch.tensor(panel.z[-1][2]), value)
+        assert "Rome" in figure.layout.title.text and "Paris" in figure.layout.title.text
+
+    def test_estimates(self, seed: int) -> None:
+        estimate = AttributionPatching(
+            indirect_effect=torch.randn(2, 4, 3),
+            clean=0.7,
+            corrupted=0.1,
+            sites=("attn_out", "mlp_out"),
+            layers=(0, 1, 2),
+            groups=((5,), (6,), (7,), (8,)),
+            group_labels=(" a", " b", " c", " d"),
+            answer=" Rome",
+            answer_tokens=(3,),
+        )
+        figure = estimate.plot()
+        assert torch.equal(torch.tensor(figure.data[1].z), estimate.indirect_effect[1])
+
+
+class TestFigure:
+    def test_a_figure_saves_itself(self, tmp_path: Path) -> None:
+        path = make_trace().plot().save(tmp_path / "trace.html")
+        assert "Plotly.newPlot" in path.read_text()

@@ -28,9 +28,9 @@ from mmlens.results import SavedResult
 
 if TYPE_CHECKING:
     import pandas as pd
-    from plotly.graph_objects import Figure
 
     from mmlens.model import HookedMultimodalTransformer
+    from mmlens.plots.figure import Figure
 
 Pattern = Float[Tensor, "row head destination source"]
 Values = Float[Tensor, "row source head d_head"]

@@ -25,10 +25,10 @@ from mmlens.results import SavedResult
 
 if TYPE_CHECKING:
     import pandas as pd
-    from plotly.graph_objects import Figure
 
     from mmlens.branching import Recording
     from mmlens.model import HookedMultimodalTransformer
+    from mmlens.plots.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mmlens.model import HookedMultimodalTransformer
+    from mmlens.plots.figure import Figure
 
 POSITIONS_AT_ONCE = 64
 """Logits of so many positions are in memory together."""
@@ -86,6 +87,12 @@ class LogitLens(SavedResult):
                     row[f"rank {name}"] = int(self.ranks[i, j, k])
                 rows.append(row)
         return pd.DataFrame(rows)
+
+    def plot(self) -> Figure:
+        """Probabilities by layer and position; see `mmlens.plots.lens`."""
+        from mmlens.plots.lens import plot_lens
+
+        return plot_lens(self)
 
     def _prob(self, layer: int, position: int) -> float:
         return float(self.top_log_probs[layer, position, 0].exp())

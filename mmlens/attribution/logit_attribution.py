@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mmlens.model import HookedMultimodalTransformer
+    from mmlens.plots.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,12 @@ class DirectLogitAttribution(SavedResult):
         table = pd.DataFrame({"value": self.values.flatten().tolist()}, index=index).reset_index()
         named = dict(zip(self.positions, self.labels, strict=True))
         return table.assign(label=table["position"].map(named))
+
+    def plot(self) -> Figure:
+        """What attention and MLPs add, by layer and position; see `mmlens.plots.lens`."""
+        from mmlens.plots.lens import plot_logit_attribution
+
+        return plot_logit_attribution(self)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mmlens.model import HookedMultimodalTransformer
+    from mmlens.plots.figure import Figure
 
 Metric = Callable[[Float[Tensor, "row n d_vocab"]], Float[Tensor, " row"]]
 
@@ -112,6 +113,12 @@ class AttributionPatching(SavedResult):
             for i, layer in enumerate(self.layers)
         ]
         return pd.DataFrame(rows)
+
+    def plot(self) -> Figure:
+        """A figure with one panel per site; see `mmlens.plots.trace`."""
+        from mmlens.plots.trace import plot_patching
+
+        return plot_patching(self)
 
 
 def attribution_patching(

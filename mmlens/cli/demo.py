@@ -12,7 +12,7 @@ from mmlens.cli import options, trace
 from mmlens.cli.console import out as console
 from mmlens.cli.console import waiting
 from mmlens.cli.errors import UserError, explained
-from mmlens.cli.show import save_result
+from mmlens.cli.report import save_trace
 
 if TYPE_CHECKING:
     from mmlens.data import VisualQuestion
@@ -43,17 +43,19 @@ def demo(
     with explained():
         inputs = model.prepare(question.question, question.image, spans={"constraint": constraint})
     console().print(f"[dim]picture[/]   the flag of {escape(question.subject)}")
+    corrupted, replaced = trace.corrupt(model, inputs, constraint, "Paris")
     traced = trace.ask_and_trace(
         model,
         inputs,
+        corrupted,
         question=question.question,
         constraint=constraint,
-        corrupt_with="Paris",
+        replaced=replaced,
         sites=tuple(trace.SITES.split(",")),
         window=window,
         positions=("constraint", "last"),
     )
-    save_result(traced, folder, "trace")
+    save_trace(model, inputs, corrupted, replaced, traced, folder=folder)
 
 
 def find_question(country: str, relation: str) -> VisualQuestion:

@@ -33,6 +33,13 @@ Out = Annotated[
     Path | None,
     typer.Option(help="A folder for figure and numbers; without it they are only printed."),
 ]
+OutOrReport = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder for figures and numbers, or a page like report.html; without it they are "
+        "only printed."
+    ),
+]
 Source = Annotated[
     str,
     typer.Option(
@@ -170,3 +177,28 @@ def writable_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def report_file(path: Path) -> Path:
+    """A page that can be written: found out now, not after minutes of work.
+
+    Raises:
+        UserError: it is not called .html, or its folder cannot be made or written.
+    """
+    if path.suffix.lower() != ".html":
+        raise UserError(f"a report is saved as .html, not as {path.name!r}")
+    writable_folder(path.parent)
+    return path
+
+
+def page_or_folder(out: Path | None) -> tuple[Path | None, Path | None]:
+    """What ``--out`` asks for: a report, a folder, or neither.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if out is None:
+        return None, None
+    if out.suffix.lower() == ".html" and not out.is_dir():
+        return report_file(out), None
+    return None, writable_folder(out)

@@ -10,7 +10,8 @@ import typer
 from mmlens.cli import options
 from mmlens.cli.console import progress_bar, waiting
 from mmlens.cli.errors import UserError, explained
-from mmlens.cli.show import print_answers, print_trace, save_result
+from mmlens.cli.report import save_trace
+from mmlens.cli.show import print_answers, print_trace
 
 if TYPE_CHECKING:
     from mmlens.inputs import MultimodalInputs
@@ -32,18 +33,19 @@ def trace(
     sites: options.Sites = SITES,
     window: options.Window = 1,
     positions: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="constraint, last (each restored as a whole; or both: constraint,last), "
-            "or each: every position, one at a time."
+            help="constraint, last (each restored as a whole; or both: constraint,last), or each: "
+            "every position, one at a time. By default each for a report, else both.",
+            show_default=False,
         ),
-    ] = "constraint,last",
+    ] = None,
     answer: options.Answer = None,
     template: options.Template = "auto",
     method: options.Method = "branch",
     device: options.Device = None,
     dtype: options.Dtype = None,
-    out: options.Out = None,
+    out: options.OutOrReport = None,
 ) -> None:
     """Trace a question about a picture: which layers and positions carry the answer?
 
@@ -53,8 +55,8 @@ def trace(
     options.check_picture(image)
     options.check_phrase(question, constraint, template)
     chosen_sites = options.comma_list(sites, "--sites")
-    names = position_names(positions)
-    folder = options.writable_folder(out) if out else None
+    page, folder = options.page_or_folder(out)
+    names = position_names(positions or ("each" if page else "constraint,last"))
     options.check_device(device)
     check_sites(chosen_sites)
 
@@ -66,20 +68,22 @@ def trace(
             spans={"constraint": constraint},
             template=options.template_of(template),
         )
+    corrupted, replaced = corrupt(loaded, inputs, constraint, corrupt_with)
     result = ask_and_trace(
         loaded,
         inputs,
+        corrupted,
         question=question,
         constraint=constraint,
-        corrupt_with=corrupt_with,
+        replaced=replaced,
         sites=chosen_sites,
         window=window,
         positions=names,
         answer=answer,
         method=method,
     )
-    if folder:
-        save_result(result, folder, "trace")
+    if page or folder:
+        save_trace(loaded, inputs, corrupted, replaced, result, page=page, folder=folder)
 
 
 def position_names(positions: str) -> tuple[str, ...]:
@@ -132,13 +136,28 @@ def open_model(
         )
 
 
+def corrupt(
+    model: HookedMultimodalTransformer, clean: MultimodalInputs, constraint: str, word: str
+) -> tuple[MultimodalInputs, str]:
+    """The corrupted run's inputs, and what was done, in words.
+
+    Raises:
+        UserError: the word cannot take the constraint's place.
+    """
+    from mmlens import swap_span
+
+    with explained():
+        return swap_span(model, clean, "constraint", word), f"“{constraint}” replaced by {word}"
+
+
 def ask_and_trace(
     model: HookedMultimodalTransformer,
     clean: MultimodalInputs,
+    corrupted: MultimodalInputs,
     *,
     question: str,
     constraint: str,
-    corrupt_with: str,
+    replaced: str,
     sites: tuple[str, ...],
     window: int,
     positions: tuple[str, ...],
@@ -148,13 +167,10 @@ def ask_and_trace(
     """Print the answers of the clean and the corrupted run, trace, and print the heatmap.
 
     Raises:
-        UserError: the corruption or the trace is impossible with what the user gave.
+        UserError: the trace is impossible with what the user gave.
     """
-    from mmlens import causal_trace, swap_span
+    from mmlens import causal_trace
 
-    with explained():
-        corrupted = swap_span(model, clean, "constraint", corrupt_with)
-    replaced = f"“{constraint}” replaced by {corrupt_with}"
     print_answers(model, clean, corrupted, question=question, replaced=replaced)
     groups = None if positions == ("each",) else [clean.span(name) for name in positions]
     with explained(), progress_bar("tracing") as moved:

@@ -1,80 +1,131 @@
-"""Attention contributions: layers against sources, and one layer's on the picture's grid."""
+"""Attention contributions: sources against layers, and every layer's on the picture's grid."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Float
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
+from mmlens.plots.figure import Figure
 from mmlens.plots.labels import shorten, visible
-from mmlens.plots.style import heat_scale, layout
+from mmlens.plots.panels import heatmap
+from mmlens.plots.positions import Visual
+from mmlens.plots.style import SLIDER_PIXELS, color_axis, layout
+from mmlens.plots.trace import described
 
 if TYPE_CHECKING:
     from mmlens.attribution import AttentionContribution
 
-MAX_LABELS = 40
-#: more sources than this have no labels: they would not be readable
+VALUE_TITLE = "norm of what is received"
 
 
 def plot_contribution(
-    contribution: AttentionContribution, *, layer: int | None = None, image: int = 0
-) -> go.Figure:
-    """Mean contributions over destinations (and heads), by layer and source.
+    contribution: AttentionContribution, *, visual: Visual = "folded", title: str | None = None
+) -> Figure:
+    """Mean contributions over destinations (and heads): sources downwards, layers to the right.
 
-    Sources that are patches of `image` get a second panel, in which they lie as in the picture.
+    A row of several visual tokens shows their sum. Where the sources are patches alone, the rows of
+    the picture come first.
 
     Args:
         contribution: what to draw.
-        layer: of the second panel; by default the one with the largest sum over sources.
-        image: of the second panel.
-
-    Raises:
-        ValueError: the contribution was not computed for that layer.
+        visual: how visual tokens are shown, see `mmlens.plots.heatmap`.
+        title: instead of the destinations.
 
     Example:
-        >>> save_figure(plot_contribution(contribution, layer=0), "contribution.html")
+        >>> attention_contribution(model, inputs, "image", "constraint").plot().save("it.pdf")
+    """
+    only_patches = all(patch[0] >= 0 for patch in contribution.source_patches)
+    return heatmap(
+        mean_by_layer(contribution).T,
+        rows=contribution.source_labels,
+        columns=contribution.layers,
+        value_title=VALUE_TITLE,
+        fold="sum",
+        visual="rows" if only_patches and visual == "folded" else visual,
+        title=title or f"received by “{received_by(contribution)}”",
+        subtitle=described(contribution.metadata),
+    )
+
+
+def plot_grid(
+    contribution: AttentionContribution,
+    *,
+    layer: int | None = None,
+    image: int = 0,
+    title: str | None = None,
+) -> Figure:
+    """Mean contributions of one layer where they lie in the picture, with a slider over layers.
+
+    It needs no picture; `mmlens.plots.overlay` draws the same over one.
+
+    Args:
+        contribution: what to draw.
+        layer: the first one shown; by default the one with the largest sum over patches.
+        image: which picture.
+        title: instead of the destinations.
+
+    Raises:
+        ValueError: no patches of that image among the sources, or a layer that was not computed.
+
+    Example:
+        >>> plot_grid(contribution, layer=0).save("grid.png")
     """
     if layer is not None and layer not in contribution.layers:
         raise ValueError(f"layer {layer} is not among {contribution.layers}")
-    values = contribution.values.float().flatten(1, -2).mean(dim=1)
-    seen = [patch[0] == image and patch[1] >= 0 for patch in contribution.source_patches]
-    strongest = contribution.layers[int(values.sum(dim=1).argmax())]
-    shown = strongest if layer is None else layer
-    titles = ["by layer and source"] + [f"layer {shown}, on the picture"] * any(seen)
-    figure = make_subplots(rows=1, cols=len(titles), subplot_titles=titles, horizontal_spacing=0.16)
-    names = [
-        shorten(f"{position} {visible(label)}", 18)
-        for position, label in zip(contribution.source, contribution.source_labels, strict=True)
-    ]
-    figure.add_trace(
-        _heatmap(values, x=names, y=list(contribution.layers), where="layer %{y}, source %{x}"),
-        row=1,
-        col=1,
+    grids = contribution.image_grid(image).float().flatten(1, -3).mean(dim=1).numpy()
+    strongest = int(np.nansum(grids, axis=(1, 2)).argmax())
+    first = strongest if layer is None else contribution.layers.index(layer)
+    figure: Figure = make_subplots(figure=Figure(), rows=1, cols=1)
+    for index, grid in enumerate(grids):
+        where = f"layer {contribution.layers[index]}<br>row %{{y}}, column %{{x}}"
+        figure.add_trace(
+            go.Heatmap(
+                z=grid,
+                visible=index == first,
+                coloraxis="coloraxis",
+                hovertemplate=f"{where}<br>%{{z:.4g}}<extra></extra>",
+            )
+        )
+    steps = [_step(index, len(grids), grid, contribution) for index, grid in enumerate(grids)]
+    figure.update_xaxes(title_text="column", constrain="domain", showgrid=False, zeroline=False)
+    figure.update_yaxes(
+        title_text="row", autorange="reversed", scaleanchor="x", constrain="domain", showgrid=False
     )
-    figure.update_xaxes(showticklabels=len(names) <= MAX_LABELS, title_text="source", col=1)
-    figure.update_yaxes(title_text="layer", col=1)
-    if any(seen):
-        grid = contribution.image_grid(image)[contribution.layers.index(shown)]
-        grid = grid.float().flatten(0, -3).mean(dim=0)
-        figure.add_trace(_heatmap(grid, where="row %{y}, column %{x}", bar_at=1.02), row=1, col=2)
-        figure.update_yaxes(autorange="reversed", scaleanchor="x2", constrain="domain", col=2)
-        figure.update_xaxes(constrain="domain", col=2)
-    width = 520 * len(titles) + 60
-    figure.update_layout(layout(width=width, height=460, margin={"t": 60, "r": 90}))
+    figure.update_layout(
+        layout(width=560, height=590 + SLIDER_PIXELS, margin={"t": 80, "b": 60 + SLIDER_PIXELS}),
+        title_text=title or f"received by “{received_by(contribution)}”",
+        coloraxis=color_axis(grids[first]) | {"colorbar": {"title": VALUE_TITLE, "thickness": 12}},
+        sliders=[
+            {
+                "active": first,
+                "steps": steps,
+                "currentvalue": {"prefix": "layer ", "font": {"size": 12}},
+                "pad": {"t": 45},
+                "font": {"size": 10},
+            }
+        ],
+    )
     return figure
 
 
-def _heatmap(values: Any, where: str, bar_at: float | None = None, **axes: Any) -> go.Heatmap:
-    """A heatmap of numbers from 0; NaN stays empty."""
-    high = float(values.nan_to_num().max()) or 1e-6
-    return go.Heatmap(
-        z=values.tolist(),
-        zmin=0,
-        zmax=high,
-        colorscale=heat_scale(0, high),
-        showscale=bar_at is not None or "x" in axes,
-        colorbar={"x": 0.42 if bar_at is None else bar_at, "thickness": 12},
-        hovertemplate=f"{where}<br>%{{z:.4g}}<extra></extra>",
-        **axes,
-    )
+def _step(
+    index: int, n_layers: int, grid: Float[np.ndarray, "row column"], it: AttentionContribution
+) -> dict[str, Any]:
+    """The slider's step to one layer, with a colour scale of its own."""
+    axis = {f"coloraxis.{name}": value for name, value in color_axis(grid).items()}
+    seen = [other == index for other in range(n_layers)]
+    return {"label": str(it.layers[index]), "method": "update", "args": [{"visible": seen}, axis]}
+
+
+def mean_by_layer(contribution: AttentionContribution) -> Float[np.ndarray, "layer source"]:
+    """The mean over destinations (and heads)."""
+    return contribution.values.float().flatten(1, -2).mean(dim=1).numpy()
+
+
+def received_by(contribution: AttentionContribution) -> str:
+    """The destinations in words."""
+    return shorten(visible("".join(contribution.destination_labels).strip()), 40)

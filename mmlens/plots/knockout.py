@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING
 
 from plotly import graph_objects as go
 
+from mmlens.plots.figure import Figure
 from mmlens.plots.labels import visible
-from mmlens.plots.style import GRID, INK, LINES, layout
+from mmlens.plots.style import GRID, INK, LINES, layout, spaced
 
 if TYPE_CHECKING:
     from mmlens.attribution import AttentionKnockout
 
 
-def plot_knockout(knockout: AttentionKnockout) -> go.Figure:
+def plot_knockout(knockout: AttentionKnockout) -> Figure:
     """P(answer) by the centre of the window; the dashed line is the run with nothing cut.
 
     Example:
-        >>> save_figure(plot_knockout(cut), "knockout.html")
+        >>> attention_knockout(model, inputs, "image", "last", window=5).plot().save("cut.pdf")
     """
     line = go.Scatter(
         x=list(knockout.layers),
@@ -27,12 +28,32 @@ def plot_knockout(knockout: AttentionKnockout) -> go.Figure:
         marker={"symbol": LINES[0].symbol, "size": 6},
         hovertemplate="layer %{x}<br>%{y:.4f}<extra></extra>",
     )
-    figure = go.Figure(line)
+    figure = Figure(line)
     figure.add_hline(y=knockout.clean, line={"color": INK, "width": 1, "dash": "dash"})
-    cut = "one layer" if knockout.window == 1 else f"{knockout.window} layers"
-    figure.update_xaxes(title_text=f"layer ({cut} cut)", gridcolor=GRID, zeroline=False)
-    figure.update_yaxes(
-        title_text=f"P({visible(knockout.answer.strip())})", gridcolor=GRID, rangemode="tozero"
+    figure.add_annotation(
+        text="nothing cut",
+        x=1,
+        xref="paper",
+        xanchor="left",
+        y=knockout.clean,
+        yanchor="middle",
+        showarrow=False,
     )
-    figure.update_layout(layout(width=640, height=400, margin={"t": 30}))
+    cut = "one layer" if knockout.window == 1 else f"{knockout.window} layers"
+    figure.update_xaxes(
+        title_text=f"layer ({cut} cut)",
+        tickvals=[knockout.layers[index] for index in spaced(knockout.layers)],
+        gridcolor=GRID,
+        zeroline=False,
+    )
+    answer = visible(knockout.answer.strip())
+    figure.update_yaxes(
+        title_text=f"P({answer})", gridcolor=GRID, zeroline=False, rangemode="tozero"
+    )
+    figure.update_layout(layout(width=640, height=400, margin={"t": 75, "r": 95}))
+    source, destination = (knockout.metadata.get(name) for name in ("source", "destination"))
+    if source and destination:
+        figure.update_layout(
+            title_text=f"P(“{answer}”) with {visible(destination)} not looking at {visible(source)}"
+        )
     return figure

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmlens.files import write_atomically
+from mmlens.plots.style import SLIDER_PIXELS
 
 if TYPE_CHECKING:
     from plotly import graph_objects as go
@@ -46,8 +47,29 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> P
     if suffix == ".html":
         content = figure.to_html(include_plotlyjs=True, full_html=True).encode()
     else:
-        content = render(figure, suffix[1:], scale)
+        content = render(still(figure), suffix[1:], scale)
     return write_atomically(path, content)
+
+
+def still(figure: go.Figure) -> go.Figure:
+    """The figure without what is there to be clicked; where sliders stand becomes its subtitle."""
+    from plotly import graph_objects as go
+
+    sliders = [slider for slider in figure.layout.sliders if slider.steps]
+    if not sliders and not figure.layout.updatemenus:
+        return figure
+    copy = go.Figure(figure)
+    copy.layout.updatemenus = copy.layout.sliders = ()
+    if sliders:
+        states = [f"{each.currentvalue.prefix}{each.steps[each.active].label}" for each in sliders]
+        title: dict[str, Any] = {"subtitle": {"text": ", ".join(states), "font": {"size": 12}}}
+        if not copy.layout.title.text:
+            title = {"text": ", ".join(states), "font": {"size": 14}}
+        room = SLIDER_PIXELS * len(sliders)
+        copy.update_layout(
+            title=title, height=copy.layout.height - room, margin_b=copy.layout.margin.b - room
+        )
+    return copy
 
 
 def render(figure: go.Figure, image_format: str, scale: float) -> bytes:

@@ -7,9 +7,11 @@ effect, and the two ends differ in hue for every kind of colour vision.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from plotly.colors import sample_colorscale
 
 SITE_TITLES = {
@@ -19,6 +21,13 @@ SITE_TITLES = {
     "attn_out": "attention output",
     "mlp_out": "MLP output",
 }
+
+#: negative values smaller than this share of the largest value are rounding, not an effect
+NEGLIGIBLE = 0.02
+#: room below a figure for each of its sliders
+SLIDER_PIXELS = 62
+#: steps between the layers that are labelled
+ROUND = (1, 2, 5, 10, 20, 50, 100, 1000)
 
 INK = "#222222"
 GRID = "#e3e3e3"
@@ -105,3 +114,30 @@ def layout(**changes: Any) -> dict[str, Any]:
         "hoverlabel": {"font": {"family": "DejaVu Sans Mono, monospace", "size": 12}},
     }
     return common | changes
+
+
+def color_axis(values: Any, limits: tuple[float, float] | None = None) -> dict[str, Any]:
+    """A colour scale with white at zero, from the smallest to the largest value.
+
+    Args:
+        values: a numpy array; NaN counts as 0.
+        limits: the ends, instead.
+    """
+    low, high = limits or (float(np.nan_to_num(values).min()), float(np.nan_to_num(values).max()))
+    # An effect of nothing at all still needs a scale with two ends.
+    extreme = max(high, -low, 1e-6)
+    low = low if low < -NEGLIGIBLE * extreme else 0.0
+    high = high if high > NEGLIGIBLE * extreme or low == 0.0 else 0.0
+    high = high if high > low else extreme
+    return {"colorscale": heat_scale(low, high), "cmin": low, "cmax": high}
+
+
+def spaced(columns: Sequence[int | str], most: int = 9) -> list[int]:
+    """Which columns get a label: at most so many, of layers those with round numbers."""
+    if len(columns) <= most:
+        return list(range(len(columns)))
+    numbers = [column for column in columns if isinstance(column, int)]
+    if len(numbers) < len(columns):
+        return list(range(0, len(columns), -(-len(columns) // most)))
+    step = next(s for s in ROUND if len([n for n in numbers if n % s == 0]) <= most)
+    return [index for index, number in enumerate(numbers) if number % step == 0]

@@ -7,16 +7,17 @@ minus sign where they matter, so that nothing hangs on telling two colours apart
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 from plotly.colors import sample_colorscale, unlabel_rgb
 from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
 from rich.text import Text
 
-from mmlens.plots.labels import shorten, visible
+from mmlens.plots.labels import shorten
+from mmlens.plots.positions import views
 from mmlens.plots.style import site_title
 
 if TYPE_CHECKING:
@@ -26,18 +27,22 @@ SHADES = " ·░▒▓█"
 NEGATIVE = ("#00224e", "#d7499a")
 #: negative effects smaller than this share of the largest one get no sign
 NOTABLE = 0.05
-MAX_LABEL = 22
 #: up to so many groups of positions each get a block with one row per site
 MAX_BLOCKS = 3
 #: "  +0.123 at 12" after the last cell
 PEAK_WIDTH = 15
+#: a narrower terminal has room for cells only
+NARROW = 50
+#: of more positions than this, those with the largest effects are shown
+MAX_ROWS = 40
 
 
 class TerminalHeatmap:
     """What ``rich.print`` shows of a trace: layers to the right, effects as cells.
 
     With up to three groups of positions there is one block per group and one row per site; with
-    more, one block per site and one row per position. Every row ends with its largest effect.
+    more, one block per site and one row per position, visual tokens together in one (their largest
+    effect). Every row ends with its largest effect.
 
     Args:
         trace: the result of `mmlens.causal_trace`; its indirect effect is shown.
@@ -48,28 +53,33 @@ class TerminalHeatmap:
 
     def __init__(self, trace: CausalTrace) -> None:
         self.layers = list(trace.layers)
-        effects = trace.indirect_effect.detach().float().cpu().tolist()
-        self.blocks = list(_blocks(trace, effects))
+        self.blocks, self.left_out = _blocks(trace)
         values = [value for _, rows in self.blocks for _, row in rows for value in row]
         self.unit = max((abs(value) for value in values), default=0.0) or 1e-6
         self.has_negative = min(values, default=0.0) < -NOTABLE * self.unit
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         colored = console.color_system in ("256", "truecolor")
-        label_width = max(len(label) for _, rows in self.blocks for label, _ in rows)
-        room = max(options.max_width - label_width - PEAK_WIDTH - 1, 8)
+        width = options.max_width
+        longest = max(len(label) for _, rows in self.blocks for label, _ in rows)
+        label_width = min(longest, max(8, width // 3))
+        peaks = width >= NARROW
+        room = max(width - label_width - PEAK_WIDTH * peaks - 1, 4)
         cell = 2 if 2 * len(self.layers) <= room else 1
         merged = math.ceil(len(self.layers) * cell / room)
         for title, rows in self.blocks:
-            yield Text(title, style="bold")
+            yield Text(shorten(title, width), style="bold")
             for label, values in rows:
-                line = Text(f"{label:>{label_width}} ", no_wrap=True)
+                line = Text(f"{shorten(label, label_width):>{label_width}} ", no_wrap=True)
                 for start in range(0, len(values), merged):
                     value = max(values[start : start + merged], key=abs)
                     line.append_text(self._cell(value, cell, colored))
-                yield line.append(self._peak(values))
-            yield Text(" " * (label_width + 1) + self._axis(cell, merged), style="dim")
-        yield self._legend(label_width, colored)
+                yield line.append(self._peak(values)) if peaks else line
+            axis = self._axis(cell, merged, width - label_width - 1)
+            yield Text(" " * (label_width + 1) + axis, style="dim", no_wrap=True)
+        yield self._legend(label_width + 1, width, colored)
+        if self.left_out:
+            yield Text(f"{self.left_out} positions with smaller effects are left out", style="dim")
 
     def _cell(self, value: float, width: int, colored: bool) -> Text:
         # The square root: the residual stream carries everything, and a tenth of that, at another
@@ -91,19 +101,20 @@ class TerminalHeatmap:
         best = max(range(len(values)), key=lambda index: abs(values[index]))
         return f"  {values[best]:+.3f} at {self.layers[best]}"
 
-    def _axis(self, cell: int, merged: int) -> str:
+    def _axis(self, cell: int, merged: int, room: int) -> str:
         """Layer numbers below the cells, as many as fit."""
         shown = self.layers[::merged]
         axis = ""
         for index, layer in enumerate(shown):
             at = index * cell
-            if layer % 5 == 0 and len(axis) <= at:
+            if layer % 5 == 0 and len(axis) <= at and at + len(str(layer)) <= room:
                 axis = axis.ljust(at) + f"{layer} "
-        return axis.rstrip() + "  layer"
+        axis = axis.rstrip()
+        return f"{axis}  layer" if len(axis) + 7 <= room else axis
 
-    def _legend(self, label_width: int, colored: bool) -> Text:
+    def _legend(self, indent: int, width: int, colored: bool) -> Text:
         """The scale, from the largest negative effect (if there is any) to the largest one."""
-        legend = Text(" " * (label_width + 1), no_wrap=True)
+        legend = Text(no_wrap=True)
         steps = [(step / 9) ** 2 * self.unit for step in range(10)]
         if self.has_negative:
             legend.append(f"{-self.unit:.2f} ")
@@ -113,19 +124,31 @@ class TerminalHeatmap:
         legend.append("0 ")
         for value in steps:
             legend.append_text(self._cell(value, 1, colored))
-        return legend.append(f" {self.unit:.2f} (halfway: {self.unit / 4:.2f})")
+        legend.append(f" {self.unit:.2f}")
+        halfway = f" (halfway: {self.unit / 4:.2f})"
+        if len(legend) + len(halfway) + indent <= width:
+            legend.append(halfway)
+        return Text(" " * max(0, min(indent, width - len(legend)))) + legend
 
 
-def _blocks(
-    trace: CausalTrace, effects: list[list[list[float]]]
-) -> Iterator[tuple[str, list[tuple[str, list[float]]]]]:
-    """Titles and rows, from effects [site][group][layer]."""
+Rows = list[tuple[str, list[float]]]
+
+
+def _blocks(trace: CausalTrace) -> tuple[list[tuple[str, Rows]], int]:
+    """Titles and rows of the blocks, and how many positions there is no room for."""
     sites = [site_title(site) for site in trace.sites]
-    groups = [shorten(visible(label), MAX_LABEL) for label in trace.group_labels]
-    if len(groups) <= MAX_BLOCKS:
-        for group, label in enumerate(groups):
-            rows = [(site, effects[index][group]) for index, site in enumerate(sites)]
-            yield f"restored at: {label}", rows
-    else:
-        for index, site in enumerate(sites):
-            yield site, list(zip(groups, effects[index], strict=True))
+    effects = trace.indirect_effect.detach().float().cpu().numpy()
+    view = views(trace.group_labels)[0]
+    values, _ = view.fold(effects, "peak")
+    if len(view.rows) <= MAX_BLOCKS:
+        return [
+            (f"restored at: {row.label}", list(zip(sites, values[:, index].tolist(), strict=True)))
+            for index, row in enumerate(view.rows)
+        ], 0
+    sizes = np.abs(values).max(axis=(0, 2))
+    kept = sorted(sizes.argsort(stable=True)[::-1][:MAX_ROWS].tolist())
+    labels = [view.rows[index].label for index in kept]
+    return [
+        (site, list(zip(labels, values[index, kept].tolist(), strict=True)))
+        for index, site in enumerate(sites)
+    ], len(view.rows) - len(kept)

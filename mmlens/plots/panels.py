@@ -1,0 +1,267 @@
+"""Heatmaps over positions: a panel per site, tokens downwards, layers to the right.
+
+Traces, contributions, the lens and attributions are all drawn by `heatmap`, and so can be any other
+numbers of a model: the effect of an edit, the mean over a sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from plotly import graph_objects as go
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from mmlens.plots.figure import Figure
+from mmlens.plots.labels import visible
+from mmlens.plots.positions import Fold, View, Visual, chosen, views
+from mmlens.plots.style import GRID, color_axis, layout, spaced
+
+ROW_PIXELS = 19
+#: labels nearer to each other than this are left out
+LABEL_PIXELS = 15
+#: the rows of all panels together are squeezed into this height where there are too many
+MAX_PIXELS = 1500
+#: patches, each with a row, take no more than so many rows of words
+MAX_PATCH_ROWS = 40
+PANEL_PIXELS = 300
+#: above the panels: title, subtitle, panel titles; below: layers, colour bar and its title
+ABOVE, BELOW = 100, 125
+
+
+def heatmap(
+    values: Float[Tensor, "*panel row column"] | Float[np.ndarray, "*panel row column"],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[int | str],
+    panels: Sequence[str] = ("",),
+    value_title: str = "",
+    column_title: str = "layer",
+    title: str | None = None,
+    subtitle: str | None = None,
+    visual: Visual = "folded",
+    fold: Fold = "peak",
+    texts: Sequence[Sequence[Sequence[str]]] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Numbers of positions and layers, with every value shown under the pointer.
+
+    Visual tokens are one row, and a menu above the labels unfolds them to the rows of the picture
+    and to every patch. Every panel has its own colour scale, white at zero.
+
+    Args:
+        values: [panel, row, column], or [row, column] for one panel. NaN stays empty.
+        rows: labels, as `inputs.labels()` gives them: "<img 3,5>" is a visual token.
+        columns: layers, or other names.
+        panels: titles.
+        value_title: what the values are.
+        column_title: what the columns are.
+        title: above everything.
+        subtitle: below the title.
+        visual: which view comes first: the picture in one row ("folded"), its "rows", "tokens".
+        fold: what a row of several visual tokens shows: the value of largest size ("peak"), their
+            "sum" or "mean".
+        texts: what a cell says besides its number: [panel, row, column].
+        limits: both ends of the colour scales; by default the smallest and the largest value.
+
+    Raises:
+        ValueError: numbers of rows, columns or panels that are not those of the values; an unknown
+            `visual`.
+
+    Example:
+        >>> heatmap(after - before, rows=inputs.labels(), columns=range(32)).save("edit.pdf")
+    """
+    array = np.asarray(values.detach().float().cpu() if isinstance(values, Tensor) else values)
+    array = array.astype(np.float32).reshape(-1, *array.shape[-2:])
+    if array.shape != (len(panels), len(rows), len(columns)):
+        raise ValueError(
+            f"values of shape {tuple(array.shape)} for {len(panels)} panel(s), {len(rows)} rows "
+            f"and {len(columns)} columns"
+        )
+    words = None if texts is None else np.array(texts, dtype=object).reshape(array.shape)
+    cells = _Cells(array, tuple(rows), tuple(columns), tuple(panels), fold, words, limits)
+    all_views = views(rows)
+    first = chosen(all_views, visual)
+    figure: Figure = make_subplots(
+        figure=Figure(),
+        rows=1,
+        cols=len(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.08 / len(panels),
+        subplot_titles=[visible(panel) for panel in panels],
+    )
+    for index, view in enumerate(all_views):
+        for panel in range(len(panels)):
+            trace = cells.trace(view, panel, column_title)
+            figure.add_trace(trace.update(visible=index == first), row=1, col=panel + 1)
+    _lay_out(figure, cells, value_title, column_title)
+    figure.update_layout(cells.layout(all_views[first]))
+    if len(all_views) > 1:
+        figure.update_layout(updatemenus=[_menu(all_views, cells, first)])
+    figure.update_layout(title_text=title)
+    if subtitle:
+        figure.update_layout(title_subtitle={"text": subtitle, "font": {"size": 12}})
+    return figure
+
+
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """The numbers, and how each view shows them."""
+
+    values: Float[np.ndarray, "panel row column"]
+    rows: tuple[str, ...]
+    columns: tuple[int | str, ...]
+    panels: tuple[str, ...]
+    fold: Fold
+    texts: np.ndarray | None
+    limits: tuple[float, float] | None
+
+    def trace(self, view: View, panel: int, column_title: str) -> go.Heatmap:
+        """One panel in one view."""
+        values, largest = view.fold(self.values[panel], self.fold)
+        edges = row_edges(view)
+        unit = pixels_per_row(edges)
+        gap = 0.5 if unit * float(np.diff(edges).min()) > 6 else 0
+        return go.Heatmap(
+            z=values,
+            x=list(self.columns),
+            y=edges,
+            coloraxis=_axis_name(panel),
+            customdata=self._hover(view, panel, largest),
+            hovertemplate=f"%{{customdata}}<br>{column_title} %{{x}}<br>%{{z:.4g}}<extra></extra>",
+            xgap=gap,
+            ygap=gap,
+        )
+
+    def _hover(self, view: View, panel: int, largest: np.ndarray) -> list[list[str]]:
+        """What is said of each cell besides its numbers."""
+        rows = []
+        for row, best in zip(view.rows, largest.tolist(), strict=True):
+            said = []
+            for column, member in enumerate(best):
+                text = row.label
+                if len(row.members) > 1:
+                    text += f"<br>largest at {visible(self.rows[member])}"
+                if self.texts is not None:
+                    text += f"<br>{visible(str(self.texts[panel, member, column]))}"
+                said.append(text)
+            rows.append(said)
+        return rows
+
+    def layout(self, view: View) -> dict[str, Any]:
+        """What of the figure's layout depends on the view."""
+        edges = row_edges(view)
+        unit = pixels_per_row(edges)
+        at, names = row_labels(view, edges, unit)
+        values, _ = view.fold(self.values, self.fold)
+        changes: dict[str, Any] = {
+            "height": max(380, round(unit * edges[-1]) + ABOVE + BELOW),
+            "yaxis": {"tickvals": at, "ticktext": names, "range": [float(edges[-1]), 0.0]},
+        }
+        for panel in range(len(self.panels)):
+            changes[_axis_name(panel)] = color_axis(values[panel], self.limits)
+        return changes
+
+
+def row_edges(view: View) -> np.ndarray:
+    """Where the rows begin and end, in rows of words: where every patch has one, it is thin."""
+    thin = min(1.0, MAX_PATCH_ROWS / max(1, sum(row.visual for row in view.rows)))
+    heights = [thin if row.visual else 1.0 for row in view.rows]
+    return np.concatenate([[0.0], np.cumsum(heights)])
+
+
+def pixels_per_row(edges: np.ndarray) -> float:
+    """The height of a row of words."""
+    return min(ROW_PIXELS, MAX_PIXELS / float(edges[-1]))
+
+
+def row_labels(view: View, edges: np.ndarray, unit: float) -> tuple[list[float], list[str]]:
+    """Where labels stand and what they say: words first, then patches where there is room."""
+    centres = (edges[1:] + edges[:-1]) / 2
+    taken: dict[float, str] = {}
+    for index in sorted(range(len(view.rows)), key=lambda i: view.rows[i].visual):
+        here = float(centres[index])
+        if all(abs(here - other) * unit >= LABEL_PIXELS for other in taken):
+            taken[here] = view.rows[index].label
+    at = sorted(taken)
+    return at, [taken[here] for here in at]
+
+
+def _lay_out(figure: Figure, cells: _Cells, value_title: str, column_title: str) -> None:
+    """Axes, margins and colour bars, which are the same in every view."""
+    n_panels = len(cells.panels)
+    frame = {"showline": True, "mirror": True, "linecolor": GRID, "ticks": ""}
+    plain = {"showgrid": False, "zeroline": False} | frame
+    at = spaced(cells.columns)
+    figure.update_xaxes(
+        title_text=column_title,
+        title_standoff=4,
+        type="category",  # layers that were left out leave no gap
+        tickvals=[cells.columns[index] for index in at],
+        ticktext=[visible(str(cells.columns[index])) for index in at],
+        **plain,
+    )
+    figure.update_yaxes(automargin=True, **plain)
+    figure.update_layout(
+        layout(
+            width=max(620, 130 + PANEL_PIXELS * n_panels),
+            margin={"l": 30, "r": 30, "t": ABOVE, "b": BELOW},
+        )
+    )
+    for panel in range(n_panels):
+        left, right = figure.layout[f"xaxis{panel + 1 if panel else ''}"].domain
+        bar = {
+            "orientation": "h",
+            "x": (left + right) / 2,
+            "xanchor": "center",
+            "len": 0.9 * (right - left),
+            "y": 0,
+            "yanchor": "top",
+            "ypad": 42,
+            "thickness": 12,
+            "outlinewidth": 0,
+            "nticks": 5,
+            "title": {"text": value_title, "side": "bottom", "font": {"size": 12}},
+        }
+        figure.update_layout({_axis_name(panel): {"colorbar": bar}})
+
+
+def _menu(all_views: Sequence[View], cells: _Cells, first: int) -> dict[str, Any]:
+    """A menu above the labels that changes the view; pictures and papers leave it out."""
+    n_panels = len(cells.panels)
+    buttons = []
+    for index, view in enumerate(all_views):
+        seen = [other == index for other in range(len(all_views)) for _ in range(n_panels)]
+        changes = flattened(cells.layout(view))
+        buttons.append(
+            {"label": view.title, "method": "update", "args": [{"visible": seen}, changes]}
+        )
+    return {
+        "buttons": buttons,
+        "active": first,
+        "x": 0,
+        "xanchor": "right",
+        "y": 1,
+        "yanchor": "bottom",
+        "pad": {"r": 4, "b": 4},
+        "font": {"size": 11},
+        "bgcolor": "white",
+        "bordercolor": GRID,
+    }
+
+
+def flattened(changes: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"yaxis": {"range": r}}` as `{"yaxis.range": r}`, which leaves the axis's rest alone."""
+    flat: dict[str, Any] = {}
+    for name, value in changes.items():
+        inner = isinstance(value, dict)
+        flat |= flattened(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
+
+
+def _axis_name(panel: int) -> str:
+    return f"coloraxis{panel + 1 if panel else ''}"
