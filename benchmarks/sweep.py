@@ -21,7 +21,7 @@ import torch
 from measuring import machine, table, write
 
 from mmlens import HookedMultimodalTransformer, window
-from mmlens.data.opening import open_questions
+from mmlens.data import open_questions
 from mmlens.sweeps import TraceTask, sweep
 from mmlens.sweeps.plan import plan
 from mmlens.sweeps.task import Carried

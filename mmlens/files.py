@@ -10,27 +10,45 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: str | Path, content: bytes | str) -> Path:
-    """Write `content` under another name in the same folder, then rename it to `path`.
+def write_atomically(path: str | Path, content: bytes | str, scratch: Path | None = None) -> Path:
+    """Write `content` under another name, have it on the disk (fsync), then rename it to `path`.
 
-    A reader, or a run that was stopped, never meets half a file. Text is written as UTF-8.
+    A reader, a run that was stopped or a machine that lost its power never meets half a file. Text
+    is written as UTF-8.
+
+    Args:
+        scratch: the folder for the other name, on the same disk; by default that of `path`.
 
     Raises:
-        OSError: the folder does not exist or cannot be written.
+        OSError: the folder does not exist or cannot be written, or the disk is full.
     """
     path = Path(path)
     if isinstance(content, str):
         content = content.encode()
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=scratch or path.parent)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
-        make_readable(scratch, 0o666)
-        os.replace(scratch, path)
+            stream.flush()
+            os.fsync(stream.fileno())
+        make_readable(unfinished, 0o666)
+        os.replace(unfinished, path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        Path(unfinished).unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
     return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where the system can do that (not on Windows)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

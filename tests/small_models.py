@@ -115,7 +115,7 @@ def language_model(seed: int, **choices: Any) -> HookedMultimodalTransformer:
     return model.requires_grad_(False)
 
 
-def worded_model(seed: int, kind: str = "bytes") -> HookedMultimodalTransformer:
+def worded_model(seed: int, kind: str = "bytes", **choices: Any) -> HookedMultimodalTransformer:
     """A small model with a tokenizer (of `small_tokenizers.KINDS`) and an image processor."""
     tokenizer = small_tokenizer(kind)
     model = small_model(
@@ -123,6 +123,7 @@ def worded_model(seed: int, kind: str = "bytes") -> HookedMultimodalTransformer:
         d_vocab=len(tokenizer),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         bos_token_id=tokenizer.bos_token_id,
+        **choices,
     )
     assert model.cfg.vision is not None
     height, width = model.cfg.vision.image_size

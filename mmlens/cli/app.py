@@ -11,9 +11,12 @@ import typer
 
 from mmlens.cli.contributions import contributions
 from mmlens.cli.demo import demo
+from mmlens.cli.edit import edit
+from mmlens.cli.edit_bench import edit_bench
 from mmlens.cli.errors import UserError
 from mmlens.cli.knockout import knockout
 from mmlens.cli.reproduce import reproduce
+from mmlens.cli.sweep import summarize, sweep, with_ray_address
 from mmlens.cli.trace import trace
 from mmlens.cli.verify import verify
 
@@ -28,7 +31,11 @@ app.command()(demo)
 app.command()(trace)
 app.command()(contributions)
 app.command()(knockout)
+app.command()(edit)
+app.command("edit-bench")(edit_bench)
 app.command()(reproduce)
+app.command()(sweep)
+app.command()(summarize)
 app.command()(verify)
 
 
@@ -56,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     from mmlens.demo.language_model import LanguageModelUnavailable
 
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = with_ray_address(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(arguments or ["--help"], prog_name="mmlens", standalone_mode=False)
     except UserError as error:

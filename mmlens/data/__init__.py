@@ -20,6 +20,7 @@ from mmlens.data.metrics import (
 )
 from mmlens.data.mmmu import mmmu
 from mmlens.data.okvqa import okvqa
+from mmlens.data.opening import open_questions
 from mmlens.data.questions import QuestionSet, VisualQuestion
 from mmlens.data.report import Report, check_questions
 from mmlens.data.vqa_constraints import vqa_constraints
@@ -43,6 +44,7 @@ __all__ = [
     "normalise_answer",
     "normalise_vqa_answer",
     "okvqa",
+    "open_questions",
     "parse_choice",
     "soft_accuracy",
     "vqa_constraints",

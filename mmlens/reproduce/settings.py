@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ class Settings:
     language_model: str | None = None
     """Who is asked in words alone; None is the model's own language model."""
     data: str = "demo"
-    """"demo", a csv of VQA-Constraints, or a jsonl file or folder of your own."""
+    """See `mmlens.data.open_questions`."""
     images: str | None = None
     annotations: tuple[str, str] | None = None
     """OK-VQA's questions and annotations, with the answers to `okvqa.csv`."""
@@ -48,19 +47,6 @@ def open_questions(settings: Settings) -> Sequence[VisualQuestion]:
         FileNotFoundError: no such file.
         ValueError: a file of another kind; annotations for something else than a csv.
     """
-    from mmlens.data import demo_questions, local_questions, okvqa, vqa_constraints
+    from mmlens.data.opening import open_questions as opened
 
-    answers = None
-    if settings.annotations is not None:
-        answers = okvqa(*settings.annotations, settings.images or ".")
-    if settings.data == "demo":
-        return demo_questions()
-    path = Path(settings.data)
-    if path.suffix == ".csv":
-        return vqa_constraints(path, settings.images, annotations=answers, seed=settings.seed)
-    if path.is_dir() or path.suffix == ".jsonl":
-        return local_questions(path, seed=settings.seed)
-    raise ValueError(
-        f"{settings.data!r} is neither 'demo' nor a csv of VQA-Constraints, a jsonl file or a "
-        "folder with a questions.jsonl"
-    )
+    return opened(settings.data, settings.images, settings.annotations, seed=settings.seed)

@@ -1,0 +1,264 @@
+"""`mmlens sweep`: an analysis over a data set; `mmlens summarize`: what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from mmlens.cli import options
+from mmlens.cli.console import err, waiting
+from mmlens.cli.console import out as console
+from mmlens.cli.errors import UserError, explained
+from mmlens.cli.trace import check_sites
+
+if TYPE_CHECKING:
+    from mmlens.sweeps import Summary, Sweep
+
+FAILED_QUESTIONS = 3
+"""Exit status of a sweep that is complete, but for questions that failed."""
+
+
+def sweep(
+    task: Annotated[str, typer.Argument(help="trace, contributions or edit.")],
+    out: Annotated[Path, typer.Option(help="The folder of the sweep; an unfinished one goes on.")],
+    model: options.Model = "demo",
+    data: Annotated[
+        str,
+        typer.Option(
+            help='"demo"; a csv of VQA-Constraints or a folder with its three; a jsonl file or '
+            "folder of your own; NAME:PATH for encyclopedic_vqa, okvqa, mmmu."
+        ),
+    ] = "demo",
+    images: Annotated[
+        Path | None, typer.Option(help="The folder of the pictures; by default that of the data.")
+    ] = None,
+    annotations: Annotated[
+        str | None,
+        typer.Option(help="QUESTIONS.json,ANNOTATIONS.json of OK-VQA: the answers to okvqa.csv."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="A random sample of so many questions; default all.")
+    ] = None,
+    sites: Annotated[
+        str | None, typer.Option(help="trace: where activations are restored.")
+    ] = None,
+    windows: Annotated[
+        str | None, typer.Option(help="trace: layers restored together, like 1,3,5.")
+    ] = None,
+    roles: Annotated[
+        str | None, typer.Option(help='trace: positions, like "constraint,last token".')
+    ] = None,
+    corrupt_with: Annotated[
+        str | None, typer.Option(help="trace: the word that takes the constraint's place.")
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            help='contributions: who is looked at and who looks, like "image>constraint".'
+        ),
+    ] = None,
+    layers: options.Layers = None,
+    template: options.Template = "auto",
+    seed: Annotated[int, typer.Option(help="Of the sample of questions.")] = 0,
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Questions that are written together.")
+    ] = 8,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Run on Ray: --ray alone starts it on this machine, --ray auto or --ray "
+            "HOST:PORT joins a cluster."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers on Ray; by default one per GPU.")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Lost workers that a shard may cost beyond the first.")
+    ] = 2,
+    retry_failures: Annotated[
+        bool, typer.Option("--retry-failures", help="Do shards with failures again.")
+    ] = False,
+) -> None:
+    """Trace (or ...) every question of a data set, into a folder of parquet files.
+
+    The same command goes on where it was stopped, however that happened. The exit status is 3
+    where questions failed; FOLDER/failures.parquet says why.
+    """
+    given = {
+        "sites": parts(sites, "--sites"),
+        "windows": numbers(windows, "--windows"),
+        "roles": parts(roles, "--roles"),
+        "replacement": corrupt_with,
+        "pairs": pair_list(pairs),
+        "layers": None if layers is None else tuple(options.layer_list(layers) or ()),
+    }
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    check_sites(settings.get("sites", ()))
+    files = options.comma_list(annotations, "--annotations") if annotations else None
+    if files is not None and len(files) != 2:
+        raise UserError(f"--annotations: two files, questions and annotations, not {annotations!r}")
+    options.writable_folder(out)
+    options.check_device(device)
+    with waiting("loading mmlens ..."):
+        from mmlens.data import open_questions
+        from mmlens.sweeps import TASKS
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    try:
+        chosen = TASKS[task](template=options.template_of(template), **settings)
+    except TypeError as error:  # an option of another task
+        raise UserError(f"{task}: {str(error).partition(')')[2].strip()}") from error
+    except ValueError as error:
+        raise UserError(error) from error
+    with explained("--data: "):
+        questions = open_questions(
+            data, images, None if files is None else (files[0], files[1]), seed=seed
+        )
+    run(
+        chosen,
+        model,
+        questions,
+        out,
+        limit=limit,
+        seed=seed,
+        shard_size=shard_size,
+        device=device,
+        dtype=dtype,
+        ray=ray,
+        workers=workers,
+        retries=retries,
+        retry_failures=retry_failures,
+    )
+
+
+def run(task: Any, model: str, questions: Any, out: Path, **settings: Any) -> None:
+    """Sweep, say what came of it, and exit with the status that says it as well."""
+    from mmlens.checkpoints.errors import CheckpointError
+    from mmlens.sweeps import FolderInUse, OtherSettings, RayMissing, WorkersLost
+    from mmlens.sweeps import sweep as run_sweep
+
+    try:
+        found = run_sweep(task, model, questions, out, **settings)
+    except (CheckpointError, FolderInUse, OtherSettings, RayMissing) as error:
+        raise UserError(error) from error
+    except (OSError, WorkersLost) as error:
+        again = "what is there is complete, and the same command goes on"
+        err().print(f"mmlens: stopped: {escape(str(error))}; {again}", soft_wrap=True)
+        raise typer.Exit(1) from error
+    print_counts(found)
+    if found.n_failed:
+        raise typer.Exit(FAILED_QUESTIONS)
+
+
+def print_counts(found: Sweep) -> None:
+    """How many questions are done, and why others are not."""
+    worked = found.n_done - found.n_failed
+    line = f"{found.folder.path}: {worked} of {found.n_questions} questions have results"
+    if found.n_failed:
+        reasons = found.failures()["reason"].value_counts().items()
+        line += f", {found.n_failed} failed ({', '.join(f'{n} {why}' for why, n in reasons)})"
+    console().print(escape(line), soft_wrap=True)
+
+
+def summarize(
+    folder: Annotated[Path, typer.Argument(help="Of a sweep, finished or running.")],
+    only_right: Annotated[
+        bool, typer.Option("--only-right", help="Leave out questions not answered rightly.")
+    ] = False,
+    minimum_gap: Annotated[
+        float | None, typer.Option(help="Least clean - corrupted probability of a trace.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")] = 2000,
+    level: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="For tables and figures; by default FOLDER/summary.")
+    ] = None,
+) -> None:
+    """Means over the questions of a sweep, with bootstrap intervals: tables and figures."""
+    with waiting("loading mmlens ..."):
+        from mmlens.sweeps import Sweep
+    with explained(), waiting("resampling ..."):
+        found = Sweep(folder)
+        summary = found.summarize(
+            only_right=only_right,
+            minimum_gap=minimum_gap,
+            samples=samples,
+            level=level,
+            seed=seed,
+        )
+    target = options.writable_folder(folder / "summary" if out is None else out)
+    with waiting("drawing ..."):
+        written = summary.write(target)
+    print_counts(found)
+    print_peaks(summary)
+    names = ", ".join(path.name for path in written)
+    console().print(escape(f"{target}: {names}"), soft_wrap=True)
+
+
+def print_peaks(summary: Summary) -> None:
+    """Where each mean is largest."""
+    kept = [name for name in summary.peaks.columns if name not in ("mean", "low", "high")]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in (*kept, "mean", "interval"):
+        table.add_column(name.replace("_", " "))
+    for row in summary.peaks.to_dict("records"):
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        table.add_row(*(escape(str(row[name])) for name in kept), f"{row['mean']:.3f}", interval)
+    console().print(f"\nlargest means over layers, {summary.counts['used']} questions:")
+    console().print(table)
+
+
+def with_ray_address(arguments: Sequence[str]) -> list[str]:
+    """The arguments with "local" behind a `--ray` that has no address.
+
+    Click knows options whose value may be left out; typer does not.
+    """
+    filled = []
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        filled.append(argument)
+        if argument == "--ray" and following.startswith("-"):
+            filled.append("local")
+    return filled
+
+
+def parts(text: str | None, name: str) -> tuple[str, ...] | None:
+    """The parts of a list, if there is one."""
+    return None if text is None else options.comma_list(text, name)
+
+
+def numbers(text: str | None, name: str) -> tuple[int, ...] | None:
+    """The numbers of a list, if there is one.
+
+    Raises:
+        UserError: something else than positive numbers.
+    """
+    found = parts(text, name)
+    if found is None:
+        return None
+    if not all(each.isdecimal() and int(each) for each in found):
+        raise UserError(f"{name}: positive numbers, separated by commas, not {text!r}")
+    return tuple(map(int, found))
+
+
+def pair_list(text: str | None) -> tuple[tuple[str, str], ...] | None:
+    """The pairs of roles of ``--pairs "image>constraint,constraint>last token"``.
+
+    Raises:
+        UserError: a part without exactly one `>`.
+    """
+    found = parts(text, "--pairs")
+    if found is None:
+        return None
+    split = [tuple(role.strip() for role in each.split(">")) for each in found]
+    if not all(len(each) == 2 and all(each) for each in split):
+        raise UserError(f"--pairs: roles like image>constraint, separated by commas, not {text!r}")
+    return tuple((each[0], each[1]) for each in split)

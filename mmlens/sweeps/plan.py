@@ -1,0 +1,149 @@
+"""Which questions are swept, and in which shards: the unit that is written whole or repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from mmlens.data import VisualQuestion
+from mmlens.images import load_image
+
+__all__ = ["Planned", "Shard", "Turns", "data_hash", "plan"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A question of a sweep."""
+
+    row: int
+    """Where it stands in the data set, from 0."""
+    question: VisualQuestion
+    images: tuple[str, ...]
+    """Names of its pictures, by which questions about the same ones are found."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Questions whose results are one file."""
+
+    index: int
+    questions: tuple[Planned, ...]
+
+
+def plan(
+    questions: Sequence[VisualQuestion],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    shard_size: int = 8,
+) -> list[Shard]:
+    """Shards of all questions, or of `limit` that the seed chooses; the same for the same data.
+
+    Questions about the same pictures follow each other and are in one shard, unless they are more
+    than a shard holds. Paths become absolute, so that workers elsewhere find them.
+
+    Raises:
+        ValueError: no questions, or a shard of none.
+    """
+    if not len(questions) or shard_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(
+            f"{len(questions)} questions, limit {limit}, shards of {shard_size}: nothing to sweep"
+        )
+    rows: Sequence[int] = range(len(questions))
+    if limit is not None and limit < len(rows):
+        rows = sorted(random.Random(seed).sample(rows, limit))
+    together: dict[tuple[str, ...], list[Planned]] = {}
+    for row in rows:
+        question = questions[row]
+        names = tuple(map(image_name, question.images))
+        each = Planned(row, with_absolute_paths(question), names)
+        together.setdefault(names or (f"question {row}",), []).append(each)
+    shards: list[list[Planned]] = [[]]
+    for group in together.values():
+        if len(shards[-1]) + len(group) > shard_size and shards[-1]:
+            shards.append([])
+        for begin in range(0, len(group), shard_size):
+            if len(shards[-1]) == shard_size:
+                shards.append([])
+            shards[-1] += group[begin : begin + shard_size]
+    return [Shard(index, tuple(each)) for index, each in enumerate(shards)]
+
+
+def image_name(image: Any) -> str:
+    """The last two parts of a path, so that a data set may move; for a picture in memory a hash."""
+    if isinstance(image, str | PathLike):
+        return "/".join(Path(image).parts[-2:])
+    try:
+        opened = load_image(image)
+    except (ValueError, TypeError, OSError):
+        return "unreadable picture"
+    content = f"{opened.size}".encode() + opened.tobytes()
+    return f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def with_absolute_paths(question: VisualQuestion) -> VisualQuestion:
+    """The same question, whatever the working directory is."""
+
+    def absolute(image: Any) -> Any:
+        return Path(image).absolute() if isinstance(image, str | PathLike) else image
+
+    images = tuple(map(absolute, question.images))
+    several = isinstance(question.image, tuple | list)
+    return replace(question, image=images if several else next(iter(images), None))
+
+
+def data_hash(shards: Iterable[Shard]) -> str:
+    """A hash of the questions, their words, answers and names of pictures, and of their order.
+
+    What is in the pictures does not count: one that was missing may be put there later.
+    """
+    digest = hashlib.sha256()
+    named = [field.name for field in fields(VisualQuestion) if field.name not in ("image", "extra")]
+    for shard in shards:
+        for each in shard.questions:
+            content = [shard.index, each.row, each.images]
+            content += [getattr(each.question, name) for name in named]
+            digest.update(json.dumps(content).encode())
+    return digest.hexdigest()
+
+
+class Turns:
+    """Which shard is whose turn: workers take from one line, and from each other at its end.
+
+    A worker is told of the shard behind its own, to read its pictures in the meantime. When the
+    line is empty, what was only announced to one worker goes to another that has nothing to do.
+
+    Example:
+        >>> turns = Turns(shards)
+        >>> now, then = turns.take("worker 1")
+    """
+
+    def __init__(self, shards: Iterable[Shard]) -> None:
+        self._line = deque(shards)
+        self._announced: dict[Any, Shard] = {}
+
+    def take(self, worker: Any) -> tuple[Shard, Shard | None] | None:
+        """What the worker does now, and probably next; None if there is nothing left to do."""
+        now = self._announced.pop(worker, None)
+        if now is None and self._line:
+            now = self._line.popleft()
+        if now is None and self._announced:
+            _, now = self._announced.popitem()
+        if now is None:
+            return None
+        then = self._line.popleft() if self._line else None
+        if then is not None:
+            self._announced[worker] = then
+        return now, then
+
+    def give_back(self, worker: Any, shard: Shard | None = None) -> None:
+        """Put what a worker had, and was announced, at the head of the line."""
+        announced = self._announced.pop(worker, None)
+        self._line.extendleft(each for each in (announced, shard) if each is not None)

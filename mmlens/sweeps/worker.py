@@ -1,0 +1,222 @@
+"""A worker: one model on one device, which turns shards into files.
+
+The same class works in this process and as a Ray actor. While it computes, a thread of its own
+reads the questions to come: opens pictures, preprocesses and tokenises.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from mmlens.passes import is_out_of_memory
+from mmlens.sweeps.folder import Failure, Folder, ShardReport
+from mmlens.sweeps.plan import Planned, Shard
+from mmlens.sweeps.task import Asked, Carried, Task, described, reason_of
+
+if TYPE_CHECKING:
+    from mmlens.model import HookedMultimodalTransformer
+
+__all__ = ["ModelRecord", "ModelSource", "Target", "Worker", "failure_of", "model_hash"]
+
+BACK_OFF = (64, 8, 1)
+"""Rows computed at once after memory ran out, one after the other."""
+CHUNK = 2**26
+"""Bytes that are hashed at once."""
+
+Tell = Callable[[bool], None]
+"""Called after each question, with whether it worked."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """How to get the model: a name, and options of `from_pretrained`."""
+
+    name: str
+    device: str | None = None
+    dtype: str | None = None
+
+    def load(self) -> HookedMultimodalTransformer:
+        """The model, on its device."""
+        from mmlens.model import HookedMultimodalTransformer
+
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        return HookedMultimodalTransformer.from_pretrained(
+            self.name, device=self.device, dtype=dtype
+        )
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Which model a worker has, and where."""
+
+    name: str
+    hash: str
+    dtype: str
+    device: str
+    worker: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where results go."""
+
+    folder: Folder
+    sweep: str
+    """Hash of what must be the same in all files of the folder."""
+
+
+class Worker:
+    """Turns shards into files.
+
+    Args:
+        model: a model, or how to get one.
+        task: what is done with each question.
+
+    Example:
+        >>> worker = Worker(ModelSource("demo"), TraceTask())
+        >>> worker.run(target, shards[0], shards[1])
+    """
+
+    def __init__(self, model: HookedMultimodalTransformer | ModelSource, task: Task) -> None:
+        given: Any = model
+        self.model = given.load() if isinstance(given, ModelSource) else given
+        self.task = task
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        # A tokenizer cannot be used by two threads at once, so the reading one has its own.
+        self._reader: Any = copy.copy(self.model)
+        self._reader.tokenizer = copy.deepcopy(self.model.tokenizer)
+        self._reading = ThreadPoolExecutor(1, "reading")
+        self._read: dict[int, list[Future[Asked]]] = {}
+
+    def record(self) -> ModelRecord:
+        """Which model this is; takes a second per GB of weights or so."""
+        cfg = self.model.cfg
+        return ModelRecord(
+            name=cfg.model_name or "",
+            hash=model_hash(self.model),
+            dtype=str(self.model.W_E.dtype).removeprefix("torch."),
+            device=device_name(self.model.device),
+            worker=self._name,
+        )
+
+    def run(
+        self, target: Target, shard: Shard, then: Shard | None = None, tell: Tell | None = None
+    ) -> ShardReport:
+        """Do the questions of a shard and write its file; read those of `then` in the meantime.
+
+        Raises:
+            OSError: the file cannot be written.
+            torch.AcceleratorError: the GPU failed, and no question can be done any more.
+        """
+        began = time.perf_counter()
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
+        for index in self._read.keys() - {each.index for each in (shard, then) if each}:
+            for future in self._read.pop(index):  # another worker took that shard
+                future.cancel()
+        for each in (shard, then):
+            self._read_ahead(each)
+        rows: list[dict[str, Any]] = []
+        failures: list[Failure] = []
+        carried = Carried()
+        for planned, future in zip(shard.questions, self._read.pop(shard.index), strict=True):
+            try:
+                rows += self._rows(planned, future.result(), carried)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:  # whatever it is, the other questions go on
+                failures.append(failure_of(planned, error))
+            if tell is not None:
+                tell(not (failures and failures[-1].question == planned.row))
+        report = ShardReport(
+            sweep=target.sweep,
+            shard=shard.index,
+            n_questions=len(shard.questions),
+            failures=tuple(failures),
+            seconds=round(time.perf_counter() - began, 3),
+            memory=memory_used(self.model.device),
+            worker=self._name,
+        )
+        return target.folder.write(report, rows, self.task.schema())
+
+    def close(self) -> None:
+        """Read no more."""
+        self._reading.shutdown(wait=False, cancel_futures=True)
+
+    def _read_ahead(self, shard: Shard | None) -> None:
+        if shard is not None and shard.index not in self._read:
+            self._read[shard.index] = [
+                self._reading.submit(self.task.read, self._reader, each.question)
+                for each in shard.questions
+            ]
+
+    def _rows(self, planned: Planned, asked: Asked, carried: Carried) -> list[dict[str, Any]]:
+        """The rows of a question; with fewer at once where memory runs out."""
+        before = carried.batch_rows
+        tries = [before, *(n for n in BACK_OFF if before is None or n < before)]
+        found = None
+        for carried.batch_rows in tries:
+            try:
+                found = self.task.rows(self.model, asked, carried)
+                break
+            except Exception as error:
+                if not is_out_of_memory(error) or carried.batch_rows == tries[-1]:
+                    carried.batch_rows = before
+                    raise
+            # Outside of the handler, whose traceback holds on to tensors.
+            carried.like = None
+            gc.collect()
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        assert found is not None  # the last attempt returns or raises
+        self.task.check_finite(found)
+        common = {"question": planned.row, **described(planned.question, planned.images)}
+        return [common | row for row in found]
+
+
+def failure_of(planned: Planned, error: BaseException, reason: str | None = None) -> Failure:
+    """The row of a question that failed."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return Failure(
+        question=planned.row,
+        source=planned.question.source,
+        image=" ".join(planned.images),
+        reason=reason or reason_of(error),
+        message=f"{kind}{' '.join(str(message).split())}"[:500],
+    )
+
+
+def model_hash(model: HookedMultimodalTransformer) -> str:
+    """A hash of every parameter's name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        content = parameter.detach().contiguous().flatten().view(torch.uint8)
+        for part in content.split(CHUNK):
+            digest.update(part.cpu().numpy())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes: the most allocated on a GPU for this shard, or else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
