@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mmlens.inputs import MultimodalInputs, collate
     from mmlens.interventions import Intervention, hook_name, window
     from mmlens.model import HookedMultimodalTransformer
+    from mmlens.sweeps import Sweep, sweep
     from mmlens.tracing import CausalTrace, causal_trace, causal_trace_many
 
 # Public names and where they live. They are imported when they are first used: torch and
@@ -72,6 +73,7 @@ _PUBLIC = {
     "MultimodalInputs": "inputs",
     "ProjectorConfig": "config",
     "Recording": "branching",
+    "Sweep": "sweeps",
     "VisionConfig": "config",
     "VisualQuestion": "data",
     "aggregate_traces": "aggregation",
@@ -92,6 +94,7 @@ _PUBLIC = {
     "role_positions": "aggregation",
     "swap_image": "corruptions",
     "swap_span": "corruptions",
+    "sweep": "sweeps",
     "window": "interventions",
 }
 
@@ -115,6 +118,7 @@ __all__ = [
     "MultimodalInputs",
     "ProjectorConfig",
     "Recording",
+    "Sweep",
     "VisionConfig",
     "VisualQuestion",
     "__version__",
@@ -136,6 +140,7 @@ __all__ = [
     "role_positions",
     "swap_image",
     "swap_span",
+    "sweep",
     "window",
 ]
 
