@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         swap_span,
     )
     from mmlens.data import VisualQuestion, demo_questions
-    from mmlens.editing import Edit, EditRequest
+    from mmlens.editing import Edit, EditRequest, multedit, multedit_many
     from mmlens.hook_points import ActivationCache, HookPoint
     from mmlens.inputs import MultimodalInputs, collate
     from mmlens.interventions import Intervention, hook_name, window
@@ -89,6 +89,8 @@ _PUBLIC = {
     "hook_name": "interventions",
     "logit_lens": "attribution",
     "mean_image": "corruptions",
+    "multedit": "editing",
+    "multedit_many": "editing",
     "noise_image": "corruptions",
     "noise_span": "corruptions",
     "role_positions": "aggregation",
@@ -135,6 +137,8 @@ __all__ = [
     "hook_name",
     "logit_lens",
     "mean_image",
+    "multedit",
+    "multedit_many",
     "noise_image",
     "noise_span",
     "role_positions",

@@ -26,10 +26,14 @@ class Answer:
 
     def probability(self, logits: Float[Tensor, "row n d_vocab"]) -> Float[Tensor, " row"]:
         """The joint probability of the answer's tokens."""
+        return self.log_probability(logits).exp()
+
+    def log_probability(self, logits: Float[Tensor, "row n d_vocab"]) -> Float[Tensor, " row"]:
+        """Its logarithm, in float32 or wider."""
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_probs = wide.log_softmax(dim=-1)
         index = self.tokens[None, :, None].expand(len(logits), -1, 1)
-        return log_probs.gather(-1, index).sum(dim=(1, 2)).exp()
+        return log_probs.gather(-1, index).sum(dim=(1, 2))
 
 
 @dataclass(frozen=True, eq=False)

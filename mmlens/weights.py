@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -24,8 +24,8 @@ class WeightProperties(nn.Module):
     unembed: Unembed
     blocks: nn.ModuleList
 
-    def apply(self, fn: Callable[[nn.Module], None] | Edit) -> Self:
-        """Add an `Edit` to the weights, until `edit.revert(model)`.
+    def apply(self, fn: Callable[[nn.Module], None] | Edit) -> Any:
+        """Add an `Edit` to the weights, until `edit.revert(model)`; returns the model.
 
         A function is called with every module, as in torch.
 
@@ -36,7 +36,8 @@ class WeightProperties(nn.Module):
 
         if not isinstance(fn, Edit):
             return super().apply(fn)
-        fn.apply(self)
+        model: Any = self
+        fn.apply(model)
         return self
 
     def _stack(self, path: str) -> Tensor:

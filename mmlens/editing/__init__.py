@@ -5,13 +5,48 @@
     with edit.applied(model):
         model.generate(inputs)
 
-Every method is called as `method(model, request or requests, *, layer=..., **settings)` and gives an
-`Edit`; it leaves the model as it found it.
+Every method is called as `method(model, request or requests, *, layer=..., **settings)` and gives
+an `Edit`; it leaves the model as it found it. `SequentialEditor` edits one model again and again.
 """
 
 from __future__ import annotations
 
-from mmlens.editing.edit import Edit, LowRank
-from mmlens.editing.request import EditRequest, augmented
+from collections.abc import Callable
 
-__all__ = ["Edit", "EditRequest", "LowRank", "augmented"]
+from mmlens.editing.covariance import KeyCovariance, key_covariance
+from mmlens.editing.edit import Edit, LowRank
+from mmlens.editing.fine_tuning import constrained_fine_tune, fine_tune
+from mmlens.editing.lora import lora
+from mmlens.editing.multedit import MultEditSettings, multedit, multedit_many
+from mmlens.editing.request import EditRequest, augmented
+from mmlens.editing.rome import memit, rome
+from mmlens.editing.sequential import SequentialEditor
+
+__all__ = [
+    "METHODS",
+    "Edit",
+    "EditRequest",
+    "KeyCovariance",
+    "LowRank",
+    "MultEditSettings",
+    "SequentialEditor",
+    "augmented",
+    "constrained_fine_tune",
+    "fine_tune",
+    "key_covariance",
+    "lora",
+    "memit",
+    "multedit",
+    "multedit_many",
+    "rome",
+]
+
+METHODS: dict[str, Callable[..., Edit]] = {
+    "multedit": multedit,
+    "rome": rome,
+    "memit": memit,
+    "fine_tune": fine_tune,
+    "constrained_fine_tune": constrained_fine_tune,
+    "lora": lora,
+}
+"""By name. `rome` and `memit` need a `covariance` (see `key_covariance`), `lora` needs peft."""

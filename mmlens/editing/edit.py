@@ -100,9 +100,7 @@ class Edit:
     # On and off
 
     @contextmanager
-    def applied(
-        self, model: HookedMultimodalTransformer
-    ) -> Iterator[HookedMultimodalTransformer]:
+    def applied(self, model: HookedMultimodalTransformer) -> Iterator[HookedMultimodalTransformer]:
         """The model with the edit, for the time of a `with` block.
 
         Raises:
@@ -315,7 +313,7 @@ def fingerprint(weight: Float[Tensor, "*shape"]) -> str:
     """A hash of shape and values: the same for bfloat16 weights and their copy in float32."""
     wide = weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32)).contiguous()
     digest = hashlib.sha256(str(tuple(wide.shape)).encode())
-    digest.update(wide.flatten().numpy())
+    digest.update(wide.flatten().numpy().data)
     return digest.hexdigest()
 
 

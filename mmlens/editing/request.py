@@ -8,8 +8,9 @@ Every editing method takes one request or several.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,3 +139,17 @@ def changed(picture: Tensor, crop: float, light: float, chance: torch.Generator)
     part = picture[:, top : top + height - lost[0], left : left + width - lost[1]]
     part = F.interpolate(part[None].float(), (height, width), mode="bilinear", antialias=True)[0]
     return (part * (1 + light * (2 * drawn[4] - 1))).to(picture)
+
+
+def how_made(
+    method: str, requests: Sequence[EditRequest], layer: Any, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """An edit's metadata: what it was to do, and how that was done."""
+    targets = [request.target for request in requests]
+    return {
+        "method": method,
+        "target": targets if len(targets) > 1 else targets[0],
+        "layer": layer,
+        "settings": dict(settings),
+        "requests": [request.described() for request in requests],
+    }

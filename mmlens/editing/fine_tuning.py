@@ -1,0 +1,152 @@
+"""Fine-tuning on the targets, free or within a bound: the baselines of editing.
+
+The model's own weights are not touched: what is trained is added to them in every forward pass, in
+float32, so that a small step is not lost in half precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from mmlens.attribution.where import layers_of
+from mmlens.editing.descent import DescentSettings, descend, run_to_layer
+from mmlens.editing.edit import Edit, added, weight_of
+from mmlens.editing.request import EditRequest, as_requests, how_made
+from mmlens.editing.value import frozen
+from mmlens.inputs import MultimodalInputs
+
+if TYPE_CHECKING:
+    from mmlens.model import HookedMultimodalTransformer
+
+__all__ = ["constrained_fine_tune", "fine_tune"]
+
+MATRICES = ("attn.qkv", "attn.o", "mlp.up", "mlp.down")
+"""A layer's weights, as `nn.Linear` modules of its block."""
+
+
+def fine_tune(
+    model: HookedMultimodalTransformer,
+    inputs: MultimodalInputs | EditRequest | Sequence[EditRequest],
+    target: str | int | None = None,
+    *,
+    layer: int | Iterable[int] | None = None,
+    modules: Sequence[str] = MATRICES,
+    **settings: Any,
+) -> Edit:
+    """Train weights of one, several or all layers until the targets are probable.
+
+    Args:
+        inputs: as in `multedit`; several requests are trained on together.
+        target: as in `multedit`.
+        layer: which layers; None for all of the language model.
+        modules: which of their matrices: "attn.qkv", "attn.o", "mlp.up", "mlp.down".
+        settings: of `DescentSettings`: lr, steps, stop_at.
+
+    Raises:
+        ValueError: no such layer or module, settings that make no sense.
+
+    Example:
+        >>> edit = fine_tune(model, inputs, "Rome", layer=3)
+    """
+    return tuned(model, inputs, target, layer, modules, None, settings)
+
+
+def constrained_fine_tune(
+    model: HookedMultimodalTransformer,
+    inputs: MultimodalInputs | EditRequest | Sequence[EditRequest],
+    target: str | int | None = None,
+    *,
+    layer: int | Iterable[int] | None = None,
+    modules: Sequence[str] = MATRICES,
+    bound: float = 5e-4,
+    **settings: Any,
+) -> Edit:
+    """Fine-tuning in which no weight moves further than `bound` (Zhu et al. 2020, section 3).
+
+    After each step the change is projected onto the ball |W - W0|_inf <= bound.
+
+    Args:
+        inputs: as in `fine_tune`, and so are the others.
+        target: as in `multedit`.
+        layer: which layers.
+        modules: which of their matrices.
+        bound: the most by which any single weight changes.
+        settings: of `DescentSettings`.
+
+    Raises:
+        ValueError: as `fine_tune`; a bound that is not positive.
+
+    Example:
+        >>> edit = constrained_fine_tune(model, inputs, "Rome", layer=3, bound=1e-3)
+    """
+    if bound <= 0:
+        raise ValueError(f"bound={bound}; it is the most that a weight changes, above 0")
+    return tuned(model, inputs, target, layer, modules, bound, settings)
+
+
+def tuned(
+    model: HookedMultimodalTransformer,
+    inputs: MultimodalInputs | EditRequest | Sequence[EditRequest],
+    target: str | int | None,
+    layer: int | Iterable[int] | None,
+    modules: Sequence[str],
+    bound: float | None,
+    settings: dict[str, Any],
+) -> Edit:
+    """Both kinds of fine-tuning."""
+    requests = as_requests(inputs, target)
+    chosen = DescentSettings(**settings)
+    layers = layers_of(model, [layer] if isinstance(layer, int) else layer)
+    names = weight_names(layers, modules)
+    prompts = run_to_layer(model, requests, min(layers))
+    weights = {name: weight_of(model, name).detach() for name in names}
+    deltas = {
+        name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for name, weight in weights.items()
+    }
+
+    def forward(resid: Tensor, inputs: MultimodalInputs) -> Tensor:
+        changed = {name: added(weight, deltas[name]) for name, weight in weights.items()}
+        options = {
+            "attention_mask": inputs.attention_mask,
+            "start_at_layer": min(layers),
+            "stop_at_layer": model.cfg.n_layers,
+        }
+        return functional_call(model, changed, (resid,), options)
+
+    def project() -> None:
+        for delta in deltas.values():
+            delta.clamp_(-bound, bound)  # type: ignore[operator]
+
+    with frozen(model):
+        for delta in deltas.values():
+            delta.requires_grad_(True)
+        keep_bounds: Callable[[], None] | None = None if bound is None else project
+        found = descend(model, prompts, list(deltas.values()), forward, chosen, keep_bounds)
+    used = asdict(chosen) | {"modules": list(modules)}
+    if bound is not None:
+        used["bound"] = bound
+    method = "fine_tune" if bound is None else "constrained_fine_tune"
+    return Edit.of(
+        model,
+        {name: delta.detach() for name, delta in deltas.items()},
+        **how_made(method, requests, layer if isinstance(layer, int) else layers, used),
+        probability=found,
+    )
+
+
+def weight_names(layers: Iterable[int], modules: Sequence[str]) -> list[str]:
+    """The weights of some modules of some layers.
+
+    Raises:
+        ValueError: none, or a module that a layer does not have.
+    """
+    if not modules or set(modules) - set(MATRICES):
+        raise ValueError(f"modules={list(modules)}; a layer has {', '.join(MATRICES)}")
+    return [f"blocks.{layer}.{module}.weight" for layer in layers for module in modules]

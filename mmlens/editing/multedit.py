@@ -1,0 +1,209 @@
+"""MultEdit: a fact changed in the MLP of an early causal layer (Basu et al. 2024, section 5).
+
+The key is the down projection's input at the last token of the constraint, the value its output
+plus what makes the model give the target; the update of the weight that takes one to the other is
+in closed form (`mmlens.editing.solve`) and needs no covariance of keys.
+
+    edit = multedit(model, inputs, "Rome", layer=3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmlens.attribution.where import layers_of
+from mmlens.editing.edit import Edit
+from mmlens.editing.request import EditRequest, as_requests, how_made
+from mmlens.editing.solve import closed_form, unlike, update_rows
+from mmlens.editing.value import (
+    KeyPrompt,
+    Neighbour,
+    Value,
+    ValueSettings,
+    find_value,
+    record_neighbours,
+    record_prompts,
+)
+from mmlens.inputs import MultimodalInputs
+from mmlens.interventions import hook_name
+
+if TYPE_CHECKING:
+    from mmlens.branching import Recording
+    from mmlens.model import HookedMultimodalTransformer
+
+__all__ = ["MultEditSettings", "multedit", "multedit_many"]
+
+Keys = Float[Tensor, "d_mlp _"]
+
+
+@dataclass(frozen=True)
+class MultEditSettings(ValueSettings):
+    """How the value is optimised, and how the weight is solved for."""
+
+    lam: float = 0.01
+    """Weight of |W - W0|^2."""
+    key: Literal["mean", "each"] = "mean"
+    """With several prompts: their mean is the key, or each is one and all get the value."""
+    preserve: Literal["nothing", "prompts", "neighbours", "both"] = "nothing"
+    """Keys that are to keep their values: those of the other positions of the request's prompts,
+    those of its neighbours, or both. None of them costs rank."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lam < 0:
+            raise ValueError(f"lam={self.lam}; it is 0 or more")
+        if self.key not in ("mean", "each"):
+            raise ValueError(f"key={self.key!r}; it is 'mean' or 'each'")
+        if self.preserve not in ("nothing", "prompts", "neighbours", "both"):
+            raise ValueError(
+                f"preserve={self.preserve!r}; it is 'nothing', 'prompts', 'neighbours' or 'both'"
+            )
+
+
+def multedit(
+    model: HookedMultimodalTransformer,
+    inputs: MultimodalInputs | EditRequest | Sequence[EditRequest],
+    target: str | int | None = None,
+    *,
+    layer: int,
+    earlier: Keys | None = None,
+    **settings: Any,
+) -> Edit:
+    """The edit that makes a prompt be answered with the target; the model stays as it is.
+
+    Args:
+        inputs: an image question with a span "constraint"; or a request, in which further prompts,
+            neighbours and another span may be named; or several, which are solved together.
+        target: the new answer, where `inputs` are no requests.
+        layer: whose down projection is edited: an early causal one (`causal_trace`).
+        earlier: keys of earlier edits, which keep their values (see `SequentialEditor`).
+        settings: of `MultEditSettings`, all of the paper's parameters: lam, lr, steps, ...
+
+    Raises:
+        ValueError: no such layer, settings that make no sense, or as `EditRequest`.
+        TypeError: an unknown setting.
+
+    Example:
+        >>> inputs = model.prepare("The capital of this country is the city of", "flag.png",
+        ...                        spans={"constraint": "this country"})
+        >>> edit = multedit(model, inputs, "Rome", layer=3)
+        >>> with edit.applied(model):
+        ...     model.generate(inputs)
+    """
+    requests = as_requests(inputs, target)
+    chosen = MultEditSettings(**settings)
+    layer = one_layer(model, layer)
+    each = [keyed(model, request, layer, chosen) for request in requests]
+    edited = torch.cat([part.keys for part in each], dim=1)
+    kept = torch.cat([part.kept for part in each], dim=1)
+    kept = unlike(kept if earlier is None else torch.cat([kept, earlier.to(kept)], dim=1), edited)
+    values = [value_of(model, part, layer, chosen) for part in each]
+    delta = closed_form(
+        torch.stack([value.delta for value in values], dim=1),
+        [part.keys for part in each],
+        chosen.lam,
+        kept,
+    )
+    return Edit.of(
+        model,
+        {down_weight(layer): delta},
+        **how_made("multedit", requests, layer, asdict(chosen)),
+        probability=[value.probability for value in values],
+        steps=[value.steps for value in values],
+    )
+
+
+def multedit_many(
+    model: HookedMultimodalTransformer,
+    requests: Sequence[EditRequest],
+    *,
+    layer: int,
+    **settings: Any,
+) -> Edit:
+    """Many edits of one layer, solved together: an update of the rank of their number.
+
+    Each value is optimised on the model as it is. Edits of almost the same key would have to share
+    a value, and get the mean of theirs.
+
+    Args:
+        requests: the edits.
+        layer: as in `multedit`.
+        settings: as in `multedit`.
+
+    Raises:
+        ValueError: no requests; or as `multedit`.
+
+    Example:
+        >>> edit = multedit_many(model, [EditRequest(a, "Rome"), EditRequest(b, "Oslo")], layer=3)
+    """
+    return multedit(model, list(requests), layer=layer, **settings)
+
+
+def one_layer(model: HookedMultimodalTransformer, layer: Any) -> int:
+    """The layer that is edited.
+
+    Raises:
+        ValueError: several, or one that is not there.
+    """
+    if not isinstance(layer, int):
+        raise ValueError(f"layer={layer}: this method edits one layer (memit edits several)")
+    return layers_of(model, [layer])[0]
+
+
+def down_weight(layer: int) -> str:
+    """The name of the weight that is edited."""
+    return f"blocks.{layer}.mlp.down.weight"
+
+
+@dataclass(frozen=True, eq=False)
+class Keyed:
+    """A request whose prompts were run."""
+
+    prompts: list[KeyPrompt]
+    neighbours: list[Recording]
+    keys: Keys
+    """That get the new value."""
+    kept: Keys
+    """That keep theirs."""
+
+
+def keyed(
+    model: HookedMultimodalTransformer,
+    request: EditRequest,
+    layer: int,
+    settings: MultEditSettings,
+) -> Keyed:
+    """Run a request's prompts, and its neighbours where they are needed."""
+    names = [hook_name("post", layer), hook_name("mlp_out", layer)]
+    prompts = record_prompts(model, request, names, first_token_only=settings.first_token_only)
+    keys = torch.stack([prompt.at_position("post", layer) for prompt in prompts], dim=1)
+    edited = keys.mean(dim=1, keepdim=True) if settings.key == "mean" else keys
+    kept, neighbours = [edited[:, :0]], []
+    if settings.preserve in ("prompts", "both"):
+        # Not behind the prompt: what the target says there is not what is asked.
+        kept += [prompt.keys(layer)[:, : prompt.answer.positions[0] + 1] for prompt in prompts]
+    if settings.kl_weight or settings.preserve in ("neighbours", "both"):
+        like = [prompt.recording for prompt in prompts]
+        neighbours = record_neighbours(model, request, names, like)
+    if settings.preserve in ("neighbours", "both"):
+        kept += [each.cache[names[0]][0].T for each in neighbours]
+    return Keyed(prompts, neighbours, edited, unlike(torch.cat(kept, dim=1), keys))
+
+
+def value_of(
+    model: HookedMultimodalTransformer, part: Keyed, layer: int, settings: MultEditSettings
+) -> Value:
+    """The value of a request's key; neighbours get of it what the edit alone would give them."""
+    neighbours = []
+    if settings.kl_weight:
+        [row] = update_rows([part.keys], settings.lam, part.kept)
+        for recording in part.neighbours:
+            keys = recording.cache[hook_name("post", layer)][0]
+            neighbours.append(Neighbour(recording, keys.to(row) @ row))
+    return find_value(model, part.prompts, "mlp_out", layer, settings, neighbours)

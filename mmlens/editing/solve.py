@@ -1,0 +1,85 @@
+"""The update of a linear layer that gives some keys new values, in closed form.
+
+For a weight W0 [d_model, d_mlp], keys K [d_mlp, n] and values Z [d_model, n] (columns), the minimum
+of |W K - Z|^2 + lam |W - W0|^2 is
+
+    W0 + (Z - W0 K) (lam I + K^T K)^-1 K^T
+
+an update of rank n at most, for a system of n equations (Basu et al. 2024, section 5; with one key
+it is (z - W0 k) k^T / (lam + k^T k)). The layer's bias drops out of Z - W0 K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmlens.editing.edit import LowRank
+
+
+def closed_form(
+    residuals: Float[Tensor, "d_model edit"],
+    keys: Sequence[Float[Tensor, "d_mlp _"]],
+    lam: float,
+    kept: Float[Tensor, "d_mlp _"] | None = None,
+) -> LowRank:
+    """The update W - W0, of the rank of the number of edits; solved in float64.
+
+    Args:
+        residuals: Z - W0 K, one for each edit.
+        keys: of each edit one or several, which all get its residual.
+        lam: how much the weight's change counts.
+        kept: further keys, whose residual is zero: they are to keep their values.
+
+    Raises:
+        ValueError: negative `lam`; or zero, where keys depend on each other.
+
+    Example:
+        >>> delta = closed_form(residual[:, None], [key[:, None]], lam=0.01)
+    """
+    rows = update_rows(keys, lam, kept)
+    dtype = torch.promote_types(torch.promote_types(residuals.dtype, rows.dtype), torch.float32)
+    return LowRank(residuals.to(dtype), rows.to(dtype))
+
+
+def update_rows(
+    keys: Sequence[Float[Tensor, "d_mlp _"]],
+    lam: float,
+    kept: Float[Tensor, "d_mlp _"] | None = None,
+) -> Float[Tensor, "edit d_mlp"]:
+    """What of each edit's residual a key gets: row . key. They do not depend on the residuals.
+
+    Returns:
+        [edit, d_mlp], in the keys' dtype and float32 at least.
+
+    Raises:
+        ValueError: as `closed_form`.
+    """
+    if lam < 0:
+        raise ValueError(f"lam={lam}; it weighs the change of the weight, so it is 0 or more")
+    together = torch.cat([*keys, *([] if kept is None else [kept])], dim=1)
+    wide = together.double()
+    n = wide.shape[1]
+    gram = wide.T @ wide + lam * torch.eye(n, dtype=wide.dtype, device=wide.device)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed):
+        raise ValueError(
+            f"with lam={lam} there is no update: {n} keys depend on each other. Give a larger "
+            "lam, or each key once"
+        )
+    owners = torch.block_diag(*(torch.ones(1, each.shape[1]) for each in keys)).to(wide)
+    owners = torch.nn.functional.pad(owners, (0, n - owners.shape[1]))
+    rows = torch.cholesky_solve(owners.T, factor).T @ wide.T
+    return rows.to(torch.promote_types(together.dtype, torch.float32))
+
+
+def unlike(
+    keys: Float[Tensor, "d_mlp n"], others: Float[Tensor, "d_mlp _"], tolerance: float = 1e-2
+) -> Float[Tensor, "d_mlp _"]:
+    """Those of the keys that are not (almost) among the others, which are to get new values."""
+    distances = torch.cdist(keys.T.double(), others.T.double())
+    near = distances <= tolerance * others.double().norm(dim=0)
+    return keys[:, ~near.any(dim=1)]

@@ -1,0 +1,229 @@
+"""Keys of prompts, and the value that a key is to get.
+
+    z = z0 + delta,   delta = argmin of -log P(target | delta added at the key's position)
+
+The prompt is run once; each step of the optimisation is a branch of that recording, which computes
+the positions from the key on and the layers from the edited one on. So a step on a prompt of 576
+visual tokens costs a few positions of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmlens.answers import Answer, given_answer, with_answer
+from mmlens.beginnings import record_like
+from mmlens.branching import Recording
+from mmlens.editing.request import EditRequest
+from mmlens.hooks import add
+from mmlens.interventions import Intervention, hook_name
+
+if TYPE_CHECKING:
+    from mmlens.model import HookedMultimodalTransformer
+
+Objective = Callable[[Float[Tensor, " d_model"]], tuple[Float[Tensor, ""], float]]
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """How the value is optimised. How the defaults were chosen is in `docs/editing.md`.
+
+    Raises:
+        ValueError: a number of steps or another setting that makes no sense.
+    """
+
+    lr: float = 0.1
+    """Learning rate of Adam."""
+    steps: int = 30
+    """The most steps."""
+    stop_at: float = 0.98
+    """Probability of the target at which the optimisation ends (mean over the prompts)."""
+    weight_decay: float = 1e-3
+    """Weight of |delta| / |z0|^2 in the loss."""
+    clamp: float | None = 4.0
+    """|delta| is at most this times |z0|; None for no limit."""
+    first_token_only: bool = False
+    """Whether only the target's first token counts, as in the paper's script; else their joint
+    likelihood."""
+    kl_weight: float = 0.0
+    """Weight of KL(before || after) of the neighbours' next token."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.lr <= 0:
+            raise ValueError(f"steps={self.steps}, lr={self.lr}: both must be positive")
+        if self.clamp is not None and self.clamp <= 0:
+            raise ValueError(f"clamp={self.clamp}: nothing would be left of the edit")
+
+
+@dataclass(frozen=True, eq=False)
+class KeyPrompt:
+    """A prompt with its target behind it, run once."""
+
+    recording: Recording
+    answer: Answer
+    position: int
+    """Of the key."""
+
+    def keys(self, layer: int) -> Float[Tensor, "d_mlp pos"]:
+        """The down projection's input at every position of the prompt and the target."""
+        return self.recording.cache[hook_name("post", layer)][0].T
+
+    def at_position(self, site: str, layer: int) -> Float[Tensor, " width"]:
+        """An activation at the key's position."""
+        return self.recording.cache[hook_name(site, layer)][0, self.position]
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbour:
+    """A prompt that is to keep its next token, and how much of delta each position gets."""
+
+    recording: Recording
+    shares: Float[Tensor, " pos"]
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What is added to a key's value."""
+
+    delta: Float[Tensor, " d_model"]
+    probability: float
+    """Of the target where delta is added, mean over the prompts."""
+    steps: int
+
+
+def record_prompts(
+    model: HookedMultimodalTransformer,
+    request: EditRequest,
+    names: Sequence[str],
+    *,
+    first_token_only: bool = False,
+) -> list[KeyPrompt]:
+    """Run a request's prompts, what they have in common once.
+
+    Args:
+        names: hook points whose activations are kept.
+    """
+    found: list[KeyPrompt] = []
+    for given in request.prompts:
+        inputs = model.to_inputs(given)
+        answer = given_answer(model, inputs, request.target)
+        if first_token_only:
+            answer = replace(answer, tokens=answer.tokens[:1], positions=answer.positions[:1])
+        earlier = [each.recording for each in found]
+        recording = record_like(model, with_answer(inputs, answer), earlier, names)
+        found.append(KeyPrompt(recording, answer, request.position(inputs)))
+    return found
+
+
+def record_neighbours(
+    model: HookedMultimodalTransformer,
+    request: EditRequest,
+    names: Sequence[str],
+    like: Sequence[Recording],
+) -> list[Recording]:
+    """Run a request's neighbours, from where they differ from other prompts."""
+    found: list[Recording] = []
+    for inputs in request.neighbours:
+        found.append(record_like(model, model.to_inputs(inputs), [*like, *found], names))
+    return found
+
+
+def find_value(
+    model: HookedMultimodalTransformer,
+    prompts: Sequence[KeyPrompt],
+    site: str,
+    layer: int,
+    settings: ValueSettings,
+    neighbours: Sequence[Neighbour] = (),
+) -> Value:
+    """Optimise what is added at `site` of a layer, at the key of every prompt.
+
+    Args:
+        site: "mlp_out" or "resid_post".
+        neighbours: of which the divergence counts, where `settings.kl_weight` is not zero.
+    """
+    z0 = torch.stack([prompt.at_position(site, layer) for prompt in prompts])
+    z0 = z0.to(torch.promote_types(z0.dtype, torch.float32))
+    size = z0.norm(dim=1).mean().clamp(min=torch.finfo(z0.dtype).tiny)
+    objective = value_objective(prompts, site, layer, settings, neighbours, size)
+    limit = None if settings.clamp is None else settings.clamp * size
+    delta = torch.zeros_like(z0[0], requires_grad=True)
+    optimiser = torch.optim.Adam([delta], lr=settings.lr)
+    with frozen(model):
+        for step in range(settings.steps + 1):
+            with torch.enable_grad():
+                loss, probability = objective(delta)
+            if probability >= settings.stop_at or step == settings.steps:
+                break
+            [delta.grad] = torch.autograd.grad(loss, [delta])
+            optimiser.step()
+            if limit is not None:
+                with torch.no_grad():
+                    delta *= (limit / delta.norm().clamp(min=limit)).clamp(max=1.0)
+    return Value(delta.detach(), probability, step)
+
+
+def value_objective(
+    prompts: Sequence[KeyPrompt],
+    site: str,
+    layer: int,
+    settings: ValueSettings,
+    neighbours: Sequence[Neighbour],
+    size: Float[Tensor, ""],
+) -> Objective:
+    """From delta to the loss, and the target's mean probability.
+
+    Args:
+        size: |z0|, in whose units the weight decay is.
+    """
+    with torch.no_grad():
+        before = [last_log_softmax(each.recording.logits())[0] for each in neighbours]
+
+    def objective(delta: Float[Tensor, " d_model"]) -> tuple[Float[Tensor, ""], float]:
+        found = []
+        for prompt in prompts:
+            branch = [Intervention(site, layer, prompt.position, add(delta))]
+            logits = prompt.answer.log_probability
+            found.append(prompt.recording.run([branch], logits, positions=prompt.answer.positions))
+        log_probability = torch.stack(found)
+        loss = -log_probability.mean()
+        if settings.weight_decay and bool(delta.any()):  # the norm has no gradient at zero
+            loss = loss + settings.weight_decay * delta.norm() / size**2
+        if settings.kl_weight:
+            for each, expected in zip(neighbours, before, strict=True):
+                after = each.recording.run([moved(each, site, layer, delta)], last_log_softmax)
+                divergence = (expected.exp() * (expected - after[0, 0])).nan_to_num().sum()
+                loss = loss + settings.kl_weight * divergence / len(neighbours)
+        return loss, float(log_probability.detach().exp().mean())
+
+    return objective
+
+
+def moved(neighbour: Neighbour, site: str, layer: int, delta: Tensor) -> list[Intervention]:
+    """What the edit does to a neighbour: every position gets its share of delta."""
+    return [Intervention(site, layer, None, add(neighbour.shares[:, None] * delta))]
+
+
+def last_log_softmax(logits: Float[Tensor, "row 1 d_vocab"]) -> Float[Tensor, "row d_vocab"]:
+    """Logarithms of the next token's probabilities, in float64."""
+    return logits[:, 0].double().log_softmax(-1)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model without gradients of its own, which would keep every activation for them."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

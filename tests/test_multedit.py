@@ -1,0 +1,407 @@
+"""MultEdit: the closed form, the value's objective, and what an edit does to a model."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_models import DECODERS, SHAPES, hooked, random_llava, random_prompts
+from small_models import any_family, small_inputs, small_model, worded_model
+from torch import Tensor
+
+from mmlens import EditRequest, Intervention, multedit, multedit_many
+from mmlens.editing import MultEditSettings, SequentialEditor, augmented
+from mmlens.editing.multedit import down_weight, keyed, value_of
+from mmlens.editing.solve import closed_form, unlike, update_rows
+from mmlens.editing.value import ValueSettings, find_value, record_prompts, value_objective
+from mmlens.hooks import add
+from mmlens.inputs import MultimodalInputs
+from mmlens.interventions import hook_name
+
+SEEDS = st.integers(0, 2**31 - 1)
+LAMBDAS = st.sampled_from([1e-3, 0.01, 0.5, 4.0, 300.0])
+
+
+def matrix(*sizes: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+
+# The closed form
+
+
+@settings(max_examples=40)
+@given(SEEDS, st.integers(1, 9), st.integers(1, 12), st.integers(1, 15), LAMBDAS)
+def test_closed_form_solves_the_normal_equations(seed, d_model, d_mlp, n, lam):
+    """W (lam I + K K^T) = lam W0 + Z K^T, to rounding in float64; more keys than d_mlp as well."""
+    chance = torch.Generator().manual_seed(seed)
+    weight = matrix(d_model, d_mlp, generator=chance)
+    keys, values = matrix(d_mlp, n, generator=chance), matrix(d_model, n, generator=chance)
+    residuals = values - weight @ keys
+    delta = closed_form(residuals, list(keys.split(1, dim=1)), lam)
+    assert delta.left.shape == (d_model, n) and delta.right.shape == (n, d_mlp)
+    edited = weight + delta.dense()
+    gram = lam * torch.eye(d_mlp, dtype=torch.float64) + keys @ keys.T
+    wanted = lam * weight + values @ keys.T
+    # Backward stable: an error of eps x the condition number of K^T K + lam I.
+    condition = (lam + keys.square().sum()) / lam
+    size = float((gram.norm() * edited.norm() + wanted.norm()) * condition)
+    assert float((edited @ gram - wanted).norm()) <= 100 * torch.finfo(torch.float64).eps * size
+    if n == 1:  # rank one, as the paper has it
+        [k], [r] = keys.T, residuals.T
+        torch.testing.assert_close(delta.dense(), torch.outer(r, k) / (lam + k @ k))
+
+
+@settings(max_examples=20)
+@given(SEEDS, st.integers(1, 9), st.integers(2, 20))
+def test_without_lambda_keys_get_their_values(seed, d_model, d_mlp):
+    """And the limit lam -> 0 is continuous. Keys are orthogonal up to a factor of two."""
+    chance = torch.Generator().manual_seed(seed)
+    n = random.Random(seed).randint(1, d_mlp)
+    keys = torch.linalg.qr(matrix(d_mlp, n, generator=chance)).Q
+    keys = keys @ (torch.eye(n, dtype=torch.float64) + torch.ones(n, n, dtype=torch.float64) / n)
+    weight, values = (matrix(d_model, width, generator=chance) for width in (d_mlp, n))
+    columns = list(keys.split(1, dim=1))
+    for lam, tolerance in ((0.0, 1e-12), (1e-9, 1e-7)):
+        delta = closed_form(values - weight @ keys, columns, lam)
+        off = (weight + delta.dense()) @ keys - values
+        assert float(off.norm()) <= tolerance * float((values - weight @ keys).norm() + 1)
+
+
+@settings(max_examples=20)
+@given(SEEDS, LAMBDAS)
+def test_kept_keys_are_keys_with_a_residual_of_zero(seed, lam):
+    chance = torch.Generator().manual_seed(seed)
+    keys, kept = matrix(13, 3, generator=chance), matrix(13, 6, generator=chance)
+    residuals = matrix(5, 3, generator=chance)
+    columns = [*keys.split(1, dim=1), *kept.split(1, dim=1)]
+    all_of_them = torch.cat([residuals, torch.zeros(5, 6, dtype=torch.float64)], dim=1)
+    expected = closed_form(all_of_them, columns, lam).dense()
+    found = closed_form(residuals, columns[:3], lam, kept)
+    assert found.left.shape[1] == 3
+    torch.testing.assert_close(found.dense(), expected)
+    # Several keys of one edit get one residual, for the price of one rank.
+    together = closed_form(residuals[:, :2], [keys[:, :2], keys[:, 2:]], lam, kept)
+    repeated = closed_form(residuals[:, [0, 0, 1]], columns[:3], lam, kept)
+    assert together.left.shape[1] == 2
+    torch.testing.assert_close(together.dense(), repeated.dense())
+
+
+def test_keys_that_depend_on_each_other_need_lambda(seed: int) -> None:
+    key = torch.randn(7, 1)
+    with pytest.raises(ValueError, match=r"lam=0.*depend on each other"):
+        update_rows([key, torch.zeros(7, 1)], 0.0)
+    with pytest.raises(ValueError, match="lam=-1"):
+        update_rows([key], -1.0)
+    torch.testing.assert_close(update_rows([key, key], 1e-6).sum(dim=0) @ key, torch.ones(1))
+
+
+def test_keys_that_are_edited_are_not_kept(seed: int) -> None:
+    others = torch.randn(7, 3)
+    keys = torch.cat([others[:, 1:2] * 1.0001, torch.randn(7, 2) + 10, others[:, :1]], dim=1)
+    assert torch.equal(unlike(keys, others), keys[:, 1:3])
+    assert unlike(keys[:, :0], others).shape == (7, 0)
+
+
+# The value
+
+
+def request_for(
+    model, seed: int, n_prompts: int = 1, n_neighbours: int = 0, target: int = 5
+) -> EditRequest:
+    """Random prompts with a span somewhere in the text."""
+    chance = random.Random(seed)
+
+    def prompt(index: int) -> MultimodalInputs:
+        inputs = small_inputs(model, seed + index)
+        text = inputs.span("text").tolist()
+        at = chance.randrange(len(text) - 1)
+        return small_inputs(model, seed + index, spans={"constraint": text[: at + 1]})
+
+    prompts = [prompt(index) for index in range(n_prompts + n_neighbours)]
+    return EditRequest(
+        prompts[0], target, key_prompts=prompts[1:n_prompts], neighbours=prompts[n_prompts:]
+    )
+
+
+def names(layer: int) -> list[str]:
+    return [hook_name("post", layer), hook_name("mlp_out", layer)]
+
+
+@settings(max_examples=10)
+@given(SEEDS, st.sampled_from(["mlp_out", "resid_post"]), st.sampled_from([False, True]))
+def test_the_gradient_is_that_of_full_passes(seed, site, first_token_only):
+    """In float64, to 1e-9: of the joint likelihood, over several prompts, with KL and decay."""
+    model = any_family(seed).double()
+    layer = random.Random(seed).randrange(model.cfg.n_layers)
+    request = request_for(model, seed, n_prompts=2, n_neighbours=1)
+    chosen = ValueSettings(weight_decay=0.3, kl_weight=0.7)
+    answers = [5, 7, 6][: 1 if first_token_only else 3]
+    prompts = with_tokens(model, request, [*names(layer), hook_name(site, layer)], answers)
+    neighbour = recorded_neighbour(model, request, seed)
+    size = torch.tensor(1.7, dtype=torch.float64)
+    objective = value_objective(prompts, site, layer, chosen, [neighbour], size)
+    start = torch.randn(model.cfg.d_model, dtype=torch.float64)
+    delta = start.clone().requires_grad_()
+    loss, probability = objective(delta)
+    [gradient] = torch.autograd.grad(loss, delta)
+
+    full = start.clone().requires_grad_()
+    found = []
+    for prompt in prompts:
+        where = Intervention(site, layer, prompt.position, add(full))
+        logits = model.run_with_hooks(prompt.recording.inputs, fwd_hooks=where.fwd_hooks())
+        told = logits[0, prompt.answer.positions].log_softmax(-1)
+        found.append(sum(told[i, token] for i, token in enumerate(answers)))
+    expected = -torch.stack(found).mean() + 0.3 * full.norm() / 1.7**2
+    inputs = neighbour.recording.inputs
+    moved = Intervention(site, layer, None, add(neighbour.shares[:, None] * full))
+    after = model.run_with_hooks(inputs, fwd_hooks=moved.fwd_hooks())[0, -1].log_softmax(-1)
+    before = model(inputs)[0, -1].log_softmax(-1)
+    expected = expected + 0.7 * (before.exp() * (before - after)).sum()
+    [wanted] = torch.autograd.grad(expected, full)
+    assert abs(float((loss - expected).detach())) <= 1e-9 * max(1.0, abs(float(expected.detach())))
+    assert float((gradient - wanted).norm()) <= 1e-9 * max(1.0, float(wanted.norm()))
+    assert probability == pytest.approx(float(torch.stack(found).exp().mean()))
+
+
+def with_tokens(model, request: EditRequest, names: list[str], tokens: list[int]):
+    """Recorded prompts, as if the target were these tokens (these models have no tokenizer)."""
+    prompts = record_prompts(model, request, names)
+    told = torch.tensor(tokens)
+    found = []
+    for prompt, inputs in zip(prompts, request.prompts, strict=True):
+        positions = torch.arange(inputs.n_pos - 1, inputs.n_pos - 1 + len(told))
+        answer = replace(prompt.answer, tokens=told, positions=positions)
+        recording = prompt.recording.record(inputs.append(told[:-1]), names)
+        found.append(replace(prompt, recording=recording, answer=answer))
+    return found
+
+
+def recorded_neighbour(model, request: EditRequest, seed: int):
+    from mmlens.editing.value import Neighbour
+
+    recording = model.record(request.neighbours[0])
+    shares = torch.randn(recording.inputs.n_pos, generator=torch.Generator().manual_seed(seed))
+    return Neighbour(recording, shares.double())
+
+
+def test_the_target_is_the_whole_text(seed: int) -> None:
+    """Joint likelihood of all its tokens, or of the first alone."""
+    model = worded_model(seed)
+    inputs = model.prepare(
+        "<image>what is this?", None or picture(seed), spans={"constraint": "this"}
+    )
+    request = EditRequest(inputs, "an answer")
+    [whole] = record_prompts(model, request, names(0))
+    [first] = record_prompts(model, request, names(0), first_token_only=True)
+    assert len(whole.answer.tokens) > 1 and len(first.answer.tokens) == 1
+    assert whole.recording.inputs.n_pos == inputs.n_pos + len(whole.answer.tokens) - 1
+    assert first.recording.inputs.n_pos == inputs.n_pos
+    log_probs = model(inputs.append(whole.answer.tokens))[0].log_softmax(-1)
+    expected = sum(
+        float(log_probs[inputs.n_pos - 1 + i, token])
+        for i, token in enumerate(whole.answer.tokens.tolist())
+    )
+    found = whole.answer.log_probability(whole.recording.logits(whole.answer.positions))
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
+def picture(seed: int):
+    import small_models
+
+    return small_models.picture(seed)
+
+
+def test_delta_stays_within_the_clamp_and_ends_early(seed: int) -> None:
+    model = any_family(seed)
+    request = request_for(model, seed)
+    prompts = record_prompts(model, request, names(0))
+    z0 = prompts[0].at_position("mlp_out", 0).norm()
+    for clamp in (1e-3, 0.3):
+        chosen = ValueSettings(lr=5.0, steps=3, stop_at=2.0, clamp=clamp)
+        value = find_value(model, prompts, "mlp_out", 0, chosen)
+        assert value.steps == 3
+        assert float(value.delta.norm()) <= clamp * float(z0) * (1 + 1e-5)
+    value = find_value(model, prompts, "mlp_out", 0, ValueSettings(stop_at=0.0))
+    assert value.steps == 0 and not value.delta.any()
+
+
+def test_gradients_of_the_model_are_as_before(seed: int) -> None:
+    model = any_family(seed)
+    model.blocks[0].mlp.up.weight.requires_grad_(True)
+    multedit(model, request_for(model, seed), layer=0, steps=2)
+    wanted = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert wanted == ["blocks.0.mlp.up.weight"]
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+# The edit
+
+
+@settings(max_examples=5)
+@given(SEEDS)
+def test_every_position_gets_its_share_of_delta(seed):
+    """The edited model is the model with delta added, everywhere by what its key has of the key.
+
+    In float64, where the update is rounded to float32: 1e-4 of the logits.
+    """
+    model = any_family(seed).double()
+    layer = random.Random(seed).randrange(model.cfg.n_layers)
+    request = request_for(model, seed, n_prompts=2, n_neighbours=1)
+    options = {"steps": 3, "key": "each", "preserve": "both", "kl_weight": 0.2, "lam": 0.3}
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    edit = multedit(model, request, layer=layer, **options)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name])
+    chosen = MultEditSettings(**options)
+    part = keyed(model, request, layer, chosen)
+    value = value_of(model, part, layer, chosen)
+    [row] = update_rows([part.keys], chosen.lam, part.kept)
+    for inputs in (*request.prompts, *request.neighbours):
+        _, cache = model.run_with_cache(inputs, names_filter=names(layer)[:1])
+        shares = cache[names(layer)[0]][0] @ row
+        hooks = Intervention("mlp_out", layer, None, add(shares[:, None] * value.delta)).fwd_hooks()
+        expected = model.run_with_hooks(inputs, fwd_hooks=hooks)
+        with edit.applied(model):
+            found = model(inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "biases", "tied", *DECODERS])
+def test_every_family_edits(seed: int, tmp_path, name: str) -> None:
+    """At the key the MLP then gives the optimised value; with lam = 0 all of it."""
+    reference = random_llava(SHAPES[name])
+    model = hooked(reference, tmp_path)
+    prompts = random_prompts(reference.config, [1], text_last=True)
+    layer = random.randrange(model.cfg.n_layers)
+    inputs = prompts.for_mmlens(model)
+    last = inputs.span("last").tolist()
+    inputs = model.inputs_from_tokens(
+        prompts.tokens, prompts.pixel_values, spans={"constraint": last}
+    )
+    edit = multedit(model, inputs, 9, layer=layer, lam=0.0, steps=4, stop_at=2.0)
+    site = hook_name("mlp_out", layer)
+    _, before = model.run_with_cache(inputs, names_filter=site)
+    with edit.applied(model):
+        logits, after = model.run_with_cache(inputs, names_filter=site)
+    delta = edit.deltas[down_weight(layer)].left[:, 0]
+    assert float(delta.norm()) > 0
+    moved = after[site][0, last[0]] - before[site][0, last[0]]
+    torch.testing.assert_close(moved, delta, rtol=1e-3, atol=1e-3 * float(delta.norm()))
+    where = Intervention("mlp_out", layer, last, add(delta)).fwd_hooks()
+    probability = model.run_with_hooks(inputs, fwd_hooks=where)[0, -1].softmax(-1)[9]
+    assert edit.metadata["probability"] == pytest.approx([float(probability)], rel=1e-3, abs=1e-6)
+    assert logits.isfinite().all()
+
+
+def test_many_edits_are_solved_together(seed: int) -> None:
+    """Each key gets its own value: lam is small, and the keys are different ones."""
+    model = small_model(seed, d_mlp=29, n_layers=3).double()
+    requests = [request_for(model, seed + 100 * i, target=5 + i) for i in range(3)]
+    edit = multedit_many(model, requests, layer=1, lam=1e-12, steps=2, stop_at=2.0)
+    delta = edit.deltas["blocks.1.mlp.down.weight"]
+    assert delta.left.shape[1] == 3
+    assert edit.metadata["target"] == [5, 6, 7] and len(edit.metadata["requests"]) == 3
+    for index, request in enumerate(requests):
+        alone = multedit(model, request, layer=1, lam=1e-12, steps=2, stop_at=2.0)
+        torch.testing.assert_close(
+            alone.deltas["blocks.1.mlp.down.weight"].left[:, 0], delta.left[:, index]
+        )
+    keys = torch.cat([keyed(model, r, 1, MultEditSettings()).keys for r in requests], dim=1)
+    # The error of a solve with lam = 1e-12 is relative to the smallest eigenvalue of K^T K.
+    weakest = float(torch.linalg.eigvalsh(keys.T @ keys).min())
+    off = float((delta.dense() @ keys - delta.left).norm())
+    assert off <= 1e-9 / weakest * float(delta.left.norm() * (1 + keys.norm() ** 2))
+
+
+def test_sequential_edits_keep_what_the_earlier_keys_give(seed: int) -> None:
+    model = small_model(seed, d_mlp=29, n_layers=3).double()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    requests = [request_for(model, seed + 100 * i, target=5 + i) for i in range(3)]
+    options = {"layer": 1, "lam": 1e-12, "steps": 2, "stop_at": 2.0}
+    weight = model.blocks[1].mlp.down.weight
+    with SequentialEditor(model, **options) as editor:
+        told = []
+        for request in requests:
+            edit = editor.add(request)
+            key = keyed(model, request, 1, MultEditSettings()).keys
+            told.append((key, weight @ key))
+            assert editor.edits[-1] is edit and editor.edit.is_applied(model)
+            keys = torch.cat([k for k, _ in told], dim=1)
+            weakest = float(torch.linalg.eigvalsh(keys.T @ keys).min())
+            for k, value in told:
+                slack = 1e-9 / weakest * (1 + float(keys.norm() ** 2)) * float(weight.norm())
+                assert float((weight @ k - value).norm()) <= slack * float(k.norm() + 1)
+        assert len(editor.edit.parts) == 3
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    assert editor.edit is None and editor.edits == []
+
+
+def test_a_fact_that_is_edited_again_gets_the_new_answer(seed: int) -> None:
+    """Its key is not kept; so the second edit is what it would be without a history."""
+    model = small_model(seed, n_layers=3)
+    request = request_for(model, seed, target=5)
+    options = {"layer": 1, "steps": 2, "stop_at": 2.0}
+    with SequentialEditor(model, **options) as editor:
+        editor.add(request)
+        second = editor.add(replace(request, target=6))
+    with SequentialEditor(model, history=False, **options) as editor:
+        editor.add(request)
+        alone = editor.add(replace(request, target=6))
+    name = "blocks.1.mlp.down.weight"
+    torch.testing.assert_close(second.deltas[name].dense(), alone.deltas[name].dense())
+    with pytest.raises(ValueError, match="only multedit"):
+        SequentialEditor(model, multedit_many, history=True, layer=1)
+
+
+# Requests
+
+
+def test_augmented_pictures_are_a_little_different(seed: int) -> None:
+    model = small_model(seed)
+    inputs = small_inputs(model, seed, images=(2,), spans={"constraint": [0]})
+    changed = augmented(inputs, 3, seed=seed)
+    assert len(changed) == 3
+    for each in changed:
+        assert each.pixel_values.shape == inputs.pixel_values.shape
+        assert each.span("constraint").tolist() == [0]
+        assert not torch.equal(each.pixel_values, inputs.pixel_values)
+    same = augmented(inputs, 3, seed=seed)[1]
+    assert torch.equal(same.pixel_values, changed[1].pixel_values)
+    assert not torch.equal(changed[0].pixel_values, changed[1].pixel_values)
+    [kept] = augmented(inputs, 1, crop=0.0, light=0.0)
+    torch.testing.assert_close(kept.pixel_values, inputs.pixel_values)
+    with pytest.raises(ValueError, match="no picture"):
+        augmented(small_inputs(model, seed, images=(0,)), 1)
+    with pytest.raises(ValueError, match="crop=1"):
+        augmented(inputs, 1, crop=1.0)
+
+
+def test_what_cannot_be_edited_is_said(seed: int) -> None:
+    model = small_model(seed, n_layers=3)
+    inputs = small_inputs(model, seed, spans={"constraint": [1]})
+    request = EditRequest(inputs, 5)
+    with pytest.raises(ValueError, match="give the target"):
+        multedit(model, inputs, layer=0)
+    with pytest.raises(ValueError, match="hold their own targets"):
+        multedit(model, request, 4, layer=0)
+    with pytest.raises(ValueError, match="nothing to edit"):
+        multedit_many(model, [], layer=0)
+    with pytest.raises(ValueError, match=r"layers \[3\]: they must be among 0 ... 2"):
+        multedit(model, request, layer=3)
+    with pytest.raises(TypeError, match="momentum"):
+        multedit(model, request, layer=0, momentum=0.9)
+    for wrong in ({"lam": -1.0}, {"steps": 0}, {"lr": 0.0}, {"clamp": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            multedit(model, request, layer=0, **wrong)
+    with pytest.raises(KeyError, match="no span is called 'subject'"):
+        EditRequest(inputs, 5, span="subject")
+    with pytest.raises(ValueError, match="one prompt at a time"):
+        EditRequest(small_inputs(model, seed, images=(1, 1)), 5)
+    with pytest.raises(ValueError, match="target is empty"):
+        EditRequest(inputs, "")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        multedit(model, EditRequest(inputs, "Rome"), layer=0)
