@@ -7,7 +7,7 @@ what comes back are reports.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mmlens.sweeps.folder import ShardReport
 from mmlens.sweeps.plan import Shard, Turns
@@ -23,6 +23,7 @@ Remark = Callable[[str], None]
 """Takes a line for the log."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Something that runs shards."""
 
