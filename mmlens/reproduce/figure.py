@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly import graph_objects as go
 
+    from mmlens.editing.bench import EditBench
+    from mmlens.editing.bench_settings import BenchSettings
     from mmlens.reproduce.settings import Settings
     from mmlens.reproduce.study import Study
 
@@ -38,7 +40,7 @@ class Figure:
     """Further settings of this figure."""
 
 
-def write(made: Figure, study: Study, out: str | Path) -> list[Path]:
+def write(made: Figure, study: Study | EditBench, out: str | Path) -> list[Path]:
     """Write `NAME/` in `out`: figure.html and .png, tables as csv, raw.parquet, settings.json.
 
     The settings come last: where they are, the rest is complete. Without a browser there is no png.
@@ -69,7 +71,7 @@ def write(made: Figure, study: Study, out: str | Path) -> list[Path]:
     return written
 
 
-def stamp(name: str, settings: Settings) -> dict[str, Any]:
+def stamp(name: str, settings: Settings | BenchSettings) -> dict[str, Any]:
     """What says whether a figure is that of these settings."""
     return {
         "figure": name,

@@ -1,0 +1,131 @@
+"""What a benchmark of editing does: which cases, by which methods, in which layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmlens.data import EditCase, demo_edits, edit_cases, mmedit
+from mmlens.data.opening import open_questions
+from mmlens.editing import METHODS
+
+if TYPE_CHECKING:
+    from mmlens.model import HookedMultimodalTransformer
+
+__all__ = ["BenchSettings", "Variant", "default_layer", "open_cases"]
+
+DEPTH = 2 / 32
+"""Which layer is edited by default, as a share: the paper's is 2 of 32."""
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Everything that the results depend on; it is written next to them."""
+
+    model: str = "demo"
+    data: str = "demo"
+    """"demo" (or "demo:correct"), "demo:counterfactual", "demo:invented", "mmedit:PATH",
+    "vlkeb:PATH"; or questions as `open_questions` names them, whose answers are inserted."""
+    images: str | None = None
+    """The folder of the pictures; by default that of the file."""
+    methods: tuple[str, ...] = ("multedit",)
+    """Names of `METHODS`; NAME@2, NAME@2-4 or NAME@all is edited in these layers together."""
+    layers: tuple[int, ...] | None = None
+    """For methods without an @: each of these layers by itself. None is `default_layer`."""
+    limit: int = 100
+    method_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Arguments by the method's name: {"multedit": {"steps": 20}}."""
+    n_key_questions: int = 0
+    """How many of a case's `key_questions` a method is given."""
+    n_kept: int = 0
+    """How many of its `kept` neighbours."""
+    unrelated: tuple[str, ...] = ()
+    """Data sets of questions that no edit is about, as `open_questions` names them."""
+    unrelated_images: str | None = None
+    """The folder of their pictures; by default that of each file."""
+    annotations: tuple[str, str] | None = None
+    """OK-VQA's questions and annotations, with its answers."""
+    n_unrelated: int = 8
+    """How many of each are drawn for each edit."""
+    texts: str | None = None
+    """A file of text, a paragraph per line, for the covariance that ROME and MEMIT need."""
+    template: str | None = "auto"
+    sequential: bool = False
+    """Edit one case after the other instead, without taking the edits back."""
+    at: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
+    """After how many edits of a sequence to ask."""
+    samples: int = 2000
+    level: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method in some layers: what one line of the results is about."""
+
+    method: str
+    layer: int | tuple[int, ...] | None
+    """None is all layers."""
+
+    @property
+    def label(self) -> str:
+        """The method, and where it edits."""
+        return f"{self.method}@{self.where}"
+
+    @property
+    def where(self) -> str:
+        """Its layers as text."""
+        if self.layer is None:
+            return "all"
+        if isinstance(self.layer, int):
+            return str(self.layer)
+        return f"{self.layer[0]}-{self.layer[-1]}"
+
+    @classmethod
+    def parsed(cls, text: str, layers: Sequence[int]) -> list[Variant]:
+        """The variants that a name stands for: "multedit", "rome@3", "memit@2-4", "lora@all".
+
+        Args:
+            layers: of a name without an @.
+
+        Raises:
+            ValueError: no such method, or no layers behind the @.
+        """
+        name, at, where = text.partition("@")
+        if name not in METHODS:
+            raise ValueError(f"no editing method {name!r}; there are {', '.join(METHODS)}")
+        if not at:
+            return [cls(name, layer) for layer in layers]
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", where)
+        if found is None and where != "all":
+            raise ValueError(f"{text!r}: behind the @ is a layer, a range like 2-4, or 'all'")
+        if found is None:
+            return [cls(name, None)]
+        first, last = int(found[1]), int(found[2] or found[1])
+        if first > last:
+            raise ValueError(f"{text!r}: layers {first} to {last} are none")
+        return [cls(name, first if first == last else tuple(range(first, last + 1)))]
+
+
+def default_layer(model: HookedMultimodalTransformer) -> int:
+    """An early layer: the paper's 2 of 32, in proportion. `causal_trace` says which are causal."""
+    return min(model.cfg.n_layers - 1, max(1, round(DEPTH * model.cfg.n_layers)))
+
+
+def open_cases(settings: BenchSettings) -> Sequence[EditCase]:
+    """The cases that the settings name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such data, or a file of another kind.
+    """
+    name, _, rest = settings.data.partition(":")
+    if name == "demo":
+        return demo_edits(rest or "correct", seed=settings.seed)
+    if name in ("mmedit", "vlkeb"):
+        return mmedit(rest, settings.images or Path(rest).parent)
+    questions = open_questions(settings.data, settings.images, seed=settings.seed)
+    return edit_cases(questions, seed=settings.seed)
