@@ -1,0 +1,138 @@
+"""Every code block of the README and of docs/, and every notebook, runs on the demo model.
+
+Python blocks of a page share one namespace; of the other blocks, commands that begin with `mmlens`
+are run. A block behind `<!-- not run: reason -->` is only parsed. Pages are run in a folder with
+`flag.png` (Italy's) and the files that `PREPARED` writes for them.
+"""
+
+import ast
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import plotly.graph_objects as go
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from mmlens import HookedMultimodalTransformer, demo_questions
+from mmlens.cli.app import app
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^>]+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    reason: str | None
+    line: int
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for found in BLOCK.finditer(text):
+        line = text[: found.start("code")].count("\n")
+        yield Block(found["language"], found["code"], found["reason"], line)
+
+
+def commands(code: str) -> list[list[str]]:
+    """The calls of mmlens in a block for a terminal."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("mmlens ")]
+
+
+def okvqa_files(folder: Path) -> None:
+    """One question of OK-VQA, its annotation and its picture."""
+    (folder / "coco" / "val2014").mkdir(parents=True)
+    picture = "COCO_val2014_000000000042.jpg"
+    Image.new("RGB", (8, 8)).save(folder / "coco" / "val2014" / picture)
+    asked = {"question_id": 425, "image_id": 42, "question": "What is this?"}
+    answers = [{"answer": "pony tail", "raw_answer": "pony tail", "answer_confidence": "yes"}] * 10
+    names = ("OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json")
+    (folder / names[0]).write_text(json.dumps({"questions": [asked]}))
+    annotation = {"question_id": 425, "image_id": 42, "answers": answers}
+    (folder / names[1]).write_text(json.dumps({"annotations": [annotation]}))
+    row = f"0,What is this?,this,./val2014/{picture}"
+    (folder / "okvqa.csv").write_text(f",question,main_entity,image_url\n{row}\n")
+
+
+def answered(folder: Path) -> dict[str, torch.Tensor]:
+    """What `predict_correctness` is given."""
+    okvqa_files(folder)
+    right = torch.arange(60) % 3 > 0
+    return {
+        "right": right,
+        "confidence": torch.rand(60) + right,
+        "contributions": torch.rand(60, 30) + right[:, None],
+    }
+
+
+PREPARED: dict[str, Callable[[Path], dict[str, torch.Tensor] | None]] = {"attention": answered}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty folder with a flag; figures are not shown; the demo model is loaded once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(go.Figure, "show", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(HookedMultimodalTransformer, "from_pretrained", demo_model)
+    italy = next(q for q in demo_questions(relation="capital") if q.subject == "Italy")
+    italy.open_images()[0].save(tmp_path / "flag.png")
+    return tmp_path
+
+
+load = HookedMultimodalTransformer.from_pretrained
+
+
+@lru_cache(maxsize=2)
+def demo_model(name: str, **options: object) -> HookedMultimodalTransformer:
+    assert name.startswith("demo"), f"{name} cannot be loaded in a test"
+    return load(name, **options)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_runs(page: Path, folder: Path) -> None:
+    namespace: dict[str, object] = {"__name__": "__page__"}
+    namespace.update(PREPARED.get(page.stem, lambda folder: None)(folder) or {})
+    for block in blocks(page):
+        where = f"{page.name}, line {block.line}"
+        if block.language == "python":
+            tree = compile(block.code, where, "exec", flags=ast.PyCF_ONLY_AST)
+            if block.reason is None:
+                exec(compile(tree, where, "exec"), namespace)
+        elif not block.language and block.reason is None:
+            for command in commands(block.code):
+                result = CliRunner().invoke(app, command)
+                assert result.exit_code == 0, f"{where}: mmlens {command}\n{result.output}"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_every_notebook_runs(notebook: Path, folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MMLENS_CHECK", "1")  # where a larger model is meant
+    exec(compile(notebook.read_text(encoding="utf-8"), str(notebook), "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_targets_of_make_that_pages_name() -> None:
+    known = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for block in blocks(page):
+            named = re.findall(r"^make ([\w-]+)", block.code, re.MULTILINE)
+            assert set(named) <= known, page.name
