@@ -140,7 +140,7 @@ def test_an_evaluation_is_what_plain_runs_say(seed, model):
     table = found.to_dataframe()
     assert table["group"].tolist() == [
         *("efficacy", "paraphrases", "other images", "same image", "text", "portability"),
-        *("others", "others"),
+        *("unrelated: others",) * 2,
     ]
     asked = [each for group in case.groups().values() for each in group]
     asked += [next(q for q in others if q.source == s) for s in table["question"][len(asked) :]]

@@ -69,8 +69,7 @@ def edit(
     options.check_device(device)
 
     loaded = open_model(model, device, dtype)
-    from mmlens.editing import METHODS as functions
-    from mmlens.editing.bench_settings import default_layer
+    from mmlens.editing.bench_settings import called, default_layer
 
     layer = default_layer(loaded) if layer is None else layer
     with explained():
@@ -81,10 +80,7 @@ def edit(
             template=options.template_of(template),
         )
         with waiting(f"editing layer {layer} ..."):
-            try:
-                made = functions[method](loaded, inputs, target, layer=layer, **chosen)
-            except TypeError as error:  # an unknown setting
-                raise UserError(f"--set: {error}") from error
+            made = called(method, loaded, inputs, target, layer=layer, **chosen)
     print_edit(loaded, inputs, made, question=question, target=target)
     path = made.save(folder / FILE)
     console().print(f"\nsaved {escape(str(path))}", soft_wrap=True)

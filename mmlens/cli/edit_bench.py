@@ -127,6 +127,11 @@ def edit_bench(
         _, counts = bench.chosen
     err().print(", ".join(f"{what} {n}" for what, n in counts.items()), style="dim")
     with progress_bar("editing") as moved, explained():
-        written = bench.run(folder, moved)
+        found = bench.evaluations(folder, moved)
+    with waiting("drawing ..."):
+        written = bench.write(found, folder)
+    for variant, each in found.items():
+        for reason, n in each.metadata["failed"].items():
+            err().print(f"{variant.label}: {n} edits could not be made: {reason}", soft_wrap=True)
     for path in written:
         console().print(escape(str(path)), soft_wrap=True)

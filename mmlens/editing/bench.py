@@ -28,7 +28,13 @@ from mmlens.data import EditCase, VisualQuestion
 from mmlens.data.opening import open_questions
 from mmlens.editing import METHODS
 from mmlens.editing.asking import Examiner
-from mmlens.editing.bench_settings import BenchSettings, Variant, default_layer, open_cases
+from mmlens.editing.bench_settings import (
+    BenchSettings,
+    Variant,
+    called,
+    default_layer,
+    open_cases,
+)
 from mmlens.editing.covariance import KeyCovariance, key_covariance
 from mmlens.editing.edit import Edit
 from mmlens.editing.edit_evaluation import EditEvaluation
@@ -72,7 +78,7 @@ class EditBench:
         self.all_cases = open_cases(settings) if cases is None else cases
         if unrelated is None:
             unrelated = {
-                name: open_questions(
+                name.partition(":")[0]: open_questions(
                     name, settings.unrelated_images, settings.annotations, seed=settings.seed
                 )
                 for name in settings.unrelated
@@ -126,7 +132,7 @@ class EditBench:
                     question.open_images(), question.spans()
                 cases.append(case)
             except ValueError as error:
-                dropped[f"{type(error).__name__}"] += 1
+                dropped[f"cannot be asked ({type(error).__name__})"] += 1
         counts = {"considered": considered, **dropped, "used": len(cases)}
         if not cases:
             raise ValueError(f"none of {considered} cases can be asked: {counts}")
@@ -166,9 +172,10 @@ class EditBench:
         """The edit of a case by a method.
 
         Raises:
+            UnknownSettingError: the method has no such setting.
             ValueError: the method cannot; it has diverged, say.
         """
-        return METHODS[variant.method](self.model, self.request(case), **self.arguments(variant))
+        return called(variant.method, self.model, self.request(case), **self.arguments(variant))
 
     # Running
 
@@ -186,32 +193,42 @@ class EditBench:
         Raises:
             ValueError: no case can be asked.
         """
+        return self.write(self.evaluations(out, progress), out)
+
+    def write(self, found: Mapping[Variant, EditEvaluation], out: str | Path) -> list[Path]:
+        """Tables and figures of what `evaluations` gave; returns their files."""
         from mmlens.editing.bench_figures import figures
         from mmlens.reproduce.figure import write
 
-        found = self.evaluations(out, progress)
         return [path for made in figures(self, found) for path in write(made, self, out)]
 
     def evaluations(
         self, out: str | Path, progress: Progress | None = None
     ) -> dict[Variant, EditEvaluation]:
-        """What was found for each variant; from the folder where it is there already."""
+        """What was found for each variant; from the folder where it is there already.
+
+        `metadata["failed"]` counts the edits that could not be made, by the reason.
+        """
         run = self._sequences if self.settings.sequential else self._single
         found: dict[Variant, list[EditEvaluation]] = {variant: [] for variant in self.variants}
         total = len(self.chosen[0]) * len(self.variants)
-        done = 0
-        for variant, evaluation, n in run(Path(out)):
-            found[variant].append(evaluation)
-            done += n
+
+        def moved(done: int) -> None:
             if progress is not None:
                 progress(done, total)
+
+        for variant, evaluation in run(Path(out), moved):
+            found[variant].append(evaluation)
         return {
-            variant: EditEvaluation.joined(each, failed=sum(x.metadata["failed"] for x in each))
+            variant: EditEvaluation.joined(each, failed=failures(each))
             for variant, each in found.items()
         }
 
-    def _single(self, out: Path) -> Iterator[tuple[Variant, EditEvaluation, int]]:
+    def _single(
+        self, out: Path, moved: Callable[[int], None]
+    ) -> Iterator[tuple[Variant, EditEvaluation]]:
         """Case by case, by all methods."""
+        done = 0
         examiner = Examiner(self.model, template=self.settings.template)
         for case in self.chosen[0]:
             examination = Examination(examiner, case, self.unrelated)
@@ -222,33 +239,37 @@ class EditBench:
                     found = self._evaluated(examination, variant)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     found.save(path)
-                yield variant, found, 1
+                done += 1
+                moved(done)
+                yield variant, found
 
     def _evaluated(self, examination: Examination, variant: Variant) -> EditEvaluation:
         """One edit; where it cannot be made, the model as it is, counted as failed."""
         assert examination.before is not None  # asked of the unedited model
-        seconds, memory, failed = torch.nan, 0, 0
+        seconds, memory, failed = torch.nan, 0, ""
         applied: AbstractContextManager[Any] = nullcontext()
         try:
             edit, seconds, memory = measured(
                 self.model, lambda: self.edit(variant, examination.case)
             )
             applied = edit.applied(self.model)
-        except ValueError:
-            failed = 1
+        except ValueError as error:
+            failed = str(error)
         with applied:
             found = examination.after(seconds=seconds, memory=memory)
         return replace(found, metadata={**self.stamp(variant), "failed": failed})
 
-    def _sequences(self, out: Path) -> Iterator[tuple[Variant, EditEvaluation, int]]:
+    def _sequences(
+        self, out: Path, moved: Callable[[int], None]
+    ) -> Iterator[tuple[Variant, EditEvaluation]]:
         """Method by method, all cases in a row."""
         cases = self.chosen[0]
-        for variant in self.variants:
+        for index, variant in enumerate(self.variants):
             folder = out / "sequences" / variant.label
             folder.mkdir(parents=True, exist_ok=True)
             files = {n: folder / f"{n}.safetensors" for n in {*self.settings.at, len(cases)}}
             read = {n: self._read(path, variant, cases[:n]) for n, path in files.items()}
-            metadata = {**self.stamp(variant), "failed": 0}
+            metadata = {**self.stamp(variant), "failed": ""}
 
             def keep(
                 number: int,
@@ -260,20 +281,19 @@ class EditBench:
 
             method = METHODS[variant.method]
             with SequentialEditor(self.model, method, **self.arguments(variant)) as editor:
-                yield (
-                    variant,
-                    evaluate_sequence(
-                        editor,
-                        self.request,
-                        cases,
-                        at=self.settings.at,
-                        unrelated=self.unrelated,
-                        template=self.settings.template,
-                        done={n: each for n, each in read.items() if each is not None},
-                        found=keep,
-                    ),
-                    len(cases),
+                found = evaluate_sequence(
+                    editor,
+                    self.request,
+                    cases,
+                    at=self.settings.at,
+                    unrelated=self.unrelated,
+                    template=self.settings.template,
+                    done={n: each for n, each in read.items() if each is not None},
+                    found=keep,
+                    progress=lambda done, total, before=index: moved(before * total + done),  # type: ignore[misc]
                 )
+            moved((index + 1) * len(cases))
+            yield variant, replace(found, metadata=metadata)
 
     # Files
 
@@ -302,6 +322,11 @@ class EditBench:
         same = {name: found.metadata.get(name) for name in expected} == expected
         known = not cases or found.case == tuple(case.source for case in cases)
         return found if same and known else None
+
+
+def failures(evaluations: Sequence[EditEvaluation]) -> dict[str, int]:
+    """The reasons for which edits could not be made, and how many each stopped."""
+    return dict(Counter(each.metadata["failed"] for each in evaluations if each.metadata["failed"]))
 
 
 def file_name(case: EditCase) -> str:

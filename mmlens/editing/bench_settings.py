@@ -13,10 +13,22 @@ from mmlens.data.opening import open_questions
 from mmlens.editing import METHODS
 
 if TYPE_CHECKING:
+    from mmlens.editing import Edit
+    from mmlens.editing.request import EditRequest
+    from mmlens.inputs import MultimodalInputs
     from mmlens.model import HookedMultimodalTransformer
 
-__all__ = ["BenchSettings", "Variant", "default_layer", "open_cases"]
+__all__ = [
+    "BenchSettings",
+    "UnknownSettingError",
+    "Variant",
+    "called",
+    "default_layer",
+    "open_cases",
+]
 
+ONE_LAYER = ("multedit", "rome")
+"""Methods that edit one layer, and no more together."""
 DEPTH = 2 / 32
 """Which layer is edited by default, as a share: the paper's is 2 of 32."""
 
@@ -102,6 +114,8 @@ class Variant:
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", where)
         if found is None and where != "all":
             raise ValueError(f"{text!r}: behind the @ is a layer, a range like 2-4, or 'all'")
+        if name in ONE_LAYER and (found is None or found[2] not in (None, found[1])):
+            raise ValueError(f"{text!r}: {name} edits one layer, like {name}@2")
         if found is None:
             return [cls(name, None)]
         first, last = int(found[1]), int(found[2] or found[1])
@@ -113,6 +127,31 @@ class Variant:
 def default_layer(model: HookedMultimodalTransformer) -> int:
     """An early layer: the paper's 2 of 32, in proportion. `causal_trace` says which are causal."""
     return min(model.cfg.n_layers - 1, max(1, round(DEPTH * model.cfg.n_layers)))
+
+
+class UnknownSettingError(LookupError):
+    """A setting that an editing method does not have."""
+
+
+def called(
+    method: str,
+    model: HookedMultimodalTransformer,
+    request: MultimodalInputs | EditRequest,
+    *target: str,
+    **arguments: Any,
+) -> Edit:
+    """The edit of a method that is given by its name.
+
+    Raises:
+        UnknownSettingError: the method takes no such argument.
+        ValueError: the method cannot make the edit.
+    """
+    try:
+        return METHODS[method](model, request, *target, **arguments)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UnknownSettingError(f"{method}: {error}") from error
 
 
 def open_cases(settings: BenchSettings) -> Sequence[EditCase]:

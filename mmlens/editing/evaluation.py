@@ -121,7 +121,7 @@ class Examination:
         others = [self.unrelated.questions[name][row] for name, row in self._drawn]
         self.questions = [*self._own, *others]
         self.groups = [name for name, group in groups.items() for _ in group]
-        self.groups += [name for name, _ in self._drawn]
+        self.groups += [f"unrelated: {name}" for name, _ in self._drawn]
 
     @cached_property
     def before(self) -> list[Reply]:

@@ -1,0 +1,247 @@
+"""`mmlens edit` and `mmlens edit-bench`: files, resuming, what is left out, and bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from tiny_checkpoint import write_tiny_llava
+
+from mmlens import HookedMultimodalTransformer
+from mmlens.cli import main
+from mmlens.data import edit_cases, local_questions
+from mmlens.editing import METHODS, Edit, multedit
+from mmlens.editing.bench import EditBench
+from mmlens.editing.bench_settings import BenchSettings, Variant, default_layer
+from mmlens.editing.evaluation import evaluate, request_of
+from mmlens.plots import save
+
+QUESTION, CONSTRAINT = "the capital of this country is", "this country"
+OTHER = "the river near this country is"
+FAST = ("--set", "multedit.steps=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, and questions about three pictures; one picture is missing."""
+    folder = tmp_path_factory.mktemp("edit-bench")
+    write_tiny_llava(folder / "model")
+    rows = []
+    for number in range(8):
+        name = f"{number % 3}.png"
+        pixels = np.random.default_rng(number % 3).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+        rows.append(
+            {
+                "question": OTHER if number == 1 else QUESTION,
+                "image": "missing.png" if number == 1 else name,
+                "visual_constraint": CONSTRAINT,
+                "answers": [("Rome", "Berlin", "Paris")[number % 3]],
+                "subject": f"country {number}",
+            }
+        )
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_browser(monkeypatch):
+    def fail(*_: object) -> bytes:
+        raise save.FigureNotSaved("no browser here")
+
+    monkeypatch.setattr(save, "render", fail)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(exit.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def bench_run(run, folder, tmp_path):
+    """The benchmark on the folder's questions; returns the code, output and errors."""
+
+    def go(*arguments, out="out"):
+        data = ("--model", folder / "model", "--data", folder / "questions.jsonl")
+        return run("edit-bench", *data, "--out", tmp_path / out, *FAST, *arguments)
+
+    return go
+
+
+def test_a_benchmark_is_the_evaluation_of_each_edit(bench_run, folder, tmp_path):
+    code, out, err = bench_run("--methods", "multedit", "--layers", "1", "--limit", 3)
+    assert code == 0, err
+    assert "considered 4, cannot be asked (ValueError) 1, used 3" in err
+    written = tmp_path / "out" / "methods"
+    names = {"figure.html", "table.csv", "costs.csv", "raw.parquet", "settings.json"}
+    assert {path.name for path in written.iterdir()} == names
+    assert all(str(written / name) in out for name in names)
+    record = json.loads((written / "settings.json").read_text())
+    assert record["settings"]["method_settings"] == {"multedit": {"steps": 2}}
+    assert record["failed"] == {"multedit@1": {}}
+
+    model = HookedMultimodalTransformer.from_pretrained(folder / "model")
+    cases = [edit_cases(local_questions(folder))[row] for row in (0, 2, 3)]
+    by_hand = evaluate(
+        model,
+        lambda case: multedit(model, request_of(model, case), layer=1, steps=2),
+        cases,
+    ).to_dataframe()
+    raw = pd.read_parquet(written / "raw.parquet")
+    columns = [name for name in raw.columns if name not in ("method", "said", "said_before")]
+    pd.testing.assert_frame_equal(raw[columns], by_hand[columns], check_dtype=False, rtol=1e-4)
+    table = pd.read_csv(written / "table.csv").set_index(["group", "measure"])
+    mean = by_hand.query("group == 'efficacy'")["probability"].mean()
+    assert table.loc[("efficacy", "probability"), "mean"] == pytest.approx(mean, rel=1e-3, abs=2e-6)
+
+
+def test_a_run_goes_on_where_another_stopped(folder, tmp_path, monkeypatch):
+    made = []
+
+    def counted(*arguments, **settings):
+        made.append(settings)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return multedit(*arguments, **settings)
+
+    monkeypatch.setitem(METHODS, "multedit", counted)
+    model = HookedMultimodalTransformer.from_pretrained(folder / "model")
+    cases = edit_cases(local_questions(folder))
+
+    def run(out="out", **changes):
+        chosen = {"limit": 4, "method_settings": {"multedit": {"steps": 2}}, **changes}
+        bench = EditBench(BenchSettings(**chosen), model, cases, {})
+        return bench.evaluations(tmp_path / out)[Variant("multedit", 1)].to_dataframe()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    files = list((tmp_path / "out" / "edits" / "multedit@1").iterdir())
+    assert len(made) == 3 and len(files) == 2  # whole ones, of the edits before
+    first = run()
+    assert len(made) == 5 and len(run()) == len(first) and len(made) == 5
+    pd.testing.assert_frame_equal(run("again"), first)
+    assert len(made) == 9
+    assert set(run(limit=5)["case"]) > set(first["case"]) and len(made) == 10
+    run(method_settings={"multedit": {"steps": 3}})
+    assert len(made) == 14  # other settings: nothing of it is known
+
+
+def test_layers_and_sequences(bench_run, tmp_path, monkeypatch):
+    code, _, err = bench_run("--methods", "multedit", "--layers", "0-1", "--limit", 1)
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "out" / "layers" / "table.csv")
+    assert set(table["layer"]) == {0, 1} and set(table["method"]) == {"multedit"}
+    code, _, err = bench_run("--methods", "multedit", "--sequential", "--limit", 3)
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "out" / "sequences" / "table.csv")
+    assert set(table["n_edits"]) == {1, 2, 3}
+    files = {path.stem for path in (tmp_path / "out" / "sequences" / "multedit@1").iterdir()}
+    assert files == {"1", "2", "3"}
+    monkeypatch.setitem(METHODS, "multedit", pytest.fail)  # everything is there
+    assert bench_run("--methods", "multedit", "--sequential", "--limit", 3)[0] == 0
+
+
+def test_an_edit_that_cannot_be_made_counts_as_none(folder, tmp_path, monkeypatch):
+    def diverged(*_, **__):
+        raise ValueError("it has diverged")
+
+    monkeypatch.setitem(METHODS, "multedit", diverged)
+    settings = BenchSettings(model=str(folder / "model"), limit=2)
+    model = HookedMultimodalTransformer.from_pretrained(folder / "model")
+    cases = edit_cases(local_questions(folder))
+    [found] = EditBench(settings, model, cases, {}).evaluations(tmp_path).values()
+    assert found.metadata["failed"] == {"it has diverged": 2} and bool(found.unchanged.all())
+    assert torch.equal(found.probability[:, 0], found.probability[:, 1])
+    assert found.drift.abs().max() < 1e-6
+
+
+def test_unrelated_questions_are_asked_as_well(bench_run, folder, tmp_path):
+    code, _, err = bench_run("--limit", 1, "--methods", "multedit", "--unrelated", "demo")
+    assert code == 0, err
+    raw = pd.read_parquet(tmp_path / "out" / "methods" / "raw.parquet")
+    assert (raw["group"] == "unrelated: demo").sum() == 8
+
+
+def test_variants():
+    assert Variant.parsed("multedit", [2, 3]) == [Variant("multedit", 2), Variant("multedit", 3)]
+    assert [v.label for v in Variant.parsed("memit@2-4", [0])] == ["memit@2-4"]
+    assert Variant.parsed("memit@2-4", [0])[0].layer == (2, 3, 4)
+    assert Variant.parsed("lora@all", [0]) == [Variant("lora", None)]
+    assert Variant.parsed("rome@7", [0]) == [Variant("rome", 7)]
+
+
+def test_the_default_layer_is_early(folder):
+    model = HookedMultimodalTransformer.from_pretrained(folder / "model")
+    assert default_layer(model) == 1
+
+
+def test_edit_saves_what_it_shows(run, folder, tmp_path):
+    common = (folder / "0.png", QUESTION, "--constraint", CONSTRAINT, "--model", folder / "model")
+    code, out, err = run("edit", *common, "--target", "Rome", "--out", tmp_path, "--layer", 2)
+    assert code == 0, err
+    model = HookedMultimodalTransformer.from_pretrained(folder / "model")
+    edit = Edit.load(tmp_path / "edit.safetensors", model)
+    assert (edit.metadata["layer"], edit.metadata["target"]) == (2, "Rome")
+    inputs = model.prepare(QUESTION, folder / "0.png", spans={"constraint": CONSTRAINT})
+    [rome] = model.tokenizer(" Rome", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        before = model(inputs)[0, -1].softmax(-1)[rome]
+        with edit.applied(model):
+            after = model(inputs)[0, -1].softmax(-1)[rome]
+    shown = next(line for line in out.splitlines() if line.startswith("Rome"))
+    assert f"{before:.3f}" in shown and f"{after:.3f}" in shown
+
+
+class TestBadInput:
+    @pytest.fixture
+    def rejected(self, run):
+        """Run with bad input; returns the one line."""
+
+        def rejected(*arguments):
+            code, out, err = run(*arguments)
+            assert (code, out) == (2, ""), err
+            [line] = [line for line in err.splitlines() if line.strip()]
+            assert line.startswith("mmlens: ")
+            return line
+
+        return rejected
+
+    def edit(self, folder, *more, constraint=CONSTRAINT, target="Rome"):
+        model = ("--model", folder / "model", "--out", folder / "edited")
+        text = ("--constraint", constraint, "--target", target)
+        return ("edit", folder / "0.png", QUESTION, *text, *model, *more)
+
+    def test_edit(self, rejected, folder):
+        assert "that island" in rejected(*self.edit(folder, constraint="that island"))
+        assert "--target is empty" in rejected(*self.edit(folder, target=" "))
+        assert "unknown 'rome'" in rejected(*self.edit(folder, "--method", "rome"))
+        assert "layer" in rejected(*self.edit(folder, "--layer", 9))
+        assert "METHOD.NAME=VALUE" in rejected(*self.edit(folder, "--set", "steps=3"))
+        assert "none of the methods" in rejected(*self.edit(folder, "--set", "lora.rank=3"))
+        assert "steps" in rejected(*self.edit(folder, "--set", "multedit.steps=0"))
+        assert "tempo" in rejected(*self.edit(folder, "--set", "multedit.tempo=2"))
+
+    def test_edit_bench(self, rejected, folder, tmp_path):
+        common = ("edit-bench", "--out", tmp_path, "--model", folder / "model")
+        assert "'magic'" in rejected(*common, "--methods", "magic")
+        assert "one layer" in rejected(*common, "--methods", "multedit@all")
+        assert "behind the @" in rejected(*common, "--methods", "lora@early")
+        assert "'easy'" in rejected(*common, "--data", "demo:easy")
+        assert "no.json" in rejected(*common, "--data", f"mmedit:{tmp_path / 'no.json'}")
+        assert "neither 'demo'" in rejected(*common, "--data", "questions.txt")
+        assert "two files" in rejected(*common, "--annotations", "one.json")
+        data = ("--data", folder / "questions.jsonl")
+        assert "layer 9" in rejected(*common, *data, "--layers", 9)
+        assert "texts" in rejected(*common, *data, "--methods", "rome")
