@@ -166,9 +166,9 @@ class TestOverlay:
         layers, heads = figure.layout.sliders
         assert [step.label for step in layers.steps] == ["4", "5", "9"]
         assert [step.label for step in heads.steps] == ["0", "1"]
-        for layer, moment in enumerate(figure.frames):
-            for head, patches in enumerate(moment.data):
-                assert torch.equal(torch.tensor(patches.z), values[layer, head].view(3, 4))
+        for layer, step in enumerate(layers.steps):
+            for head, grid in enumerate(step.args[0]["z"]):
+                assert torch.equal(torch.tensor(grid), values[layer, head].view(3, 4))
         strongest = divmod(int(values.sum(dim=-1).argmax()), 2)
         assert (layers.active, heads.active) == strongest
         assert [trace.visible for trace in figure.data] == [i == strongest[1] for i in range(2)]
@@ -195,9 +195,8 @@ class TestOverlay:
         )
         figure = overlay(contribution, inputs, frame=self.frame)
         assert [step.label for step in figure.layout.sliders[0].steps] == ["1", "6"]
-        assert torch.equal(
-            torch.tensor(figure.frames[1].data[2].z), contribution.values[1, 2, 0].view(3, 4)
-        )
+        grid = figure.layout.sliders[0].steps[1].args[0]["z"][2]
+        assert torch.equal(torch.tensor(grid), contribution.values[1, 2, 0].view(3, 4))
 
     def test_what_cannot_be_drawn_is_an_error(self) -> None:
         inputs = inputs_with_picture()

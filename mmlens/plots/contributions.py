@@ -13,7 +13,7 @@ from mmlens.plots.figure import Figure
 from mmlens.plots.labels import shorten, visible
 from mmlens.plots.panels import heatmap
 from mmlens.plots.positions import Visual
-from mmlens.plots.style import SLIDER_PIXELS, color_axis, layout
+from mmlens.plots.style import SLIDER_PIXELS, color_axis, color_bar, layout
 from mmlens.plots.trace import described
 
 if TYPE_CHECKING:
@@ -23,12 +23,11 @@ VALUE_TITLE = "norm of what is received"
 
 
 def plot_contribution(
-    contribution: AttentionContribution, *, visual: Visual = "folded", title: str | None = None
+    contribution: AttentionContribution, *, visual: Visual = "rows", title: str | None = None
 ) -> Figure:
     """Mean contributions over destinations (and heads): sources downwards, layers to the right.
 
-    A row of several visual tokens shows their sum. Where the sources are patches alone, the rows of
-    the picture come first.
+    A row of several visual tokens shows their sum; the whole picture's would outshine all words.
 
     Args:
         contribution: what to draw.
@@ -38,14 +37,13 @@ def plot_contribution(
     Example:
         >>> attention_contribution(model, inputs, "image", "constraint").plot().save("it.pdf")
     """
-    only_patches = all(patch[0] >= 0 for patch in contribution.source_patches)
     return heatmap(
         mean_by_layer(contribution).T,
         rows=contribution.source_labels,
         columns=contribution.layers,
         value_title=VALUE_TITLE,
         fold="sum",
-        visual="rows" if only_patches and visual == "folded" else visual,
+        visual=visual,
         title=title or f"received by “{received_by(contribution)}”",
         subtitle=described(contribution.metadata),
     )
@@ -90,15 +88,17 @@ def plot_grid(
                 hovertemplate=f"{where}<br>%{{z:.4g}}<extra></extra>",
             )
         )
+    n_rows, n_columns = grids.shape[1:]
+    height = round(400 * min(2.0, n_rows / n_columns)) + 140 + SLIDER_PIXELS
     steps = [_step(index, len(grids), grid, contribution) for index, grid in enumerate(grids)]
     figure.update_xaxes(title_text="column", constrain="domain", showgrid=False, zeroline=False)
     figure.update_yaxes(
         title_text="row", autorange="reversed", scaleanchor="x", constrain="domain", showgrid=False
     )
     figure.update_layout(
-        layout(width=560, height=590 + SLIDER_PIXELS, margin={"t": 80, "b": 60 + SLIDER_PIXELS}),
+        layout(width=560, height=height, margin={"t": 80, "r": 90, "b": 60 + SLIDER_PIXELS}),
         title_text=title or f"received by “{received_by(contribution)}”",
-        coloraxis=color_axis(grids[first]) | {"colorbar": {"title": VALUE_TITLE, "thickness": 12}},
+        coloraxis=color_axis(grids[first]) | {"colorbar": color_bar(VALUE_TITLE)},
         sliders=[
             {
                 "active": first,

@@ -30,7 +30,7 @@ MAX_PIXELS = 1500
 MAX_PATCH_ROWS = 40
 PANEL_PIXELS = 300
 #: above the panels: title, subtitle, panel titles; below: layers, colour bar and its title
-ABOVE, BELOW = 100, 125
+ABOVE, BELOW = 108, 105
 
 
 def heatmap(
@@ -83,8 +83,10 @@ def heatmap(
             f"and {len(columns)} columns"
         )
     words = None if texts is None else np.array(texts, dtype=object).reshape(array.shape)
-    cells = _Cells(array, tuple(rows), tuple(columns), tuple(panels), fold, words, limits)
-    all_views = views(rows)
+    all_views = tuple(views(rows))
+    cells = _Cells(
+        array, tuple(rows), tuple(columns), tuple(panels), all_views, fold, words, limits
+    )
     first = chosen(all_views, visual)
     figure: Figure = make_subplots(
         figure=Figure(),
@@ -101,7 +103,7 @@ def heatmap(
     _lay_out(figure, cells, value_title, column_title)
     figure.update_layout(cells.layout(all_views[first]))
     if len(all_views) > 1:
-        figure.update_layout(updatemenus=[_menu(all_views, cells, first)])
+        figure.update_layout(updatemenus=[_menu(cells, first)])
     figure.update_layout(title_text=title)
     if subtitle:
         figure.update_layout(title_subtitle={"text": subtitle, "font": {"size": 12}})
@@ -116,6 +118,7 @@ class _Cells:
     rows: tuple[str, ...]
     columns: tuple[int | str, ...]
     panels: tuple[str, ...]
+    views: tuple[View, ...]
     fold: Fold
     texts: np.ndarray | None
     limits: tuple[float, float] | None
@@ -156,7 +159,7 @@ class _Cells:
         """What of the figure's layout depends on the view."""
         edges = row_edges(view)
         unit = pixels_per_row(edges)
-        at, names = row_labels(view, edges, unit)
+        at, names = row_labels(view, self.views, edges, unit)
         values, _ = view.fold(self.values, self.fold)
         changes: dict[str, Any] = {
             "height": max(380, round(unit * edges[-1]) + ABOVE + BELOW),
@@ -179,14 +182,23 @@ def pixels_per_row(edges: np.ndarray) -> float:
     return min(ROW_PIXELS, MAX_PIXELS / float(edges[-1]))
 
 
-def row_labels(view: View, edges: np.ndarray, unit: float) -> tuple[list[float], list[str]]:
-    """Where labels stand and what they say: words first, then patches where there is room."""
+def row_labels(
+    view: View, all_views: Sequence[View], edges: np.ndarray, unit: float
+) -> tuple[list[float], list[str]]:
+    """Where labels stand and what they say: words first, then patches where there is room.
+
+    Where single patches are too thin for labels, rows of the picture have one.
+    """
     centres = (edges[1:] + edges[:-1]) / 2
+    named = [([index], row) for index, row in enumerate(view.rows)]
+    if unit * float(np.diff(edges).min()) < LABEL_PIXELS and view.name == "tokens":
+        by_row = all_views[chosen(all_views, "rows")]
+        named = [(list(row.members), row) for row in by_row.rows]
     taken: dict[float, str] = {}
-    for index in sorted(range(len(view.rows)), key=lambda i: view.rows[i].visual):
-        here = float(centres[index])
+    for members, row in sorted(named, key=lambda each: each[1].visual):
+        here = float(centres[members].mean())
         if all(abs(here - other) * unit >= LABEL_PIXELS for other in taken):
-            taken[here] = view.rows[index].label
+            taken[here] = row.label
     at = sorted(taken)
     return at, [taken[here] for here in at]
 
@@ -200,6 +212,7 @@ def _lay_out(figure: Figure, cells: _Cells, value_title: str, column_title: str)
     figure.update_xaxes(
         title_text=column_title,
         title_standoff=4,
+        title_font_size=13,
         type="category",  # layers that were left out leave no gap
         tickvals=[cells.columns[index] for index in at],
         ticktext=[visible(str(cells.columns[index])) for index in at],
@@ -220,8 +233,9 @@ def _lay_out(figure: Figure, cells: _Cells, value_title: str, column_title: str)
             "xanchor": "center",
             "len": 0.9 * (right - left),
             "y": 0,
-            "yanchor": "top",
-            "ypad": 42,
+            "yref": "container",
+            "yanchor": "bottom",
+            "ypad": 8,
             "thickness": 12,
             "outlinewidth": 0,
             "nticks": 5,
@@ -230,12 +244,12 @@ def _lay_out(figure: Figure, cells: _Cells, value_title: str, column_title: str)
         figure.update_layout({_axis_name(panel): {"colorbar": bar}})
 
 
-def _menu(all_views: Sequence[View], cells: _Cells, first: int) -> dict[str, Any]:
+def _menu(cells: _Cells, first: int) -> dict[str, Any]:
     """A menu above the labels that changes the view; pictures and papers leave it out."""
     n_panels = len(cells.panels)
     buttons = []
-    for index, view in enumerate(all_views):
-        seen = [other == index for other in range(len(all_views)) for _ in range(n_panels)]
+    for index, view in enumerate(cells.views):
+        seen = [other == index for other in range(len(cells.views)) for _ in range(n_panels)]
         changes = flattened(cells.layout(view))
         buttons.append(
             {"label": view.title, "method": "update", "args": [{"visible": seen}, changes]}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmlens.plots.figure import Figure
 from mmlens.plots.geometry import Frame, picture_frame, picture_of
-from mmlens.plots.style import NEGLIGIBLE, SLIDER_PIXELS, layout
+from mmlens.plots.style import NEGLIGIBLE, SLIDER_PIXELS, color_bar, layout
 
 if TYPE_CHECKING:
     from mmlens.attribution import AttentionContribution
@@ -33,7 +33,7 @@ MAX_SIDE = 1024
 #: and as large as this on the screen
 SHOWN = 520
 #: how much of the picture's darkness is left under the numbers
-PALE = 0.55
+PALE = 0.4
 POSITIVE, NEGATIVE = "5,48,140", "179,78,6"
 
 
@@ -140,8 +140,6 @@ class _Overlay:
         layer, head = (int(i) for i in np.unravel_index(sums.argmax(), sums.shape))
         traces = [self._patches(layer, other, other == head) for other in range(len(self.heads))]
         figure = Figure(traces)
-        if len(self.layers) > 1:
-            figure.frames = [self._moment(index) for index in range(len(self.layers))]
         sliders = self._sliders(layer, head)
         self._lay_out(figure, SLIDER_PIXELS * len(sliders))
         figure.update_layout(sliders=sliders, title_text=title)
@@ -157,7 +155,7 @@ class _Overlay:
             visible=shown,
             hovertemplate="row %{customdata[0]}, column %{customdata[1]}<br>%{z:.4g}"
             "<extra></extra>",
-            colorbar={"title": {"text": self.value_title, "side": "right"}, "thickness": 12},
+            colorbar=color_bar(self.value_title),
             **self._numbers(layer, head),
         )
 
@@ -173,16 +171,17 @@ class _Overlay:
             scale.insert(0, (0.0, f"rgba({NEGATIVE},0.85)"))
         return {"z": grid, "zmin": -unit if signed else 0.0, "zmax": unit, "colorscale": scale}
 
-    def _moment(self, layer: int) -> go.Frame:
-        """The numbers of one layer in every head: heads are shown and hidden by their slider."""
-        data = [go.Heatmap(self._numbers(layer, head)) for head in range(len(self.heads))]
-        return go.Frame(name=str(layer), data=data, traces=list(range(len(self.heads))))
+    def _moment(self, layer: int) -> dict[str, list[Any]]:
+        """The numbers of one layer, a list of heads for each property.
+
+        All heads change together; which of them is seen is for the other slider to say.
+        """
+        numbers = [self._numbers(layer, head) for head in range(len(self.heads))]
+        return {name: [each[name] for each in numbers] for name in numbers[0]}
 
     def _sliders(self, layer: int, head: int) -> list[dict[str, Any]]:
-        now = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}}
-        now["transition"] = {"duration": 0}
         of_layers = [
-            {"label": str(name), "method": "animate", "args": [[str(index)], now]}
+            {"label": str(name), "method": "restyle", "args": [self._moment(index)]}
             for index, name in enumerate(self.layers)
         ]
         of_heads = [
@@ -236,7 +235,7 @@ class _Overlay:
             y1=frame.bottom,
             line={"color": "#777777", "width": 1},
         )
-        margin = {"l": 20, "r": 110, "t": 50, "b": 20 + below}
+        margin = {"l": 20, "r": 110, "t": 70, "b": 20 + below}
         figure.update_layout(
             layout(
                 width=round((x[1] - x[0]) * scale) + margin["l"] + margin["r"],

@@ -25,7 +25,7 @@ SITE_TITLES = {
 #: negative values smaller than this share of the largest value are rounding, not an effect
 NEGLIGIBLE = 0.02
 #: room below a figure for each of its sliders
-SLIDER_PIXELS = 62
+SLIDER_PIXELS = 70
 #: steps between the layers that are labelled
 ROUND = (1, 2, 5, 10, 20, 50, 100, 1000)
 
@@ -141,3 +141,9 @@ def spaced(columns: Sequence[int | str], most: int = 9) -> list[int]:
         return list(range(0, len(columns), -(-len(columns) // most)))
     step = next(s for s in ROUND if len([n for n in numbers if n % s == 0]) <= most)
     return [index for index, number in enumerate(numbers) if number % step == 0]
+
+
+def color_bar(title: str) -> dict[str, Any]:
+    """A colour bar at the right of a panel."""
+    text = {"text": title, "side": "right", "font": {"size": 12}}
+    return {"title": text, "thickness": 12, "outlinewidth": 0}

@@ -108,8 +108,13 @@ def trace_title(trace: CausalTrace) -> str:
 
 def trace_subtitle(trace: CausalTrace) -> str:
     """How it was traced: model, question and window."""
+    return described(trace.metadata, how_restored(trace))
+
+
+def how_restored(trace: CausalTrace) -> str:
+    """How many layers together, in words."""
     window = "one layer" if trace.window == 1 else f"a window of {trace.window} layers"
-    return described(trace.metadata, f"restoring {window}")
+    return f"restoring {window}"
 
 
 def described(metadata: dict[str, Any], *more: str) -> str:

@@ -19,7 +19,7 @@ from mmlens.plots.labels import visible
 from mmlens.plots.positions import views
 from mmlens.plots.report.prompt import ReportedPrompt
 from mmlens.plots.style import DIVERGING, site_title
-from mmlens.plots.trace import trace_subtitle
+from mmlens.plots.trace import how_restored
 
 if TYPE_CHECKING:
     from mmlens.attribution import AttentionContribution
@@ -63,11 +63,13 @@ def report_page(
     contributions: Sequence[AttentionContribution] = (),
 ) -> str:
     """The page as HTML; arguments as `write_report` takes them."""
+    maps = [one for each in contributions for one in contribution_data(each)]
+    maps += [] if trace is None else trace_maps(trace)
     data = {
         "picture": picture_data(prompt),
         "tokens": token_data(prompt),
-        "maps": [one for each in contributions for one in contribution_data(each)]
-        + ([] if trace is None else trace_maps(trace)),
+        "maps": maps,
+        "start": first_map(prompt, maps),
         "trace": None if trace is None else trace_data(trace),
         "colors": DIVERGING,
     }
@@ -77,7 +79,7 @@ def report_page(
         prompt=prompt,
         largest=max((p for _, *both in prompt.answers for p in both if p), default=1.0),
         trace=trace,
-        how="" if trace is None else trace_subtitle(trace),
+        how="" if trace is None else how_restored(trace),
         data=data,
         style=Markup(style),
         script=Markup(script),
@@ -140,6 +142,12 @@ def token_data(prompt: ReportedPrompt) -> list[dict[str, Any]]:
     ]
 
 
+def first_map(prompt: ReportedPrompt, maps: Sequence[dict[str, Any]]) -> int:
+    """What is shown first: what the constraint's last word receives, where that is known."""
+    words = prompt.spans.get("constraint", [])
+    return next((i for i, one in enumerate(maps) if one.get("to") in words[-1:]), 0)
+
+
 def contribution_data(contribution: AttentionContribution) -> list[dict[str, Any]]:
     """One map for each destination: [layer][source] and the positions of the sources."""
     values = contribution.values.float()
@@ -149,6 +157,7 @@ def contribution_data(contribution: AttentionContribution) -> list[dict[str, Any
         label = visible(contribution.destination_labels[index].strip() or "␣")
         maps.append(
             {
+                "to": contribution.destination[index],
                 "name": f"received by “{label}”",
                 "layers": list(contribution.layers),
                 "at": list(contribution.source),

@@ -52,11 +52,13 @@
   /** A colour bar from the smallest to the largest value. */
   function scale(parent, values, unit, name) {
     parent.replaceChildren();
-    const low = values.some((x) => x < -0.02 * unit) ? -unit : 0;
-    const stops = [0, 0.25, 0.5, 0.75, 1].map((t) => color((low + (unit - low) * t) / unit));
+    const least = Math.min(0, ...values), most = Math.max(0, ...values);
+    const low = least < -0.02 * unit ? least : 0;
+    const high = most > 0.02 * unit || low === 0 ? Math.max(most, 1e-9) : 0;
+    const stops = [0, 0.2, 0.4, 0.6, 0.8, 1].map((t) => color((low + (high - low) * t) / unit));
     make(parent, "span", {}, number(low));
     make(parent, "i").style.background = `linear-gradient(to right, ${stops.join(",")})`;
-    make(parent, "span", {}, `${number(unit)} ${name}`);
+    make(parent, "span", {}, `${number(high)} ${name}`);
   }
 
   // ---- the picture, the tokens and the layers of a map
@@ -79,6 +81,7 @@
     const stretched = { width: size[0], height: size[1], preserveAspectRatio: "none" };
     make(svg, "image", { href: source, ...stretched });
     const w = (right - left) / grid[1], h = (bottom - top) / grid[0];
+    svg.classList.toggle("dense", patches.length > 1200);
     const cells = patches.map(([position, row, column]) => {
       const at = { x: left + column * w, y: top + row * h, width: w, height: h, class: "patch" };
       const rect = make(svg, "rect", at);
@@ -110,9 +113,9 @@
   function drawTokens() {
     const chips = data.tokens.map((token) => {
       const kind = ["token", token.constraint && "constraint", token.visual && "visual"];
-      const chip = make(byId("tokens"), "span", { class: kind.filter(Boolean).join(" "), tabindex: 0 }, token.label);
+      const chip = make(byId("tokens"), "span", { class: kind.filter(Boolean).join(" "), tabindex: 0 }, token.label.trim() || "␣");
       const where = token.at.length > 1 ? `positions ${token.at[0]} to ${token.at.at(-1)}` : `position ${token.at[0]}`;
-      spot(chip, token.at, () => `${where}\n${token.at.length > 1 ? "" : told(token.at[0])}`.trim());
+      spot(chip, token.at, () => `“${token.label}”, ${where}\n${token.at.length > 1 ? "" : told(token.at[0])}`.trim());
       standsFor(chip, token.at);
       return [token, chip];
     });
@@ -123,7 +126,7 @@
       const unit = largest(own);
       words.forEach(([, chip], i) => {
         chip.style.background = color(own[i] / unit);
-        chip.style.color = Math.abs(own[i]) / unit > 0.6 ? "#fff" : "inherit";
+        chip.style.color = Math.abs(own[i]) / unit > 0.45 ? "#fff" : "inherit";
       });
       if (data.maps.length) scale(byId("token-scale"), own, unit, `tokens: ${map().name}, layer ${map().layers[state.layer]}`);
     });
@@ -187,7 +190,7 @@
   }
 
   function drawPanel(site, rows, cells) {
-    const layers = data.trace.layers, label = 112, high = 15;
+    const layers = data.trace.layers, label = 122, high = 15;
     const wide = Math.max(3, Math.min(26, 235 / layers.length));
     const unit = largest(cells.flat());
     const panel = make(byId("panels"), "div", { class: "panel" });
@@ -196,7 +199,7 @@
     const svg = make(panel, "svg", { width: size[0], height: size[1], viewBox: `0 0 ${size[0]} ${size[1]}` });
     rows.forEach((row, r) => {
       const group = make(svg, "g", { class: "row" });
-      const name = make(group, "text", { x: label - 5, y: high * r + 11, "text-anchor": "end" }, short(row.label));
+      const name = make(group, "text", { x: label - 5, y: high * r + 11, "text-anchor": "end" }, short(row.label.trim() || "␣"));
       spot(name, row.at, () => row.label);
       cells[r].forEach((value, i) => {
         const at = { x: label + wide * i, y: high * r, width: wide, height: high, class: "cell" };
@@ -212,7 +215,7 @@
     scale(make(panel, "div", { class: "scale" }), cells.flat(), unit, "");
   }
 
-  const short = (text) => (text.length > 16 ? `${text.slice(0, 9)}…${text.slice(-6)}` : text);
+  const short = (text) => (text.length > 18 ? `${text.slice(0, 10)}…${text.slice(-7)}` : text);
 
   // ---- pointing
 
@@ -256,7 +259,8 @@
     data.maps.forEach((each, i) => make(select, "option", { value: i }, each.name));
     select.addEventListener("change", () => chooseMap(Number(select.value)));
     byId("layer").addEventListener("input", (event) => chooseLayer(Number(event.target.value)));
-    chooseMap(0);
+    select.value = data.start;
+    chooseMap(data.start);
   } else {
     paint.forEach((draw) => draw());
   }
