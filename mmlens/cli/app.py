@@ -15,6 +15,7 @@ from mmlens.cli.edit import edit
 from mmlens.cli.edit_bench import edit_bench
 from mmlens.cli.errors import UserError
 from mmlens.cli.knockout import knockout
+from mmlens.cli.report import report
 from mmlens.cli.reproduce import reproduce
 from mmlens.cli.sweep import summarize, sweep, with_ray_address
 from mmlens.cli.trace import trace
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(trace)
+app.command()(report)
 app.command()(contributions)
 app.command()(knockout)
 app.command()(edit)
