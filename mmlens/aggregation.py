@@ -30,7 +30,8 @@ from mmlens.trace_result import CausalTrace
 
 if TYPE_CHECKING:
     import pandas as pd
-    from plotly.graph_objects import Figure
+
+    from mmlens.plots.figure import Figure
 
 __all__ = [
     "AggregatedTraces",

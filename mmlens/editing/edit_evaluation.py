@@ -15,7 +15,8 @@ from mmlens.results import SavedResult
 
 if TYPE_CHECKING:
     import pandas as pd
-    from plotly import graph_objects as go
+
+    from mmlens.plots.figure import Figure
 
 __all__ = ["MEASURES", "EditEvaluation"]
 
@@ -186,7 +187,7 @@ class EditEvaluation(SavedResult):
             rows.append({**where, "measure": measure, **changed(pair, clusters, bootstrap)})
         return rows
 
-    def plot(self, name: str | None = None) -> go.Figure:
+    def plot(self, name: str | None = None) -> Figure:
         """Every group's probability and score with intervals; over the number of edits if several.
 
         Args:

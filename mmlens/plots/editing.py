@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
+from mmlens.plots.figure import Figure
 from mmlens.plots.profile import plot_layer_profile
 from mmlens.plots.style import GRID, INK, LINES, layout
 
@@ -22,7 +23,7 @@ COLUMNS = ("method", "group", "measure", "before", "mean", "low", "high")
 
 def plot_edits(
     df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
-) -> go.Figure:
+) -> Figure:
     """Draw what methods do to each group of questions: bars with intervals, and a tick for before.
 
     Args:
@@ -37,7 +38,8 @@ def plot_edits(
     """
     shown = drawable(df)
     methods, groups = (list(shown[name].unique()) for name in ("method", "group"))
-    figure = make_subplots(
+    figure: Figure = make_subplots(
+        figure=Figure(),
         rows=len(MEASURES),
         cols=1,
         shared_xaxes=True,
@@ -49,27 +51,8 @@ def plot_edits(
             chosen = (shown["measure"] == measure) & (shown["method"] == method)
             points = shown[chosen].set_index("group").reindex(groups)
             color = LINES[index % len(LINES)].color
-            bar = go.Bar(
-                x=groups,
-                y=points["mean"],
-                name=method,
-                legendgroup=method,
-                showlegend=row == 1,
-                marker={"color": color},
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": points["high"] - points["mean"],
-                    "arrayminus": points["mean"] - points["low"],
-                    "thickness": 1,
-                    "width": 3,
-                    "color": INK,
-                },
-                customdata=points[["before", "low", "high"]],
-                hovertemplate=f"{method}<br>%{{x}}<br>%{{y:.3f}} (%{{customdata[1]:.3f}} to "
-                "%{customdata[2]:.3f}), before %{customdata[0]:.3f}<extra></extra>",
-            )
-            figure.add_trace(bar, row=row, col=1)
+            bars = bars_of(points, method, color, in_legend=row == 1)
+            figure.add_trace(bars, row=row, col=1)
         before = shown[shown["measure"] == measure].groupby("group", sort=False)["before"].mean()
         figure.add_trace(before_ticks(before.reindex(groups), in_legend=row == 1), row=row, col=1)
     figure.update_yaxes(range=[0, 1.02], gridcolor=GRID, zeroline=False)
@@ -89,6 +72,30 @@ def plot_edits(
     return figure
 
 
+def bars_of(points: pd.DataFrame, method: str, color: str, *, in_legend: bool) -> go.Bar:
+    """A method's bars, one per group (the index of `points`), with their intervals."""
+    return go.Bar(
+        x=list(points.index),
+        y=points["mean"],
+        name=method,
+        legendgroup=method,
+        showlegend=in_legend,
+        marker={"color": color},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": points["high"] - points["mean"],
+            "arrayminus": points["mean"] - points["low"],
+            "thickness": 1,
+            "width": 3,
+            "color": INK,
+        },
+        customdata=points[["before", "low", "high"]],
+        hovertemplate=f"{method}<br>%{{x}}<br>%{{y:.3f}} (%{{customdata[1]:.3f}} to "
+        "%{customdata[2]:.3f}), before %{customdata[0]:.3f}<extra></extra>",
+    )
+
+
 def before_ticks(before: pd.Series, *, in_legend: bool) -> go.Scatter:
     """A line across each group at what it was without any edit."""
     return go.Scatter(
@@ -105,7 +112,7 @@ def before_ticks(before: pd.Series, *, in_legend: bool) -> go.Scatter:
 
 def plot_edit_layers(
     df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
-) -> go.Figure:
+) -> Figure:
     """Draw what an edit does by the layer that is edited: a row per method, a line per group.
 
     Args:
@@ -121,7 +128,7 @@ def plot_edit_layers(
 
 def plot_sequences(
     df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
-) -> go.Figure:
+) -> Figure:
     """Draw what becomes of edits as more of them follow: a row per method, a line per group.
 
     Args:
@@ -136,7 +143,7 @@ def plot_sequences(
     return curves(named, "edits in the model", title=title, subtitle=subtitle)
 
 
-def curves(df: pd.DataFrame, x: str, *, title: str | None, subtitle: str | None) -> go.Figure:
+def curves(df: pd.DataFrame, x: str, *, title: str | None, subtitle: str | None) -> Figure:
     """Lines of groups, in a column per measure and a row per method."""
     shown = drawable(df)
     profile = shown.assign(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
+from mmlens.plots.figure import Figure
 from mmlens.plots.style import GRID, INK, LINES, LineStyle, layout, site_title
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def plot_layer_profile(
     title: str | None = None,
     subtitle: str | None = None,
     share_y: Literal["all", "site", "none"] = "all",
-) -> go.Figure:
+) -> Figure:
     """Draw mean effects per layer: a row of panels per role, a column per site, a line per model.
 
     Args:
@@ -40,14 +41,15 @@ def plot_layer_profile(
         ValueError: a column is missing, or there are no rows.
 
     Example:
-        >>> save_figure(plot_layer_profile(df, subtitle="60 questions, 95 % interval"), "p.png")
+        >>> plot_layer_profile(df, subtitle="60 questions, 95 % interval").save("profile.png")
     """
     if missing := [name for name in (*COLUMNS, x) if name not in df.columns]:
         raise ValueError(f"a layer profile needs the columns {', '.join(missing)} as well")
     if not len(df):
         raise ValueError("a layer profile of no rows cannot be drawn")
     sites, roles, models = (list(df[name].unique()) for name in ("site", "role", "model"))
-    figure = make_subplots(
+    figure: Figure = make_subplots(
+        figure=Figure(),
         rows=len(roles),
         cols=len(sites),
         shared_yaxes={"all": "all", "site": "columns", "none": False}[share_y],
@@ -66,32 +68,39 @@ def plot_layer_profile(
                 first = row == 1 and column == 1
                 for shape in _line_with_band(points, x, str(model), style, in_legend=first):
                     figure.add_trace(shape, row=row, col=column)
+    _lay_out(figure, len(roles), len(sites), x, y_title)
+    _entitle(figure, len(roles), title, subtitle)
+    return figure
+
+
+def _lay_out(figure: Figure, n_rows: int, n_columns: int, x: str, y_title: str) -> None:
+    """Zero, axes and width."""
     figure.add_hline(y=0, line={"color": INK, "width": 1})
     figure.update_xaxes(gridcolor=GRID, zeroline=False)
-    figure.update_xaxes(title_text=x, row=len(roles))
+    figure.update_xaxes(title_text=x, row=n_rows)
     figure.update_yaxes(gridcolor=GRID, zeroline=False)
     figure.update_yaxes(title_text=y_title, col=1)
-    # The legend stands between the headings and the panels: its height is known, theirs as well.
+    figure.update_layout(layout(width=max(640, 120 + 290 * n_columns)))
+
+
+def _entitle(figure: Figure, n_rows: int, title: str | None, subtitle: str | None) -> None:
+    """Headings, and the legend between them and the panels: all their heights are known."""
     top = 70 + 30 * bool(title) + 20 * bool(subtitle)
-    height = top + 65 + 230 * len(roles)
+    height = top + 65 + 230 * n_rows
     figure.update_layout(
-        layout(
-            width=max(640, 120 + 290 * len(sites)),
-            height=height,
-            margin={"t": top, "l": 75, "r": 45, "b": 65},
-            legend={
-                "orientation": "h",
-                "x": 0,
-                "y": 1 - (top - 58) / height,
-                "yref": "container",
-                "yanchor": "top",
-            },
-        )
+        height=height,
+        margin={"t": top, "l": 75, "r": 45, "b": 65},
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": 1 - (top - 58) / height,
+            "yref": "container",
+            "yanchor": "top",
+        },
+        title_text=title,
     )
-    figure.update_layout(title_text=title)
     if subtitle:
         figure.update_layout(title_subtitle={"text": subtitle, "font": {"size": 12}})
-    return figure
 
 
 def _line_with_band(
