@@ -226,7 +226,8 @@ class TestTrace:
         code, out, _ = run("trace", picture, QUESTION, *common)
         assert code == 0
         assert {file.name for file in tmp_path.iterdir()} == {
-            "trace.csv", "trace.html", "trace.safetensors",
+            "contributions.safetensors", "prompt.safetensors", "trace.csv", "trace.html",
+            "trace.safetensors",
         }  # fmt: skip
         assert "trace.png" not in out
 
@@ -259,6 +260,44 @@ class TestTrace:
         code, out, err = run("trace", picture, QUESTION, *common)
         assert code == 0, err
         assert "P(Rome)" in out
+
+
+class TestReport:
+    def trace(self, run, picture, checkpoint, out: Path) -> str:
+        code, printed, err = run(
+            "trace", picture, QUESTION,
+            "--constraint", "this country", "--model", checkpoint, "--out", out,
+        )  # fmt: skip
+        assert code == 0, err
+        return printed
+
+    def test_a_page_instead_of_a_folder(self, run, picture, checkpoint, tmp_path):
+        printed = self.trace(run, picture, checkpoint, tmp_path / "new" / "report.html")
+        assert [file.name for file in tmp_path.rglob("*.html")] == ["report.html"]
+        page = (tmp_path / "new" / "report.html").read_text()
+        assert "<mark>this country</mark>" in page
+        assert "restored: MLP output" in page  # every position was traced
+        assert "report.html" in printed
+
+    def test_a_page_of_what_was_saved(self, run, picture, checkpoint, tmp_path, no_browser):
+        self.trace(run, picture, checkpoint, tmp_path)
+        code, printed, err = run("report", tmp_path)
+        assert code == 0, err
+        assert str(tmp_path / "report.html") in printed.replace("\n", "")
+        page = (tmp_path / "report.html").read_text()
+        for text in ("<mark>this country</mark>", "received by", "MLP output", "the last token"):
+            assert text in page
+        for name in ("trace", "contributions"):
+            (tmp_path / f"{name}.safetensors").unlink()
+        assert run("report", tmp_path, "--out", tmp_path / "less.html")[0] == 0
+        assert "received by" not in (tmp_path / "less.html").read_text()
+
+    def test_what_cannot_be_reported(self, rejected, tmp_path):
+        assert "no such folder" in rejected("report", tmp_path / "nowhere")
+        assert "prompt.safetensors" in rejected("report", tmp_path)
+        (tmp_path / "prompt.safetensors").write_bytes(b"something else")
+        assert "report.pdf" in rejected("report", tmp_path, "--out", tmp_path / "report.pdf")
+        assert "ReportedPrompt" in rejected("report", tmp_path)
 
 
 class TestProgram:
