@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +32,7 @@ def sweep(
         str,
         typer.Option(
             help='"demo"; a csv of VQA-Constraints or a folder with its three; a jsonl file or '
-            "folder of your own; NAME:PATH for encyclopedic_vqa, okvqa, mmmu."
+            "folder of your own; NAME:PATH for encyclopedic_vqa, okvqa, mmmu (edit: mmedit, vlkeb)."
         ),
     ] = "demo",
     images: Annotated[
@@ -61,6 +62,9 @@ def sweep(
         typer.Option(
             help='contributions: who is looked at and who looks, like "image>constraint".'
         ),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="edit: editing methods, like multedit,fine_tune.")
     ] = None,
     layers: options.Layers = None,
     template: options.Template = "auto",
@@ -98,6 +102,7 @@ def sweep(
         "roles": parts(roles, "--roles"),
         "replacement": corrupt_with,
         "pairs": pair_list(pairs),
+        "methods": parts(methods, "--methods"),
         "layers": None if layers is None else tuple(options.layer_list(layers) or ()),
     }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -108,20 +113,16 @@ def sweep(
     options.writable_folder(out)
     options.check_device(device)
     with waiting("loading mmlens ..."):
-        from mmlens.data import open_questions
         from mmlens.sweeps import TASKS
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
-    try:
+    others = settings.keys() - {each.name for each in fields(TASKS[task])}
+    if others:
+        raise UserError(f"{task} has no {', '.join(sorted(others))}: an option of another task")
+    with explained():
         chosen = TASKS[task](template=options.template_of(template), **settings)
-    except TypeError as error:  # an option of another task
-        raise UserError(f"{task}: {str(error).partition(')')[2].strip()}") from error
-    except ValueError as error:
-        raise UserError(error) from error
     with explained("--data: "):
-        questions = open_questions(
-            data, images, None if files is None else (files[0], files[1]), seed=seed
-        )
+        questions = chosen.open(data, images, None if files is None else (files[0], files[1]), seed)
     run(
         chosen,
         model,

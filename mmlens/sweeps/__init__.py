@@ -3,8 +3,8 @@
     mmlens.sweep("trace", "demo", "demo", "runs/trace", windows=(1, 3, 5))
     Sweep("runs/trace").summarize().write("runs/trace/summary")
 
-- `task`: what is done with a question (`trace`, `contributions`); a task of your own is a dataclass
-- `plan`: which questions, in which shards, and whose turn it is
+- `task`: what is done with a question; `trace`, `contributions`, `edit`, or a dataclass of your own
+- `items`, `plan`: which questions, in which shards, and whose turn it is
 - `folder`: the files: whole or not at all, and never mixed
 - `worker`: one model that turns shards into files, in this process or as a Ray actor
 - `engines`, `ray_engine`: where workers live
@@ -14,6 +14,7 @@
 """
 
 from mmlens.sweeps.contributions import ContributionsTask
+from mmlens.sweeps.edit import EditTask
 from mmlens.sweeps.folder import FolderInUse, OtherSettings
 from mmlens.sweeps.ray_engine import RayMissing, WorkersLost
 from mmlens.sweeps.results import Sweep
@@ -22,7 +23,9 @@ from mmlens.sweeps.summary import Summary, summarize
 from mmlens.sweeps.task import Asked, Carried, Task
 from mmlens.sweeps.trace import TraceTask
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (TraceTask, ContributionsTask)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (TraceTask, ContributionsTask, EditTask)
+}
 """The built-in tasks by their names."""
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "Asked",
     "Carried",
     "ContributionsTask",
+    "EditTask",
     "FolderInUse",
     "OtherSettings",
     "RayMissing",

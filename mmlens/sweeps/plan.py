@@ -7,26 +7,29 @@ import json
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from os import PathLike
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from mmlens.data import VisualQuestion
-from mmlens.images import load_image
+from mmlens.sweeps.items import Item, content, image_name, question_of, with_absolute_paths
 
 __all__ = ["Planned", "Shard", "Turns", "data_hash", "plan"]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A question of a sweep."""
+    """A question of a sweep (or an edit, with its question)."""
 
     row: int
     """Where it stands in the data set, from 0."""
-    question: VisualQuestion
+    item: Item
     images: tuple[str, ...]
     """Names of its pictures, by which questions about the same ones are found."""
+
+    @property
+    def question(self) -> VisualQuestion:
+        """The question itself."""
+        return question_of(self.item)
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,7 @@ class Shard:
 
 
 def plan(
-    questions: Sequence[VisualQuestion],
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    shard_size: int = 8,
+    items: Sequence[Item], *, limit: int | None = None, seed: int = 0, shard_size: int = 8
 ) -> list[Shard]:
     """Shards of all questions, or of `limit` that the seed chooses; the same for the same data.
 
@@ -52,18 +51,18 @@ def plan(
     Raises:
         ValueError: no questions, or a shard of none.
     """
-    if not len(questions) or shard_size < 1 or (limit is not None and limit < 1):
+    if not len(items) or shard_size < 1 or (limit is not None and limit < 1):
         raise ValueError(
-            f"{len(questions)} questions, limit {limit}, shards of {shard_size}: nothing to sweep"
+            f"{len(items)} questions, limit {limit}, shards of {shard_size}: nothing to sweep"
         )
-    rows: Sequence[int] = range(len(questions))
+    rows: Sequence[int] = range(len(items))
     if limit is not None and limit < len(rows):
         rows = sorted(random.Random(seed).sample(rows, limit))
     together: dict[tuple[str, ...], list[Planned]] = {}
     for row in rows:
-        question = questions[row]
-        names = tuple(map(image_name, question.images))
-        each = Planned(row, with_absolute_paths(question), names)
+        item = items[row]
+        names = tuple(map(image_name, question_of(item).images))
+        each = Planned(row, with_absolute_paths(item), names)
         together.setdefault(names or (f"question {row}",), []).append(each)
     shards: list[list[Planned]] = [[]]
     for group in together.values():
@@ -76,41 +75,12 @@ def plan(
     return [Shard(index, tuple(each)) for index, each in enumerate(shards)]
 
 
-def image_name(image: Any) -> str:
-    """The last two parts of a path, so that a data set may move; for a picture in memory a hash."""
-    if isinstance(image, str | PathLike):
-        return "/".join(Path(image).parts[-2:])
-    try:
-        opened = load_image(image)
-    except (ValueError, TypeError, OSError):
-        return "unreadable picture"
-    content = f"{opened.size}".encode() + opened.tobytes()
-    return f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
-
-
-def with_absolute_paths(question: VisualQuestion) -> VisualQuestion:
-    """The same question, whatever the working directory is."""
-
-    def absolute(image: Any) -> Any:
-        return Path(image).absolute() if isinstance(image, str | PathLike) else image
-
-    images = tuple(map(absolute, question.images))
-    several = isinstance(question.image, tuple | list)
-    return replace(question, image=images if several else next(iter(images), None))
-
-
 def data_hash(shards: Iterable[Shard]) -> str:
-    """A hash of the questions, their words, answers and names of pictures, and of their order.
-
-    What is in the pictures does not count: one that was missing may be put there later.
-    """
+    """A hash of the questions, their words, answers and names of pictures, and of their order."""
     digest = hashlib.sha256()
-    named = [field.name for field in fields(VisualQuestion) if field.name not in ("image", "extra")]
     for shard in shards:
         for each in shard.questions:
-            content = [shard.index, each.row, each.images]
-            content += [getattr(each.question, name) for name in named]
-            digest.update(json.dumps(content).encode())
+            digest.update(json.dumps([shard.index, each.row, content(each.item)]).encode())
     return digest.hexdigest()
 
 

@@ -12,10 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmlens.data import VisualQuestion
-from mmlens.data.opening import open_questions
 from mmlens.sweeps.engines import Engine, Here
 from mmlens.sweeps.folder import Folder
+from mmlens.sweeps.items import Item
 from mmlens.sweeps.plan import Shard, data_hash, plan
 from mmlens.sweeps.progress import Log, SweepProgress
 from mmlens.sweeps.ray_engine import OnRay
@@ -36,7 +35,7 @@ PACKAGES = ("torch", "transformers", "transformer_lens", "numpy", "pyarrow")
 def sweep(
     task: str | Task,
     model: HookedMultimodalTransformer | str | Path,
-    data: Sequence[VisualQuestion] | str | Path,
+    data: Sequence[Item] | str | Path,
     out: str | Path,
     *,
     images: str | Path | None = None,
@@ -61,7 +60,8 @@ def sweep(
     Args:
         task: "trace", "contributions" or "edit", or a `Task` of your own.
         model: a model, or a name for `from_pretrained` (on Ray a name, since workers load it).
-        data: questions, or what `mmlens.data.open_questions` takes: "demo", a path, "name:path".
+        data: questions (for "edit": `EditCase`s), or what the task's `open` takes: "demo", a path,
+            "name:path", see `mmlens.data.open_questions`.
         out: the folder; see `docs/sweeps.md` for what is in it.
         images: the folder of the pictures.
         annotations: OK-VQA's questions and annotations, with the answers.
@@ -92,7 +92,7 @@ def sweep(
     """
     chosen = make_task(task, options)
     if isinstance(data, str | Path):
-        data = open_questions(data, images, annotations, seed=seed)
+        data = chosen.open(data, images, annotations, seed)
     shards = plan(data, limit=limit, seed=seed, shard_size=shard_size)
     source: Any = model
     if isinstance(model, str | Path):

@@ -162,7 +162,7 @@ def as_matrix(
 
 
 def draw(table: pd.DataFrame, measure: str, subtitle: str) -> Figure:
-    """A panel per site and role, layers to the right, a line per window."""
+    """A panel per site and role (or group of questions), a line per window (or method)."""
     from mmlens.plots.profile import plot_layer_profile
 
     points = table[table["measure"] == measure].copy()
@@ -171,4 +171,7 @@ def draw(table: pd.DataFrame, measure: str, subtitle: str) -> Figure:
     if "source_role" in points:
         points["role"] = points["source_role"].astype(str) + " to " + points["role"]
     points["model"] = "window " + points["window"].astype(str)
+    if "method" in points:
+        points["model"] = points["method"].astype(str)
+        points["role"] = points["group"].astype(str)
     return plot_layer_profile(points, y_title=measure.replace("_", " "), subtitle=subtitle)

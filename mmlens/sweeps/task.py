@@ -21,6 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
@@ -28,10 +29,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmlens.aggregation import role_positions
-from mmlens.data import VisualQuestion
+from mmlens.data import VisualQuestion, open_questions
 from mmlens.inputs import MultimodalInputs
 from mmlens.passes import is_out_of_memory
 from mmlens.spans import SpanNotFoundError
+from mmlens.sweeps.items import Item, question_of
 
 if TYPE_CHECKING:
     from mmlens.branching import Recording
@@ -75,8 +77,13 @@ class UnreadableImage(ValueError):
 class Asked:
     """A question put to a model: what the reading thread hands to the computing one."""
 
-    question: VisualQuestion
+    item: Item
     inputs: MultimodalInputs
+
+    @property
+    def question(self) -> VisualQuestion:
+        """The question itself."""
+        return question_of(self.item)
 
     def roles(self) -> dict[str, Int[Tensor, " _"]]:
         """Positions by their role (see `mmlens.role_positions`), a text constraint among them.
@@ -119,13 +126,24 @@ class Task(ABC):
     max_new_tokens: int = 6
     """Of the answer that is right or wrong, where answers are known; 0 asks for none."""
 
-    def read(self, model: HookedMultimodalTransformer, question: VisualQuestion) -> Asked:
+    def open(
+        self,
+        data: str | Path,
+        images: str | Path | None,
+        annotations: tuple[str, str] | None,
+        seed: int,
+    ) -> Sequence[Item]:
+        """What a name of data stands for; see `mmlens.data.open_questions`."""
+        return open_questions(data, images, annotations, seed=seed)
+
+    def read(self, model: HookedMultimodalTransformer, item: Item) -> Asked:
         """Open the question's pictures and put it to the model; runs in the reading thread.
 
         Raises:
             UnreadableImage: (a ValueError) a picture is missing or damaged.
             SpanNotFoundError: (a ValueError) a constraint is not in the question.
         """
+        question = question_of(item)
         spans = question.spans()
         try:
             pictures = question.open_images()
@@ -134,7 +152,7 @@ class Task(ABC):
         inputs = model.prepare(
             question.prompt(), pictures or None, spans=spans, template=self.template
         )
-        return Asked(question, replace(inputs, images=None))
+        return Asked(item, replace(inputs, images=None))
 
     @abstractmethod
     def rows(self, model: HookedMultimodalTransformer, asked: Asked, carried: Carried) -> list[Row]:
@@ -176,6 +194,8 @@ class Task(ABC):
 
 def as_json(value: Any) -> Any:
     """Tuples as lists, as they come back from a file."""
+    if isinstance(value, Mapping):
+        return {str(name): as_json(each) for name, each in value.items()}
     return [as_json(each) for each in value] if isinstance(value, list | tuple) else value
 
 

@@ -158,7 +158,7 @@ class Worker:
     def _read_ahead(self, shard: Shard | None) -> None:
         if shard is not None and shard.index not in self._read:
             self._read[shard.index] = [
-                self._reading.submit(self.task.read, self._reader, each.question)
+                self._reading.submit(self.task.read, self._reader, each.item)
                 for each in shard.questions
             ]
 
