@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
-from measuring import machine, megabytes, peak_memory, seconds, table, write
+from measuring import machine, megabytes, seconds, table, write
 from plotly import graph_objects as go
 from shapes import SHAPES, Case, build
 
@@ -26,6 +26,7 @@ from mmlens.answers import given_answer, with_answer
 from mmlens.editing import METHODS, Edit, EditRequest, LowRank, MultEditSettings
 from mmlens.editing.bench_settings import default_layer
 from mmlens.editing.multedit import down_weight
+from mmlens.memory import peak_memory
 from mmlens.plots.style import LINES, layout
 
 NEVER = 2.0

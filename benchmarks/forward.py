@@ -16,12 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import machine, median_seconds, megabytes, peak_memory, seconds, table, write
+from measuring import machine, median_seconds, megabytes, seconds, table, write
 from shapes import SHAPES, Case, build
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mmlens import HookedMultimodalTransformer
+from mmlens.memory import peak_memory
 
 SITES = ("resid_post", "attn_out", "mlp_out")
 PROGRAMS = ("Hugging Face (SDPA)", "mmlens", "TransformerLens bridge", "nnsight")

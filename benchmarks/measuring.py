@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import platform
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +17,6 @@ from mmlens.files import write_atomically
 from mmlens.plots.save import FigureNotSaved, save_figure
 
 RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass
-class Peak:
-    """The most memory held at once above what was held before, in bytes."""
-
-    size: int = 0
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure memory: allocations on a GPU, else the process's resident set every 2 ms."""
-    peak = Peak()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield peak
-        peak.size = torch.cuda.max_memory_allocated(device) - before
-        return
-    process, done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak.size = max(peak.size, process.memory_info().rss - before)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

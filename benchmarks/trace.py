@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measuring import machine, median_seconds, megabytes, peak_memory, seconds, table, write
+from measuring import machine, median_seconds, megabytes, seconds, table, write
 from plotly import graph_objects as go
 from shapes import SHAPES, Case, build
 from tracers import Batched, Branch, Bridge, ByHand, Cell, Naive, NNsightTracer, Released
+
+from mmlens.memory import peak_memory
 
 PROGRAMS = (ByHand, Batched, Bridge, NNsightTracer, Naive, Branch)
 MAP_PROGRAMS = (ByHand, Released, *PROGRAMS[1:])

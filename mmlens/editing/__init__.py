@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 from mmlens.editing.covariance import KeyCovariance, key_covariance
 from mmlens.editing.edit import Edit, LowRank
+from mmlens.editing.edit_evaluation import EditEvaluation
+from mmlens.editing.evaluation import evaluate, evaluate_sequence, request_of
 from mmlens.editing.fine_tuning import constrained_fine_tune, fine_tune
 from mmlens.editing.lora import lora
 from mmlens.editing.multedit import MultEditSettings, multedit, multedit_many
@@ -25,6 +27,7 @@ from mmlens.editing.sequential import SequentialEditor
 __all__ = [
     "METHODS",
     "Edit",
+    "EditEvaluation",
     "EditRequest",
     "KeyCovariance",
     "LowRank",
@@ -32,12 +35,15 @@ __all__ = [
     "SequentialEditor",
     "augmented",
     "constrained_fine_tune",
+    "evaluate",
+    "evaluate_sequence",
     "fine_tune",
     "key_covariance",
     "lora",
     "memit",
     "multedit",
     "multedit_many",
+    "request_of",
     "rome",
 ]
 

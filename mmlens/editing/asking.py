@@ -6,8 +6,9 @@
         after = examiner.ask(questions, before)
 
 Questions about one picture share its positions (`Recording.record`). A picture is encoded once, for
-runs with and without edits: those change the decoder alone. Answers are the greedy ones, found by
-checking a draft in one pass: the expected answer, or what was said before.
+runs with and without edits: those change the decoder alone. What is said behind the prompts is
+computed for all of them together; answers are the greedy ones, found by checking drafts in one
+pass: the expected answer, or what was said before.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmlens.answers import Answer, given_answer
 from mmlens.branching import Recording
+from mmlens.components import KeyValueCache
 from mmlens.data import VisualQuestion, soft_accuracy
 from mmlens.inputs import MultimodalInputs
 from mmlens.model import HookedMultimodalTransformer
+from mmlens.passes import size_limit
 from mmlens.pictures import Pictures
 
 __all__ = ["Examiner", "Reply", "score"]
@@ -109,19 +113,34 @@ class Examiner:
         """
         if before is not None and len(before) != len(questions):
             raise ValueError(f"{len(before)} replies before for {len(questions)} questions")
-        together: dict[Hashable, list[int]] = {}
-        for index, question in enumerate(questions):
-            together.setdefault(looks(question), []).append(index)
+        drafts = [reply.tokens for reply in before] if before else [()] * len(questions)
+        order = sorted(range(len(questions)), key=together(questions).__getitem__)
         replies: dict[int, Reply] = {}
-        for picture, members in together.items():
-            first = self._recorded(self.prepared(questions[members[0]]), picture)
-            for index in members:
-                question, draft = questions[index], before[index].tokens if before else ()
-                recording = first
-                if index != members[0]:
-                    recording = first.record(self.prepared(question))
-                replies[index] = self._reply(Continuations(recording), question, draft)
+        while order:
+            prompts = self._run([questions[index] for index in order])
+            members, order = order[: len(prompts)], order[len(prompts) :]
+            asked = [questions[index] for index in members]
+            found = self._replies(asked, prompts, [drafts[index] for index in members])
+            replies.update(zip(members, found, strict=True))
         return [replies[index] for index in range(len(questions))]
+
+    def _run(self, questions: Sequence[VisualQuestion]) -> list[Prompt]:
+        """The first questions, as many as are continued together; those on one picture share it."""
+        prompts: list[Prompt] = []
+        picture, first, most = None, None, 1
+        for question in questions:
+            inputs = self.prepared(question)
+            if first is None or looks(question) != picture:
+                picture = looks(question)
+                first = recording = self._recorded(inputs, picture)
+            else:
+                recording = first.record(inputs)
+            prompts.append(Prompt.of(recording))
+            longest = max(prompt.inputs.n_pos for prompt in prompts)
+            most = max(1, size_limit(self.model, longest) // longest)
+            if len(prompts) >= most:
+                break
+        return prompts
 
     def _recorded(self, inputs: MultimodalInputs, picture: Hashable) -> Recording:
         known = self._pictures.pop(picture, None)
@@ -131,15 +150,28 @@ class Examiner:
             self._pictures.popitem(last=False)
         return recording
 
-    def _reply(
-        self, behind: Continuations, question: VisualQuestion, draft: tuple[int, ...]
-    ) -> Reply:
-        inputs = behind.recording.inputs
-        answers = [given_answer(self.model, inputs, answer) for answer in question.answers]
-        probability = behind.probability(answers[0]) if answers else torch.nan
-        tokens = behind.greedy(self._length(question, answers), draft)
-        said = self.model.to_string(tokens)
-        return Reply(tokens, said, probability, score(question, said), behind.log_probs())
+    def _replies(
+        self,
+        questions: Sequence[VisualQuestion],
+        prompts: Sequence[Prompt],
+        drafts: Sequence[tuple[int, ...]],
+    ) -> list[Reply]:
+        answers = [
+            [given_answer(self.model, prompt.inputs, answer) for answer in question.answers]
+            for question, prompt in zip(questions, prompts, strict=True)
+        ]
+        behind = Continuations(self.model, prompts)
+        expected = [tuple(each[0].tokens.tolist()) if each else () for each in answers]
+        logits = behind.follow(expected)
+        lengths = [self._length(*each) for each in zip(questions, answers, strict=True)]
+        replies = []
+        for row, tokens in enumerate(behind.greedy(lengths, drafts)):
+            probability, said = torch.nan, self.model.to_string(tokens)
+            if answers[row]:
+                probability = float(answers[row][0].probability(logits[row][None, :-1]))
+            log_probs = prompts[row].logits.log_softmax(dim=-1).cpu()
+            replies.append(Reply(tokens, said, probability, score(questions[row], said), log_probs))
+        return replies
 
     def _length(self, question: VisualQuestion, answers: Sequence[Answer]) -> int:
         """How many tokens decide whether what is said is right."""
@@ -148,61 +180,98 @@ class Examiner:
         return max(len(answer.tokens) for answer in answers) + 1
 
 
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt that was run: what is needed to go on behind it."""
+
+    inputs: MultimodalInputs
+    past: KeyValueCache
+    logits: Float[Tensor, " d_vocab"]
+    """Of the next token."""
+
+    @classmethod
+    def of(cls, recording: Recording) -> Prompt:
+        """That of a recording."""
+        logits = recording.logits()[0, 0]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cls(recording.inputs, recording.past, wide)
+
+
 class Continuations:
-    """What a model says behind a recorded prompt, and behind what it is told to have said."""
+    """What a model says behind some prompts, and behind what it is told to have said there."""
 
-    def __init__(self, recording: Recording) -> None:
-        self.recording = recording
-        self.best: dict[tuple[int, ...], int] = {}
+    def __init__(self, model: HookedMultimodalTransformer, prompts: Sequence[Prompt]) -> None:
+        self.model, self.prompts = model, prompts
+        self.past = side_by_side([prompt.past for prompt in prompts])
+        self.best: list[dict[tuple[int, ...], int]] = [{} for _ in prompts]
         """The most probable token behind each continuation that was followed."""
-        self._logits = self.follow(())[0]
+        self.follow([()] * len(prompts))
 
-    def log_probs(self) -> Float[Tensor, " d_vocab"]:
-        """Of the token behind the prompt, in nats."""
-        return self._logits.log_softmax(dim=-1).cpu()
-
-    def follow(self, tokens: tuple[int, ...]) -> Float[Tensor, "n_and_next d_vocab"]:
-        """The logits behind the prompt and behind each of the tokens, in one pass; not all of it.
-
-        Without tokens nothing is computed but the prompt's own logits.
-        """
-        recording = self.recording
-        last = recording.inputs.n_pos - 1
-        if tokens:
-            told = torch.tensor(tokens, device=recording.inputs.device)
-            recording = recording.record(recording.inputs.append(told))
-        logits = recording.logits(range(last, last + len(tokens) + 1))[0]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        placeholder = recording.model.cfg.image_token_id
-        words = logits
-        if placeholder is not None and placeholder < logits.shape[-1]:
-            words = logits.clone()
-            words[:, placeholder] = -torch.inf  # no word: generation never says it
-        for n, token in enumerate(words.argmax(dim=-1).tolist()):
-            self.best[tokens[:n]] = token
+    def follow(
+        self, tokens: Sequence[tuple[int, ...]]
+    ) -> list[Float[Tensor, "n_and_next d_vocab"]]:
+        """Each prompt's logits, and those behind each of the tokens that follow it; in one pass."""
+        logits = [prompt.logits[None] for prompt in self.prompts]
+        if width := max(map(len, tokens)):
+            # What fills up the shorter ones comes behind them, where they do not look.
+            filler = int(self.model.cfg.image_token_id == 0)
+            filled = torch.tensor([[*row, *[filler] * (width - len(row))] for row in tokens])
+            inputs = self.model.inputs_from_tokens(filled)
+            resid = self.model(
+                inputs, past_kv_cache=self.past, stop_at_layer=self.model.cfg.n_layers
+            )
+            new = self.model.unembed(self.model.ln_final(resid)).to(logits[0].dtype)
+            rows = zip(logits, new.to(logits[0].device), tokens, strict=True)
+            logits = [torch.cat([prompt, row[: len(told)]]) for prompt, row, told in rows]
+        placeholder = self.model.cfg.image_token_id
+        for best, found, told in zip(self.best, logits, tokens, strict=True):
+            words = found
+            if placeholder is not None and placeholder < found.shape[-1]:
+                words = found.clone()
+                words[:, placeholder] = -torch.inf  # no word: generation never says it
+            for n, token in enumerate(words.argmax(dim=-1).tolist()):
+                best[told[:n]] = token
         return logits
 
-    def probability(self, answer: Answer) -> float:
-        """The joint probability of an answer's tokens."""
-        tokens = tuple(answer.tokens.tolist())
-        logits = self._logits[None] if len(tokens) == 1 else self.follow(tokens)
-        return float(answer.probability(logits[None, : len(tokens)]))
+    def greedy(
+        self, lengths: Sequence[int], drafts: Sequence[tuple[int, ...]]
+    ) -> list[tuple[int, ...]]:
+        """At most so many tokens each, the most probable ones, without an end token.
 
-    def greedy(self, n: int, draft: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """At most `n` tokens, each the most probable one, up to an end token (which is left out).
-
-        As `model.generate`; where the draft is right it takes one pass.
+        As `model.generate`; where a draft is right it takes one pass.
         """
-        ends = self.recording.model.cfg.eos_token_ids
-        said: tuple[int, ...] = ()
-        while len(said) < n:
-            if said not in self.best:
-                guess = draft[: n - 1]
-                self.follow(guess if guess[: len(said)] == said else said)
-            if self.best[said] in ends:
-                break
-            said += (self.best[said],)
-        return said
+        ends = self.model.cfg.eos_token_ids
+        said: list[tuple[int, ...]] = [()] * len(self.prompts)
+        while True:
+            wanted: list[tuple[int, ...]] = [()] * len(said)
+            for row, (n, draft) in enumerate(zip(lengths, drafts, strict=True)):
+                tokens, best = said[row], self.best[row]
+                while len(tokens) < n and tokens in best and best[tokens] not in ends:
+                    tokens += (best[tokens],)
+                said[row] = tokens
+                if len(tokens) < n and tokens not in best:
+                    guess = draft[: n - 1]
+                    wanted[row] = guess if guess[: len(tokens)] == tokens else tokens
+            if not any(wanted):
+                return said
+            self.follow(wanted)
+
+
+def side_by_side(pasts: Sequence[KeyValueCache]) -> KeyValueCache:
+    """The keys and values of several prompts as one frozen batch, padded on the left."""
+    longest = max(map(len, pasts))
+
+    def padded(tensor: Tensor) -> Tensor:
+        return pad(tensor, (0, 0, 0, 0, longest - tensor.shape[1], 0))
+
+    entries = [
+        tuple(torch.cat([padded(part) for part in parts]) for parts in zip(*layer, strict=True))
+        for layer in zip(*(past.entries for past in pasts), strict=True)
+    ]
+    device = entries[0][0].device
+    lengths = torch.tensor([len(past) for past in pasts], device=device)
+    mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
+    return KeyValueCache.holding(entries, mask)
 
 
 def score(question: VisualQuestion, said: str) -> float:
@@ -218,6 +287,12 @@ def score(question: VisualQuestion, said: str) -> float:
 def is_vqa(question: VisualQuestion) -> bool:
     """Whether the answers are those of annotators, as in OK-VQA."""
     return question.source.startswith("okvqa/")
+
+
+def together(questions: Sequence[VisualQuestion]) -> list[int]:
+    """A number for each question, the same for those about the same picture, in their order."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(looks(question), len(numbers)) for question in questions]
 
 
 def looks(question: VisualQuestion) -> Hashable:
