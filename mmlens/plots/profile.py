@@ -55,7 +55,7 @@ def plot_layer_profile(
         shared_yaxes={"all": "all", "site": "columns", "none": False}[share_y],
         shared_xaxes=True,
         horizontal_spacing=0.03 if share_y == "all" else 0.07,
-        vertical_spacing=0.08,
+        vertical_spacing=0.16 / max(2, len(roles)),
         column_titles=[site_title(site) for site in sites],
         row_titles=[str(role) for role in roles],
     )
