@@ -112,30 +112,30 @@ def test_a_run_goes_on_where_another_stopped(folder, tmp_path, monkeypatch):
 
     def counted(*arguments, **settings):
         made.append(settings)
-        if len(made) == 3:
+        if len(made) == 2:
             raise KeyboardInterrupt
         return multedit(*arguments, **settings)
 
     monkeypatch.setitem(METHODS, "multedit", counted)
     model = HookedMultimodalTransformer.from_pretrained(folder / "model")
-    cases = edit_cases(local_questions(folder))
+    cases = edit_cases(local_questions(folder), n_neighbours=1)
 
     def run(out="out", **changes):
-        chosen = {"limit": 4, "method_settings": {"multedit": {"steps": 2}}, **changes}
+        chosen = {"limit": 2, "method_settings": {"multedit": {"steps": 1}}, **changes}
         bench = EditBench(BenchSettings(**chosen), model, cases, {})
         return bench.evaluations(tmp_path / out)[Variant("multedit", 1)].to_dataframe()
 
     with pytest.raises(KeyboardInterrupt):
         run()
     files = list((tmp_path / "out" / "edits" / "multedit@1").iterdir())
-    assert len(made) == 3 and len(files) == 2  # whole ones, of the edits before
+    assert len(made) == 2 and len(files) == 1  # a whole one, of the edit before
     first = run()
-    assert len(made) == 5 and len(run()) == len(first) and len(made) == 5
+    assert len(made) == 3 and len(run()) == len(first) and len(made) == 3
     pd.testing.assert_frame_equal(run("again"), first)
-    assert len(made) == 9
-    assert set(run(limit=5)["case"]) > set(first["case"]) and len(made) == 10
-    run(method_settings={"multedit": {"steps": 3}})
-    assert len(made) == 14  # other settings: nothing of it is known
+    assert len(made) == 5
+    assert set(run(limit=3)["case"]) > set(first["case"]) and len(made) == 6
+    run(method_settings={"multedit": {"steps": 2}})
+    assert len(made) == 8  # other settings: nothing of it is known
 
 
 def test_layers_and_sequences(bench_run, tmp_path, monkeypatch):
@@ -143,14 +143,14 @@ def test_layers_and_sequences(bench_run, tmp_path, monkeypatch):
     assert code == 0, err
     table = pd.read_csv(tmp_path / "out" / "layers" / "table.csv")
     assert set(table["layer"]) == {0, 1} and set(table["method"]) == {"multedit"}
-    code, _, err = bench_run("--methods", "multedit", "--sequential", "--limit", 3)
+    code, _, err = bench_run("--methods", "multedit", "--sequential", "--limit", 2)
     assert code == 0, err
     table = pd.read_csv(tmp_path / "out" / "sequences" / "table.csv")
-    assert set(table["n_edits"]) == {1, 2, 3}
+    assert set(table["n_edits"]) == {1, 2}
     files = {path.stem for path in (tmp_path / "out" / "sequences" / "multedit@1").iterdir()}
-    assert files == {"1", "2", "3"}
+    assert files == {"1", "2"}
     monkeypatch.setitem(METHODS, "multedit", pytest.fail)  # everything is there
-    assert bench_run("--methods", "multedit", "--sequential", "--limit", 3)[0] == 0
+    assert bench_run("--methods", "multedit", "--sequential", "--limit", 2)[0] == 0
 
 
 def test_an_edit_that_cannot_be_made_counts_as_none(folder, tmp_path, monkeypatch):

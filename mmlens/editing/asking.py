@@ -264,10 +264,10 @@ def side_by_side(pasts: Sequence[KeyValueCache]) -> KeyValueCache:
     def padded(tensor: Tensor) -> Tensor:
         return pad(tensor, (0, 0, 0, 0, longest - tensor.shape[1], 0))
 
-    entries = [
-        tuple(torch.cat([padded(part) for part in parts]) for parts in zip(*layer, strict=True))
-        for layer in zip(*(past.entries for past in pasts), strict=True)
-    ]
+    entries = []
+    for layer in zip(*(past.entries for past in pasts), strict=True):
+        keys, values = zip(*filter(None, layer), strict=True)
+        entries.append((torch.cat([*map(padded, keys)]), torch.cat([*map(padded, values)])))
     device = entries[0][0].device
     lengths = torch.tensor([len(past) for past in pasts], device=device)
     mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
