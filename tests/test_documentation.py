@@ -59,10 +59,11 @@ def okvqa_files(folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(folder / "coco" / "val2014" / picture)
     asked = {"question_id": 425, "image_id": 42, "question": "What is this?"}
     answers = [{"answer": "pony tail", "raw_answer": "pony tail", "answer_confidence": "yes"}] * 10
+    subtype = {"data_subtype": "val2014"}
     names = ("OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json")
-    (folder / names[0]).write_text(json.dumps({"questions": [asked]}))
+    (folder / names[0]).write_text(json.dumps({"questions": [asked], **subtype}))
     annotation = {"question_id": 425, "image_id": 42, "answers": answers}
-    (folder / names[1]).write_text(json.dumps({"annotations": [annotation]}))
+    (folder / names[1]).write_text(json.dumps({"annotations": [annotation], **subtype}))
     row = f"0,What is this?,this,./val2014/{picture}"
     (folder / "okvqa.csv").write_text(f",question,main_entity,image_url\n{row}\n")
 

@@ -1,7 +1,8 @@
-"""Seeing a flag must answer as being told its country: prompts packed behind visual prefixes.
+"""What seeing a flag must answer: as when told its country, or what is true of it.
 
-Some pictures with several prompts each; the prompts of one picture share its visual prefix (block
-mask, positions restarted at every prompt). What they are compared with comes from `teacher.pt`.
+Prompts are packed behind visual prefixes: the prompts of one picture share its prefix (block mask,
+positions restarted at every prompt). What the model says when told comes from `teacher.pt`; what is
+true, from the package's table of countries.
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from captions import token_ids
 from student import N_VISUAL
-from teacher import DEPTH, Asked
+from teacher import DEPTH, Asked, may_be_asked
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mmlens.demo.countries import Country, read_countries
 
 #: how often a prompt of a relation is drawn, relative to one prompt of the scored relations
 NAMING_SHARE = 0.15
@@ -29,13 +33,26 @@ class Packed:
     mask: Tensor  #: [batch, 1, all, all], True where attention is allowed
     readout: Tensor  #: [batch, prompts, DEPTH]: where the answers' tokens are predicted
     hidden: Tensor  #: [batch, prompts, DEPTH, width]: the teacher's
+    truth: Tensor  #: [batch, prompts, DEPTH]: tokens of the true answer; -100 where it is not asked
 
 
 class Teacher:
-    """Draws prompts for countries, balanced between relations, and packs them."""
+    """Draws prompts for countries, balanced between relations, and packs them.
 
-    def __init__(self, asked: list[Asked]) -> None:
-        self.asked = asked
+    Args:
+        asked: the prompts, and what the teacher said.
+        truths: per prompt and country it was asked about, the true answer's tokens, if it has one.
+        truth_share: of the prompts that have a true answer, how many ask for it.
+    """
+
+    def __init__(
+        self,
+        asked: list[Asked],
+        truths: list[list[list[int]]] | None = None,
+        truth_share: float = 0.0,
+    ) -> None:
+        self.asked, self.truth_share = asked, truth_share
+        self.truths = truths or [[[] for _ in item.countries] for item in asked]
         self.row = [{int(c): i for i, c in enumerate(item.countries)} for item in asked]
         relations = sorted({item.relation for item in asked})
         by_relation = {
@@ -50,9 +67,18 @@ class Teacher:
         self.weight = weight
 
     @classmethod
-    def load(cls, folder: Path) -> "Teacher":
-        """What `teacher.py` wrote."""
-        return cls([Asked(**item) for item in torch.load(folder / "teacher.pt")])
+    def load(cls, folder: Path, tokenizer: Any, truth_share: float) -> "Teacher":
+        """What `teacher.py` wrote, and the facts of the countries that may be used."""
+        asked = [Asked(**item) for item in torch.load(folder / "teacher.pt")]
+        countries = read_countries()
+        truths = [
+            [
+                token_ids(tokenizer, f" {truth}")[:DEPTH] if truth else []
+                for truth in (true_answer(countries[c], item.relation) for c in item.countries)
+            ]
+            for item in asked
+        ]
+        return cls(asked, truths, truth_share)
 
     def draw(self, country: int, count: int, rng: torch.Generator) -> list[int]:
         """Different prompts that may be asked about the country."""
@@ -69,10 +95,15 @@ class Teacher:
             drawn = self.draw(country, count, rng)
             drawn = (drawn * count)[:count]
             rows.append([(i, self.row[i][country]) for i in drawn])
-        texts = [
-            [self.asked[i].prompt + self.asked[i].answer[r, :-1].tolist() for i, r in row]
-            for row in rows
-        ]
+        truth = torch.full((len(rows), count, DEPTH), -100)
+        texts = [[self.asked[i].prompt for i, _ in row] for row in rows]
+        for b, row in enumerate(rows):
+            for p, (i, r) in enumerate(row):
+                answer, true = self.asked[i].answer[r].tolist(), self.truths[i][r]
+                if true and float(torch.rand((), generator=rng)) < self.truth_share:
+                    truth[b, p, : len(true)] = torch.tensor(true)
+                    answer = true + [0] * (DEPTH - len(true))  # what follows is not scored
+                texts[b][p] = texts[b][p] + answer[:-1]
         length = max(sum(map(len, row)) for row in texts)
         batch = len(rows)
         tokens = torch.zeros(batch, length, dtype=torch.long)
@@ -95,7 +126,7 @@ class Teacher:
         hidden = torch.stack(
             [torch.stack([self.asked[i].hidden[r] for i, r in row]) for row in rows]
         )
-        return Packed(tokens, positions, mask[:, None], readout, hidden.float())
+        return Packed(tokens, positions, mask[:, None], readout, hidden.float(), truth)
 
 
 def hidden_states(model: Any, **inputs: Tensor) -> Tensor:
@@ -118,8 +149,17 @@ def divergence(model: Any, wanted: Tensor, found: Tensor) -> tuple[Tensor, Tenso
     return kl, target.argmax(-1) == predicted.argmax(-1)
 
 
-def distillation(model: Any, visual: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """KL(told || seen), the answer's first token counting most; share of equal first tokens."""
+@dataclass
+class Answered:
+    """How well what is seen answers."""
+
+    told: Tensor  #: KL(told || seen) in nats, the answer's first token counting most
+    truth: Tensor  #: -log P(true answer's token) in nats
+    equal: Tensor  #: the share of first tokens that are as when told
+
+
+def answers(model: Any, visual: Tensor, packed: Packed) -> Answered:
+    """Run the prompts; each counts for one of the two losses."""
     embed = model.get_input_embeddings()
     bos = torch.full((len(visual), 1), model.config.bos_token_id)
     hidden = hidden_states(
@@ -129,6 +169,24 @@ def distillation(model: Any, visual: Tensor, packed: Packed) -> tuple[Tensor, Te
         position_ids=packed.positions,
     )
     rows = torch.arange(len(visual))[:, None, None]
-    kl, equal = divergence(model, packed.hidden, hidden[rows, packed.readout])
+    found = hidden[rows, packed.readout]
+    as_told = packed.truth[..., 0] < 0
+    kl, equal = divergence(model, packed.hidden[as_told], found[as_told])
     weight = torch.tensor([1.0] + [0.4] * (DEPTH - 1))
-    return (kl * weight).mean((0, 1)).sum() / weight.sum(), equal[..., 0].float().mean()
+    scored = packed.truth >= 0
+    surprise = F.cross_entropy(model.lm_head(found[scored]), packed.truth[scored])
+    return Answered(
+        told=(kl * weight).mean(0).sum() / weight.sum(),
+        truth=surprise if scored.any() else torch.zeros(()),
+        equal=equal[..., 0].float().mean(),
+    )
+
+
+def true_answer(country: Country, relation: str) -> str:
+    """The usual one, or nothing: auxiliary prompts have none, nor facts of held-out countries."""
+    if relation == "name":
+        return country.name
+    if relation == "auxiliary" or not may_be_asked(country, relation):
+        return ""
+    accepted = getattr(country, relation)
+    return accepted[0] if accepted else ""

@@ -2,8 +2,9 @@
 
 The tower stays as shipped, so its features are those of `features.py`. The projector begins as
 shipped; the language model's matrices get a low-rank update. Each step: some pictures with several
-prompts each, distilled from `teacher.pt` (seeing must answer as being told); and some texts of
-`texts.py` without pictures, on which the model must stay what it was.
+prompts each, distilled from `teacher.pt` (seeing must answer as being told), half of those about
+facts of training countries, and of names, answered truly instead, as LLaVA's instructions are; and
+some texts of `texts.py` without pictures, on which the model must stay what it was.
 
     python training/demo/stage_2.py --folder WORK_FOLDER --steps 600
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from captions import load_language_model
-from distillation import Packed, Teacher, distillation, divergence, hidden_states
+from distillation import Answered, Packed, Teacher, answers, divergence, hidden_states
 from loop import Run, decayed, evenly, load_average, trained
 from lora import add_low_rank
 from safetensors.torch import load_file
@@ -38,10 +39,10 @@ class Tuned(nn.Module):
         add_low_rank(language_model, rank, alpha)
         self.multi_modal_projector = Student.shipped().projector
 
-    def seen(self, features: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-        """KL(told || seen), and the share of equal first tokens."""
+    def seen(self, features: Tensor, packed: Packed) -> Answered:
+        """What the prompts are answered behind these pictures."""
         visual = self.multi_modal_projector(features.float())
-        return distillation(self.language_model, visual, packed)
+        return answers(self.language_model, visual, packed)
 
     def changed(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """KL(base || tuned) on texts, mean over their positions."""
@@ -52,9 +53,11 @@ class Tuned(nn.Module):
 class Data:
     """Everything that was computed once, and the batches made of it."""
 
-    def __init__(self, folder: Path, pictures: int, prompts: int, texts: int) -> None:
-        self.pictures, self.prompts, self.n_texts = pictures, prompts, texts
-        self.teacher = Teacher.load(folder)
+    def __init__(self, arguments: argparse.Namespace, tokenizer: Any) -> None:
+        folder = arguments.folder
+        self.pictures, self.prompts = arguments.pictures, arguments.prompts
+        self.n_texts = arguments.texts
+        self.teacher = Teacher.load(folder, tokenizer, arguments.truth_share)
         self.features = load_file(folder / "features.safetensors")
         self.texts = load_file(folder / "texts.safetensors")
 
@@ -80,11 +83,14 @@ def validate(tuned: Tuned, data: Data) -> dict[str, float]:
     for rows in order[: 5 * CHUNK].split(CHUNK):
         countries = (rows // data.features["validation"].shape[1]).tolist()
         packed = data.teacher.pack(countries, data.prompts, rng)
-        found.append(torch.stack(tuned.seen(features[rows], packed)))
-    kl, equal = torch.stack(found).mean(0).tolist()
+        found.append(tuned.seen(features[rows], packed))
+    means = {
+        name: float(torch.stack([getattr(each, name) for each in found]).mean())
+        for name in ("told", "truth", "equal")
+    }
     texts = {name: tensor[:VALIDATION_TEXTS].split(CHUNK) for name, tensor in data.texts.items()}
     changed = [tuned.changed(*pair) for pair in zip(texts["tokens"], texts["hidden"], strict=True)]
-    return {"seen": kl, "equal": equal, "changed": float(torch.stack(changed).mean())}
+    return {**means, "changed": float(torch.stack(changed).mean())}
 
 
 def train(arguments: argparse.Namespace, tuned: Tuned, data: Data) -> None:
@@ -100,11 +106,12 @@ def train(arguments: argparse.Namespace, tuned: Tuned, data: Data) -> None:
     run.report(**validate(tuned, data))
     order = evenly(len(data.features["train"]), rng)
     while run.step < arguments.steps:
-        seen, equal = tuned.seen(*data.flags(list(islice(order, data.pictures)), rng))
+        seen = tuned.seen(*data.flags(list(islice(order, data.pictures)), rng))
         changed = tuned.changed(*data.some_texts(rng))
-        run.learn(seen + arguments.text_weight * changed)
+        answered = seen.told + arguments.truth_weight * seen.truth
+        run.learn(answered + arguments.text_weight * changed)
         if run.step % 10 == 0:
-            run.report(seen=seen, equal=equal, changed=changed)
+            run.report(told=seen.told, truth=seen.truth, equal=seen.equal, changed=changed)
         if run.step % arguments.every == 0 or run.step == arguments.steps:
             run.save(rng, rank=arguments.rank, alpha=arguments.alpha)
             now = {name: p.detach().clone() for name, p in trained(tuned).items()}
@@ -125,6 +132,8 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=16.0)
     parser.add_argument("--lr", type=float, default=5e-4, help="of the low-rank update")
     parser.add_argument("--projector-lr", type=float, default=1e-4)
+    parser.add_argument("--truth-share", type=float, default=0.5, help="of prompts with one")
+    parser.add_argument("--truth-weight", type=float, default=0.5, help="of true answers")
     parser.add_argument("--text-weight", type=float, default=1.0)
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--name", default="stage_2.pt", help="the checkpoint's file name")
@@ -132,9 +141,9 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    model, _ = load_language_model()
+    model, tokenizer = load_language_model()
     tuned = Tuned(low_precision(model), arguments.rank, arguments.alpha)
-    data = Data(arguments.folder, arguments.pictures, arguments.prompts, arguments.texts)
+    data = Data(arguments, tokenizer)
     train(arguments, tuned, data)
 
 
