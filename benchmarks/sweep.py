@@ -15,6 +15,7 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -82,9 +83,9 @@ def timed(run: Callable[[Path], object]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder) / "out")
         log = (Path(folder) / "out" / "log.txt").read_text().splitlines()
-    stamps = [time.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in log]
+    stamps = [datetime.fromisoformat(" ".join(line.split()[:2])) for line in log]
     ready = next(i for i, line in enumerate(log) if "shards are there" in line)
-    return time.mktime(stamps[-1]) - time.mktime(stamps[ready])
+    return (stamps[-1] - stamps[ready]).total_seconds()
 
 
 def main() -> None:

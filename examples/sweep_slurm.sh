@@ -25,14 +25,19 @@ address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | a
 srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap \
     ray start --head --node-ip-address="$address" --port="$port" \
     --num-cpus="$SLURM_CPUS_PER_TASK" --block &
-sleep 15
+sleep 15  # the others cannot join before
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) \
         --exclude="$head" --overlap \
         ray start --address="$address:$port" --num-cpus="$SLURM_CPUS_PER_TASK" --block &
-    sleep 15
 fi
 
-# One worker per GPU that has joined by now.
+# There is one worker per GPU that has joined by now, so wait for all machines.
+srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap python -c "
+import ray, time
+ray.init(address='$address:$port')
+while sum(node['Alive'] for node in ray.nodes()) < $SLURM_JOB_NUM_NODES:
+    time.sleep(1)
+"
 srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap \
     mmlens sweep "$@" --ray "$address:$port"

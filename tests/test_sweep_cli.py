@@ -124,6 +124,8 @@ def test_a_full_disk_is_one_line(run, folder, tmp_path, monkeypatch):
         ("trace", ("--data", "no/such/data"), "no/such/data"),
         ("trace", ("--data", "no-such.csv"), "no-such.csv"),
         ("trace", ("--model", "no-such-model"), "no-such-model"),
+        ("trace", ("--layers", "0,99"), "99"),
+        ("contributions", ("--layers", "99"), "99"),
     ],
 )
 def test_bad_input_is_one_line(run, folder, tmp_path, task, options, expected):

@@ -143,12 +143,18 @@ def sweep(
 def run(task: Any, model: str, questions: Any, out: Path, **settings: Any) -> None:
     """Sweep, say what came of it, and exit with the status that says it as well."""
     from mmlens.checkpoints.errors import CheckpointError
-    from mmlens.sweeps import FolderInUse, OtherSettings, RayMissing, WorkersLost
+    from mmlens.sweeps import (
+        FolderInUse,
+        ImpossibleTask,
+        OtherSettings,
+        RayMissing,
+        WorkersLost,
+    )
     from mmlens.sweeps import sweep as run_sweep
 
     try:
         found = run_sweep(task, model, questions, out, **settings)
-    except (CheckpointError, FolderInUse, OtherSettings, RayMissing) as error:
+    except (CheckpointError, FolderInUse, ImpossibleTask, OtherSettings, RayMissing) as error:
         raise UserError(error) from error
     except (OSError, WorkersLost) as error:
         again = "what is there is complete, and the same command goes on"
@@ -207,11 +213,14 @@ def summarize(
 
 def print_peaks(summary: Summary) -> None:
     """Where each mean is largest."""
-    kept = [name for name in summary.peaks.columns if name not in ("mean", "low", "high")]
+    peaks = summary.peaks
+    if peaks["measure"].nunique() == 1:
+        peaks = peaks.drop(columns="measure")
+    kept = [name for name in peaks.columns if name not in ("mean", "low", "high")]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in (*kept, "mean", "interval"):
         table.add_column(name.replace("_", " "))
-    for row in summary.peaks.to_dict("records"):
+    for row in peaks.to_dict("records"):
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
         table.add_row(*(escape(str(row[name])) for name in kept), f"{row['mean']:.3f}", interval)
     console().print(f"\nlargest means over layers, {summary.counts['used']} questions:")

@@ -20,7 +20,7 @@ from mmlens.sweeps.ray_engine import RayMissing, WorkersLost
 from mmlens.sweeps.results import Sweep
 from mmlens.sweeps.run import sweep
 from mmlens.sweeps.summary import Summary, summarize
-from mmlens.sweeps.task import Asked, Carried, Task
+from mmlens.sweeps.task import Asked, Carried, ImpossibleTask, Task
 from mmlens.sweeps.trace import TraceTask
 
 TASKS: dict[str, type[Task]] = {
@@ -35,6 +35,7 @@ __all__ = [
     "ContributionsTask",
     "EditTask",
     "FolderInUse",
+    "ImpossibleTask",
     "OtherSettings",
     "RayMissing",
     "Summary",

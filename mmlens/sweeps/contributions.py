@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from mmlens.attribution import attention_contribution
+from mmlens.attribution.where import layers_of
 from mmlens.sweeps.task import Asked, Carried, Columns, Task
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ class ContributionsTask(Task):
 
     def __post_init__(self) -> None:
         self.check_roles(role for pair in self.pairs for role in pair)
+
+    def check(self, model: HookedMultimodalTransformer) -> None:
+        """Raise a ValueError where the model lacks what the settings name."""
+        layers_of(model, self.layers)
 
     def rows(
         self, model: HookedMultimodalTransformer, asked: Asked, carried: Carried

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
+from mmlens.attribution.where import layers_of
 from mmlens.data import EditCase
 from mmlens.editing import METHODS
 from mmlens.editing.edit_evaluation import EditEvaluation
@@ -90,6 +91,10 @@ class EditTask(Task):
             raise ValueError("a question has no target: edit cases are needed (mmlens.data)")
         return replace(super().read(model, item.question), item=item)
 
+    def check(self, model: HookedMultimodalTransformer) -> None:
+        """Raise a ValueError where the model lacks what the settings name."""
+        layers_of(model, self.layers)
+
     def rows(
         self, model: HookedMultimodalTransformer, asked: Asked, carried: Carried
     ) -> list[dict[str, Any]]:
@@ -108,11 +113,10 @@ class EditTask(Task):
             "role": "constraint last" if "constraint" in asked.inputs.spans[0] else "question last",
             "window": 1,
         }
-        layers = range(model.cfg.n_layers) if self.layers is None else self.layers
         return [
             common | {"method": method, "layer": layer} | row
             for method in self.methods
-            for layer in layers
+            for layer in layers_of(model, self.layers)
             for row in self.edited(model, examination, method, layer)
         ]
 

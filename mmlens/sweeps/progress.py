@@ -18,14 +18,14 @@ __all__ = ["Log", "SweepProgress", "duration"]
 
 
 class Log:
-    """Lines with the time (UTC) in a file; they are on the disk when the call returns."""
+    """Lines with the time in a file, written when the call returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __call__(self, text: str) -> None:
         """Append a line. A full disk is for the results to complain about; here it is only said."""
-        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n"
+        line = f"{datetime.now(UTC).isoformat(' ', 'milliseconds')} {text}\n"
         try:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(line)

@@ -81,6 +81,7 @@ def sweep(
     Raises:
         OtherSettings: (a ValueError) the folder holds a sweep with other settings.
         FolderInUse: (a ValueError) another process is writing to it.
+        ImpossibleTask: (a ValueError) the model has no such sites or layers.
         RayMissing: (a ValueError) `ray` is given and not installed.
         WorkersLost: no worker is left on Ray.
         OSError: results cannot be written. What is there is complete; call again when they can.
@@ -184,7 +185,8 @@ def make_task(task: str | Task, options: dict[str, Any]) -> Task:
 def absolute_if_there(model: str | Path) -> str:
     """A folder or file by its absolute path, for workers elsewhere; a name as it is."""
     path = Path(model).expanduser()
-    return str(path.absolute()) if path.exists() and str(model) != "demo" else str(model)
+    embedded = str(model) in ("demo", "demo-tuned")
+    return str(path.absolute()) if path.exists() and not embedded else str(model)
 
 
 def manifest(

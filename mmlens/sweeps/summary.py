@@ -12,6 +12,7 @@ import torch
 
 from mmlens.files import write_atomically
 from mmlens.resampling import bootstrap_mean
+from mmlens.sweeps.task import ROLES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +101,7 @@ def summarize(
         found = bootstrap_mean(values, clusters, samples=samples, seed=seed, level=level)
         numbers = {name: x.numpy() for name, x in zip(("mean", "low", "high"), found, strict=True)}
         n = (~values.isnan()).sum(dim=0).numpy()
-        tables.append(cells.assign(measure=measure, n=n, **numbers))
+        tables.append(in_order(cells.assign(measure=measure, n=n, **numbers)))
     table = pd.concat(tables, ignore_index=True)
     there = [key for key in keys if key != "layer"]
     best = table.dropna(subset="mean").groupby([*there, "measure"], sort=False, observed=True)
@@ -159,6 +160,16 @@ def as_matrix(
     values = np.full((len(questions), len(cells)), np.nan)
     values[question, cell] = rows[measure].to_numpy(dtype=float)
     return torch.from_numpy(values), cells, list(rows["cluster"].iloc[first])
+
+
+def in_order(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells with the roles as they stand in a prompt; others as they came."""
+    place = {role: index for index, role in enumerate(ROLES)}
+    return cells.sort_values(
+        "role",
+        kind="stable",
+        key=lambda roles: roles.astype(str).map(lambda role: place.get(role, len(place))),
+    )
 
 
 def draw(table: pd.DataFrame, measure: str, subtitle: str) -> Figure:

@@ -39,7 +39,17 @@ if TYPE_CHECKING:
     from mmlens.branching import Recording
     from mmlens.model import HookedMultimodalTransformer
 
-__all__ = ["COMMON", "ROLES", "Asked", "Carried", "Columns", "Task", "UnreadableImage", "reason_of"]
+__all__ = [
+    "COMMON",
+    "ROLES",
+    "Asked",
+    "Carried",
+    "Columns",
+    "ImpossibleTask",
+    "Task",
+    "UnreadableImage",
+    "reason_of",
+]
 
 Columns = Mapping[str, pa.DataType]
 Row = dict[str, Any]
@@ -67,6 +77,10 @@ ROLES = (
     *("after constraint", "last token", "text constraint"),
 )
 """What `Asked.roles` may give."""
+
+
+class ImpossibleTask(ValueError):
+    """Settings that no question of this model could be asked with."""
 
 
 class UnreadableImage(ValueError):
@@ -135,6 +149,9 @@ class Task(ABC):
     ) -> Sequence[Item]:
         """What a name of data stands for; see `mmlens.data.open_questions`."""
         return open_questions(data, images, annotations, seed=seed)
+
+    def check(self, model: HookedMultimodalTransformer) -> None:  # noqa: B027 (nothing to check)
+        """Raise a ValueError where the model lacks what the settings name."""
 
     def read(self, model: HookedMultimodalTransformer, item: Item) -> Asked:
         """Open the question's pictures and put it to the model; runs in the reading thread.

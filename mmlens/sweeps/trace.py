@@ -10,7 +10,7 @@ import pyarrow as pa
 from mmlens.corruptions import swap_span
 from mmlens.interventions import split_site
 from mmlens.sweeps.task import Asked, Carried, Columns, Task
-from mmlens.trace_grid import SITES
+from mmlens.trace_grid import SITES, layer_centres
 from mmlens.trace_result import CausalTrace
 from mmlens.tracing import traced
 
@@ -60,6 +60,10 @@ class TraceTask(Task):
                 f"sites {self.sites}, roles {self.roles} and windows {self.windows}: there must be "
                 "some, and windows of at least 1 layer"
             )
+
+    def check(self, model: HookedMultimodalTransformer) -> None:
+        """Raise a ValueError where the model lacks what the settings name."""
+        layer_centres(model, self.sites, self.layers)
 
     def rows(
         self, model: HookedMultimodalTransformer, asked: Asked, carried: Carried

@@ -23,7 +23,7 @@ import torch
 from mmlens.passes import is_out_of_memory
 from mmlens.sweeps.folder import Failure, Folder, ShardReport
 from mmlens.sweeps.plan import Planned, Shard
-from mmlens.sweeps.task import Asked, Carried, Task, described, reason_of
+from mmlens.sweeps.task import Asked, Carried, ImpossibleTask, Task, described, reason_of
 
 if TYPE_CHECKING:
     from mmlens.model import HookedMultimodalTransformer
@@ -84,6 +84,9 @@ class Worker:
         model: a model, or how to get one.
         task: what is done with each question.
 
+    Raises:
+        ImpossibleTask: (a ValueError) the model lacks what the task names.
+
     Example:
         >>> worker = Worker(ModelSource("demo"), TraceTask())
         >>> worker.run(target, shards[0], shards[1])
@@ -93,6 +96,10 @@ class Worker:
         given: Any = model
         self.model = given.load() if isinstance(given, ModelSource) else given
         self.task = task
+        try:
+            task.check(self.model)
+        except ValueError as error:
+            raise ImpossibleTask(str(error)) from error
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         # A tokenizer cannot be used by two threads at once, so the reading one has its own.
         self._reader: Any = copy.copy(self.model)
