@@ -123,7 +123,7 @@ class TestHeatmap:
             changes = button.args[1]
             assert 380 <= changes["height"] <= 1800
             at = sorted(changes["yaxis.tickvals"])
-            unit = (changes["height"] - 225) / changes["yaxis.range"][0]
+            unit = (changes["height"] - 216) / changes["yaxis.range"][0]
             assert min(np.diff(at)) * unit > 12  # pixels: no label on another
             assert sum(" w" in label for label in changes["yaxis.ticktext"]) == 20
 

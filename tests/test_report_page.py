@@ -69,7 +69,7 @@ def opened(browser) -> Iterator[Open]:
 
     def open_file(path: Path) -> Any:
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(8000)
+        page.set_default_timeout(60_000)  # a machine may be busy
         page.on("console", watch)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", asked)

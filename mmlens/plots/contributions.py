@@ -92,6 +92,7 @@ def plot_grid(
     height = round(400 * min(2.0, n_rows / n_columns)) + 140 + SLIDER_PIXELS
     steps = [_step(index, len(grids), grid, contribution) for index, grid in enumerate(grids)]
     figure.update_xaxes(title_text="column", constrain="domain", showgrid=False, zeroline=False)
+    figure.update_layout(xaxis_title_font_size=13, yaxis_title_font_size=13)
     figure.update_yaxes(
         title_text="row", autorange="reversed", scaleanchor="x", constrain="domain", showgrid=False
     )

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from mmlens.attribution import AttentionKnockout
 
 
+SPANS = {"last": "the last token", "text": "the text", "bos": "the first token"}
+
+
+def in_words(span: str) -> str:
+    """A span's name, as one says it."""
+    return SPANS.get(span, f"the {visible(span)}")
+
+
 def plot_knockout(knockout: AttentionKnockout) -> Figure:
     """P(answer) by the centre of the window; the dashed line is the run with nothing cut.
 
@@ -54,6 +62,7 @@ def plot_knockout(knockout: AttentionKnockout) -> Figure:
     source, destination = (knockout.metadata.get(name) for name in ("source", "destination"))
     if source and destination:
         figure.update_layout(
-            title_text=f"P(“{answer}”) with {visible(destination)} not looking at {visible(source)}"
+            title_text=f"P(“{answer}”) with {in_words(destination)} not looking at "
+            f"{in_words(source)}"
         )
     return figure

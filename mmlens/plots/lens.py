@@ -78,7 +78,7 @@ def plot_logit_attribution(
         asked += f" rather than “{visible(attribution.contrast.strip())}”"
     names = [KINDS.get(kind, kind.replace("_", " ")) for kind in kinds]
     per_head = "attn_out" not in kinds
-    where = f"at “{visible(attribution.labels[-1])}”"
+    where = f"at “{visible(attribution.labels[-1].strip())}”"
     return heatmap(
         values[..., -1] if per_head else values.transpose(0, 2, 1),
         rows=names if per_head else attribution.labels,

@@ -30,7 +30,9 @@ MAX_PIXELS = 1500
 MAX_PATCH_ROWS = 40
 PANEL_PIXELS = 300
 #: above the panels: title, subtitle, panel titles; below: layers, colour bar and its title
-ABOVE, BELOW = 108, 105
+ABOVE, BELOW = 108, 108
+#: from the panels down to their colour bars
+BAR_PIXELS = 46
 
 
 def heatmap(
@@ -161,12 +163,15 @@ class _Cells:
         unit = pixels_per_row(edges)
         at, names = row_labels(view, self.views, edges, unit)
         values, _ = view.fold(self.values, self.fold)
+        height = max(380, round(unit * edges[-1]) + ABOVE + BELOW)
+        bar_at = -BAR_PIXELS / (height - ABOVE - BELOW)  # of the panels' height
         changes: dict[str, Any] = {
-            "height": max(380, round(unit * edges[-1]) + ABOVE + BELOW),
+            "height": height,
             "yaxis": {"tickvals": at, "ticktext": names, "range": [float(edges[-1]), 0.0]},
         }
         for panel in range(len(self.panels)):
-            changes[_axis_name(panel)] = color_axis(values[panel], self.limits)
+            axis = color_axis(values[panel], self.limits)
+            changes[_axis_name(panel)] = axis | {"colorbar": {"y": bar_at}}
         return changes
 
 
@@ -232,10 +237,8 @@ def _lay_out(figure: Figure, cells: _Cells, value_title: str, column_title: str)
             "x": (left + right) / 2,
             "xanchor": "center",
             "len": 0.9 * (right - left),
-            "y": 0,
-            "yref": "container",
-            "yanchor": "bottom",
-            "ypad": 8,
+            "yanchor": "top",
+            "ypad": 0,
             "thickness": 12,
             "outlinewidth": 0,
             "nticks": 5,

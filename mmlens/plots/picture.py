@@ -1,6 +1,6 @@
 """Numbers of visual tokens over the picture they were made from.
 
-The picture is shown as it was given, in pale grey, so that the colours are those of the numbers;
+The picture is shown as it was given, but pale, so that the colours are those of the numbers;
 patches lie where they really are, beyond its edge where it was padded, and what was cropped stays
 bare.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance
 from plotly import graph_objects as go
 from torch import Tensor
 
@@ -34,6 +34,8 @@ MAX_SIDE = 1024
 SHOWN = 520
 #: how much of the picture's darkness is left under the numbers
 PALE = 0.4
+#: and how much of its colours
+COLOURED = 0.35
 POSITIVE, NEGATIVE = "5,48,140", "179,78,6"
 
 
@@ -246,8 +248,9 @@ class _Overlay:
 
 
 def pale(picture: Image.Image) -> Image.Image:
-    """The picture in light grey."""
-    return ImageOps.grayscale(picture).point(lambda level: round(255 - PALE * (255 - level)))
+    """The picture, light and nearly without colours, which are those of the numbers."""
+    dull = ImageEnhance.Color(picture).enhance(COLOURED)
+    return dull.point(lambda level: round(255 - PALE * (255 - level)))
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -126,7 +126,7 @@
       const unit = largest(own);
       words.forEach(([, chip], i) => {
         chip.style.background = color(own[i] / unit);
-        chip.style.color = Math.abs(own[i]) / unit > 0.45 ? "#fff" : "inherit";
+        chip.style.color = Math.abs(own[i]) / unit > 0.55 ? "#fff" : "inherit";
       });
       if (data.maps.length) scale(byId("token-scale"), own, unit, `tokens: ${map().name}, layer ${map().layers[state.layer]}`);
     });
@@ -190,8 +190,9 @@
   }
 
   function drawPanel(site, rows, cells) {
-    const layers = data.trace.layers, label = 122, high = 15;
-    const wide = Math.max(3, Math.min(26, 235 / layers.length));
+    const layers = data.trace.layers, high = rows.length > 12 ? 15 : 21;
+    const wide = Math.max(3, Math.min(26, 230 / layers.length));
+    const label = 12 + 6.3 * Math.max(...rows.map((row) => short(row.label.trim()).length));
     const unit = largest(cells.flat());
     const panel = make(byId("panels"), "div", { class: "panel" });
     make(panel, "h3", {}, site);
@@ -199,7 +200,7 @@
     const svg = make(panel, "svg", { width: size[0], height: size[1], viewBox: `0 0 ${size[0]} ${size[1]}` });
     rows.forEach((row, r) => {
       const group = make(svg, "g", { class: "row" });
-      const name = make(group, "text", { x: label - 5, y: high * r + 11, "text-anchor": "end" }, short(row.label.trim() || "␣"));
+      const name = make(group, "text", { x: label - 5, y: high * (r + 0.5) + 4, "text-anchor": "end" }, short(row.label.trim() || "␣"));
       spot(name, row.at, () => row.label);
       cells[r].forEach((value, i) => {
         const at = { x: label + wide * i, y: high * r, width: wide, height: high, class: "cell" };
