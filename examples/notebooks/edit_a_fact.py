@@ -12,7 +12,6 @@
 # other words, of other pictures, and ask other things; take the change back.
 
 # %%
-import torch
 
 from mmlens import HookedMultimodalTransformer, causal_trace, demo_questions, multedit, swap_span
 
