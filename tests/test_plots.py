@@ -216,7 +216,8 @@ class TestTerminal:
     @pytest.mark.parametrize("n_layers", [1, 4, 32, 48, 200])
     @pytest.mark.parametrize("width", [20, 45, 60, 80, 120])
     def test_it_fits_the_terminal(self, seed, n_layers, width):
-        for line in lines_of(make_trace(n_layers=n_layers), width):
+        trace = make_trace(n_layers=n_layers, low=0.0, corrupted=0.3)
+        for line in lines_of(trace, width):
             assert len(line) <= width
 
     def test_a_picture_is_one_row(self, seed):

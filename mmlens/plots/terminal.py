@@ -116,7 +116,7 @@ class TerminalHeatmap:
         """The scale, from the largest negative effect (if there is any) to the largest one."""
         legend = Text(no_wrap=True)
         steps = [(step / 9) ** 2 * self.unit for step in range(10)]
-        if self.has_negative:
+        if self.has_negative and width >= NARROW:
             legend.append(f"{-self.unit:.2f} ")
             for value in steps[:0:-1]:
                 legend.append_text(self._cell(-value, 1, colored))
