@@ -20,7 +20,12 @@ from mmlens.model import HookedMultimodalTransformer
 from mmlens.sweeps import Sweep, sweep
 
 TEXTS = ("who made this place", "this place has a", "is this place near", "name this place, please")
-SETTINGS: dict[str, Any] = {"windows": (1, 2), "shard_size": 3, "progress": False}
+SETTINGS: dict[str, Any] = {
+    "sites": ("mlp_out",),
+    "roles": ("constraint", "last token", "text constraint"),
+    "shard_size": 3,
+    "progress": False,
+}
 
 
 def write_picture(path: Path, seed: int) -> Path:

@@ -63,17 +63,17 @@ def prepared(model, question):
     return model.prepare(question.prompt(), pictures, spans=question.spans(), template="auto")
 
 
-def by_hand(model, question, window, **options):
+def by_hand(model, question, task, window, **options):
     """The trace of each role, and the roles."""
     inputs = prepared(model, question)
     roles = dict(role_positions(inputs))
     if question.text_constraints:
         roles["text constraint"] = inputs.span("text_constraint")
-    kept = {name: roles[name] for name in TraceTask().roles if name in roles}
+    kept = {name: roles[name] for name in task.roles if name in roles}
     corrupted = swap_span(model, inputs, "constraint", "Paris")
     positions = list(kept.values())
-    trace = causal_trace(model, inputs, corrupted, window=window, positions=positions, **options)
-    return trace, kept
+    options |= {"sites": task.sites, "window": window, "positions": positions}
+    return causal_trace(model, inputs, corrupted, **options), kept
 
 
 def cells_at(table, **where):
@@ -83,11 +83,12 @@ def cells_at(table, **where):
 
 
 def test_traces_are_those_by_hand(model, questions, tmp_path):
-    found = in_order(swept(model, questions, tmp_path / "out"))
+    task, questions = TraceTask(windows=(1, 2)), questions[:4]
+    found = in_order(sweep(task, model, questions, tmp_path / "out", shard_size=3, progress=False))
     counts = Counter()
     for row, question in enumerate(questions):
-        for window in (1, 2):
-            trace, roles = by_hand(model, question, window, method="naive")
+        for window in task.windows:
+            trace, roles = by_hand(model, question, task, window, method="naive")
             for r, role in enumerate(roles):
                 for s, site in enumerate(trace.sites):
                     cells = cells_at(found, question=row, window=window, role=role, site=site)
@@ -366,8 +367,8 @@ def test_going_on_does_nothing_twice(model, questions, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"windows": (1,)}, "settings.windows"),
-        ({"sites": ("mlp_out",)}, "settings.sites"),
+        ({"windows": (2,)}, "settings.windows"),
+        ({"sites": ("attn_out",)}, "settings.sites"),
         ({"template": None}, "settings.template"),
         ({"shard_size": 2}, "shards"),
         ({"limit": 5}, "data"),
@@ -448,10 +449,11 @@ def test_what_is_given_wrongly_is_said(model, questions, tmp_path):
 
 
 def test_the_summary_is_that_of_the_traces(model, questions, tmp_path):
-    found = swept(model, questions, tmp_path / "out")
+    found = swept(model, questions, tmp_path / "out", windows=(1, 2))
     summary = found.summarize(samples=50, seed=3)
+    task = TraceTask(sites=SETTINGS["sites"], roles=SETTINGS["roles"])
     for window in (1, 2):
-        made = [by_hand(model, question, window) for question in questions]
+        made = [by_hand(model, question, task, window) for question in questions]
         profile = aggregate_traces(
             [trace for trace, _ in made],
             [roles for _, roles in made],
@@ -502,6 +504,6 @@ def test_summaries_of_contributions(model, questions, tmp_path):
 def test_settings_are_in_the_manifest(model, questions, tmp_path):
     found = swept(model, questions, tmp_path / "out")
     settings = found.manifest["identity"]["settings"]
-    assert settings["windows"] == list(SETTINGS["windows"])
-    assert settings == TraceTask(windows=(1, 2)).settings()
+    assert settings["roles"] == list(SETTINGS["roles"])
+    assert settings == TraceTask(sites=("mlp_out",), roles=SETTINGS["roles"]).settings()
     assert ContributionsTask().settings()["pairs"][0] == ["image", "constraint"]
