@@ -16,7 +16,7 @@ from mmlens.cli import main
 from mmlens.data import edit_cases, local_questions
 from mmlens.editing import METHODS, Edit, multedit
 from mmlens.editing.bench import EditBench
-from mmlens.editing.bench_settings import BenchSettings, Variant, default_layer
+from mmlens.editing.bench_settings import BenchSettings, Variant, default_layer, open_cases
 from mmlens.editing.evaluation import evaluate, request_of
 from mmlens.plots import save
 
@@ -180,6 +180,27 @@ def test_variants():
     assert Variant.parsed("memit@2-4", [0])[0].layer == (2, 3, 4)
     assert Variant.parsed("lora@all", [0]) == [Variant("lora", None)]
     assert Variant.parsed("rome@7", [0]) == [Variant("rome", 7)]
+
+
+def test_cases_by_their_name(folder, tmp_path):
+    def named(data, images=None):
+        return open_cases(BenchSettings(data=data, images=images))
+
+    assert named("demo").name == "demo-correct"
+    assert named("demo:invented").name == "demo-invented"
+    assert len(named(str(folder / "questions.jsonl"))) == 8
+    record = {"src": "What is this?", "alt": "a cat", "image": "cat.jpg"}
+    (tmp_path / "eval.json").write_text(json.dumps([record]))
+    for kind in ("mmedit", "vlkeb"):
+        [case] = named(f"{kind}:{tmp_path / 'eval.json'}")
+        assert case.question.image == tmp_path / "cat.jpg"
+    columns = "question,answer,dataset_name,dataset_image_ids,question_original,question_type,"
+    row = "In which country is this island?,Peru,landmarks,abc1|abd2|abe3|abf4,,templated,Foo,test"
+    content = f"{columns}wikipedia_title,encyclopedic_vqa_split\n{row}\n"
+    (tmp_path / "test.csv").write_text(content)
+    [case] = named(f"encyclopedic_vqa:{tmp_path / 'test.csv'}", str(tmp_path))
+    pictures = [case.question.image, *(each.image for each in case.other_images)]
+    assert len(set(pictures)) == len(pictures) <= 4 and case.target == "Peru"
 
 
 def test_the_default_layer_is_early(folder):

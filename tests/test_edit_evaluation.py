@@ -227,7 +227,8 @@ def test_figures_show_every_group_and_measure(seed):
     assert [list(bar.x) for bar in bars] == [["efficacy", "others"]] * 2
     summary = made_up().summary(samples=20)
     sequence = replace(made_up(), n_edits=torch.tensor([1, 1, 2, 2, 2])).plot("mine")
-    assert {trace.name for trace in sequence.data if trace.name} == {"efficacy", "others"}
+    assert {trace.name for trace in sequence.data if trace.name} == {"mine", "before"}
+    assert len([trace for trace in sequence.data if trace.name]) == 8  # groups x measures x lines
     from mmlens.plots.editing import plot_edits
 
     with pytest.raises(ValueError, match="method"):

@@ -193,14 +193,13 @@ def edit_cases(
 
     def make(index: int) -> EditCase:
         question = questions[rows[index]]
-        pictured = [other[rows[index]] for other in others]
+        pictured = {pictures_of(each): each for each in (other[rows[index]] for other in others)}
+        pictured.pop(pictures_of(question), None)
         return EditCase(
             question=question,
             target=str(question.extra.get("target") or question.answers[0]),
             paraphrases=paraphrased(question, question.extra.get("paraphrases", ())),
-            other_images=tuple(
-                each for each in pictured if pictures_of(each) != pictures_of(question)
-            ),
+            other_images=tuple(pictured.values()),
             neighbours=near().of(question, n_neighbours, seed),
             kept=flat(near().of(question, n_neighbours, seed, skip=n_neighbours)),
         )

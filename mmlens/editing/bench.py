@@ -245,7 +245,7 @@ class EditBench:
 
     def _evaluated(self, examination: Examination, variant: Variant) -> EditEvaluation:
         """One edit; where it cannot be made, the model as it is, counted as failed."""
-        assert examination.before is not None  # asked of the unedited model
+        examination.begin()
         seconds, memory, failed = torch.nan, 0, ""
         applied: AbstractContextManager[Any] = nullcontext()
         try:

@@ -32,6 +32,9 @@ ONE_LAYER = ("multedit", "rome")
 DEPTH = 2 / 32
 """Which layer is edited by default, as a share: the paper's is 2 of 32."""
 
+OTHER_IMAGES = 3
+"""How often another picture is drawn for a question of Encyclopedic-VQA, which has up to five."""
+
 
 @dataclass(frozen=True)
 class BenchSettings:
@@ -166,5 +169,6 @@ def open_cases(settings: BenchSettings) -> Sequence[EditCase]:
         return demo_edits(rest or "correct", seed=settings.seed)
     if name in ("mmedit", "vlkeb"):
         return mmedit(rest, settings.images or Path(rest).parent)
-    questions = open_questions(settings.data, settings.images, seed=settings.seed)
-    return edit_cases(questions, seed=settings.seed)
+    seeds = range(settings.seed, settings.seed + 1 + OTHER_IMAGES * (name == "encyclopedic_vqa"))
+    sets = [open_questions(settings.data, settings.images, seed=seed) for seed in seeds]
+    return edit_cases(*sets, seed=settings.seed)

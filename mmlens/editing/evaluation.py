@@ -105,9 +105,14 @@ class Examination:
     """All that is asked about one case, before any edit and after some.
 
     Args:
-        examiner: who asks; the model is as it was when `before` is first used.
+        examiner: who asks.
         case: what is edited.
         unrelated: questions besides.
+
+    Example:
+        >>> examination = Examination(Examiner(model), case).begin()
+        >>> with edit.applied(model):
+        ...     found = examination.after()
     """
 
     def __init__(
@@ -122,6 +127,11 @@ class Examination:
         self.questions = [*self._own, *others]
         self.groups = [name for name, group in groups.items() for _ in group]
         self.groups += [f"unrelated: {name}" for name, _ in self._drawn]
+
+    def begin(self) -> Examination:
+        """Ask the model as it is now: before the edit."""
+        _ = self.before
+        return self
 
     @cached_property
     def before(self) -> list[Reply]:
@@ -214,8 +224,7 @@ def evaluate(
         raise ValueError(f"{len(ready)} edits for {len(cases)} cases")
     found = []
     for index, case in enumerate(cases):
-        examination = Examination(examiner, case, others)
-        assert examination.before is not None  # asked of the unedited model
+        examination = Examination(examiner, case, others).begin()
         if callable(edits):
             edit, seconds, memory = measured(model, lambda: edits(case))  # noqa: B023
         else:
@@ -268,7 +277,7 @@ def evaluate_sequence(
     stops = sorted({n for n in (*at, len(cases)) if 0 < n <= len(cases)})
     n_needed = max((n for n in stops if n not in results), default=0)
     for examination in examinations[:n_needed]:
-        assert examination.before is not None  # asked of the unedited model
+        examination.begin()
     costs: list[tuple[float, int]] = []
     for number, case in enumerate(cases[:n_needed], start=1):
         request = requests(case)

@@ -59,7 +59,7 @@ def plot_edits(
     top = 70 + 30 * bool(title) + 20 * bool(subtitle)
     figure.update_layout(
         layout(
-            width=max(640, 160 + len(groups) * (50 + 22 * len(methods))),
+            width=max(640, 160 + len(groups) * max(115, 40 + 24 * len(methods))),
             height=top + 90 + 250 * len(MEASURES),
             margin={"t": top, "l": 60, "r": 45, "b": 90},
             barmode="group",
@@ -113,7 +113,7 @@ def before_ticks(before: pd.Series, *, in_legend: bool) -> go.Scatter:
 def plot_edit_layers(
     df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
 ) -> Figure:
-    """Draw what an edit does by the layer that is edited: a row per method, a line per group.
+    """Draw what an edit does by the layer that is edited: rows are groups, lines methods.
 
     Args:
         df: as for `plot_edits`, with a column `layer`.
@@ -129,7 +129,7 @@ def plot_edit_layers(
 def plot_sequences(
     df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
 ) -> Figure:
-    """Draw what becomes of edits as more of them follow: a row per method, a line per group.
+    """Draw what becomes of edits as more of them follow: rows are groups, lines methods.
 
     Args:
         df: as for `plot_edits`, with a column `n_edits`.
@@ -144,10 +144,16 @@ def plot_sequences(
 
 
 def curves(df: pd.DataFrame, x: str, *, title: str | None, subtitle: str | None) -> Figure:
-    """Lines of groups, in a column per measure and a row per method."""
+    """Lines of methods and of no edit, in a column per measure and a row per group."""
+    import pandas as pd
+
     shown = drawable(df)
+    before = shown.drop_duplicates([x, "group", "measure"]).assign(method="before")
+    for name in ("mean", "low", "high"):
+        before[name] = before["before"]
+    shown = pd.concat([shown, before])
     profile = shown.assign(
-        model=shown["group"], site=shown["measure"].map(MEASURES), role=shown["method"]
+        model=shown["method"], site=shown["measure"].map(MEASURES), role=shown["group"]
     )
     return plot_layer_profile(
         profile, x=x, y_title="mean", title=title, subtitle=subtitle, share_y="all"
