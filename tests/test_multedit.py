@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmlens import EditRequest, Intervention, multedit, multedit_many
 from mmlens.editing import MultEditSettings, SequentialEditor, augmented
-from mmlens.editing.multedit import down_weight, keyed, value_of
+from mmlens.editing.multedit import down_weight, keyed, keys_of, value_of
 from mmlens.editing.solve import closed_form, unlike, update_rows
 from mmlens.editing.value import ValueSettings, find_value, record_prompts, value_objective
 from mmlens.hooks import add
@@ -163,7 +163,7 @@ def test_the_gradient_is_that_of_full_passes(seed, site, first_token_only):
     [wanted] = torch.autograd.grad(expected, full)
     assert abs(float((loss - expected).detach())) <= 1e-9 * max(1.0, abs(float(expected.detach())))
     assert float((gradient - wanted).norm()) <= 1e-9 * max(1.0, float(wanted.norm()))
-    assert probability == pytest.approx(float(torch.stack(found).exp().mean()))
+    assert probability == pytest.approx(float(torch.stack(found).detach().exp().mean()))
 
 
 def with_tokens(model, request: EditRequest, names: list[str], tokens: list[int]):
@@ -257,7 +257,7 @@ def test_every_position_gets_its_share_of_delta(seed):
         assert torch.equal(weight, before[name])
     chosen = MultEditSettings(**options)
     part = keyed(model, request, layer, chosen)
-    value = value_of(model, part, layer, chosen)
+    value = value_of(model, part, layer, chosen, part.kept)
     [row] = update_rows([part.keys], chosen.lam, part.kept)
     for inputs in (*request.prompts, *request.neighbours):
         _, cache = model.run_with_cache(inputs, names_filter=names(layer)[:1])
@@ -281,7 +281,8 @@ def test_every_family_edits(seed: int, tmp_path, name: str) -> None:
     inputs = model.inputs_from_tokens(
         prompts.tokens, prompts.pixel_values, spans={"constraint": last}
     )
-    edit = multedit(model, inputs, 9, layer=layer, lam=0.0, steps=4, stop_at=2.0)
+    options = {"lam": 0.0, "steps": 4, "stop_at": 2.0, "preserve": "nothing"}
+    edit = multedit(model, inputs, 9, layer=layer, **options)
     site = hook_name("mlp_out", layer)
     _, before = model.run_with_cache(inputs, names_filter=site)
     with edit.applied(model):
@@ -300,12 +301,13 @@ def test_many_edits_are_solved_together(seed: int) -> None:
     """Each key gets its own value: lam is small, and the keys are different ones."""
     model = small_model(seed, d_mlp=29, n_layers=3).double()
     requests = [request_for(model, seed + 100 * i, target=5 + i) for i in range(3)]
-    edit = multedit_many(model, requests, layer=1, lam=1e-12, steps=2, stop_at=2.0)
+    options = {"layer": 1, "lam": 1e-12, "steps": 2, "stop_at": 2.0, "preserve": "nothing"}
+    edit = multedit_many(model, requests, **options)
     delta = edit.deltas["blocks.1.mlp.down.weight"]
     assert delta.left.shape[1] == 3
     assert edit.metadata["target"] == [5, 6, 7] and len(edit.metadata["requests"]) == 3
     for index, request in enumerate(requests):
-        alone = multedit(model, request, layer=1, lam=1e-12, steps=2, stop_at=2.0)
+        alone = multedit(model, request, **options)
         torch.testing.assert_close(
             alone.deltas["blocks.1.mlp.down.weight"].left[:, 0], delta.left[:, index]
         )
@@ -320,7 +322,7 @@ def test_sequential_edits_keep_what_the_earlier_keys_give(seed: int) -> None:
     model = small_model(seed, d_mlp=29, n_layers=3).double()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     requests = [request_for(model, seed + 100 * i, target=5 + i) for i in range(3)]
-    options = {"layer": 1, "lam": 1e-12, "steps": 2, "stop_at": 2.0}
+    options = {"layer": 1, "lam": 1e-12, "steps": 2, "stop_at": 2.0, "preserve": "nothing"}
     weight = model.blocks[1].mlp.down.weight
     with SequentialEditor(model, **options) as editor:
         told = []
@@ -355,6 +357,28 @@ def test_a_fact_that_is_edited_again_gets_the_new_answer(seed: int) -> None:
     torch.testing.assert_close(second.deltas[name].dense(), alone.deltas[name].dense())
     with pytest.raises(ValueError, match="only multedit"):
         SequentialEditor(model, multedit_many, history=True, layer=1)
+
+
+def test_reference_keys_keep_their_values(seed: int) -> None:
+    """Keys of other prompts, from `keys_of`: with lam = 0 the edited layer gives what it gave."""
+    model = small_model(seed, d_mlp=29, n_layers=3).double()
+    request = request_for(model, seed)
+    others = [request_for(model, seed + 100 * i).inputs for i in range(1, 4)]
+    kept = keys_of(model, others, 1)
+    assert kept.shape == (29, 3)
+    edit = multedit(model, request, layer=1, kept=kept, lam=1e-9, steps=2, preserve="nothing")
+    delta = next(iter(edit.deltas.values()))
+    key = keyed(model, request, 1, MultEditSettings(preserve="nothing")).keys
+    both = torch.cat([key, kept], dim=1)
+    weakest = float(torch.linalg.eigvalsh(both.T @ both).min())
+    slack = 1e-6 / weakest * (1 + float(both.norm() ** 2))
+    assert float((delta.right @ kept).abs().max()) <= slack
+    assert float((delta.right @ key - 1).abs().max()) <= slack
+    everywhere = keys_of(model, others[:2], 1, span=None)
+    assert everywhere.shape == (29, sum(inputs.n_pos for inputs in others[:2]))
+    assert torch.equal(everywhere[:, max(others[0].span("constraint").tolist())], kept[:, 0])
+    with pytest.raises(ValueError, match="no prompts"):
+        keys_of(model, [], 1)
 
 
 # Requests

@@ -52,7 +52,7 @@ def test_the_fact_is_edited_where_it_is(seed):
     assert before[others, right].min() >= 0.99 and before[case.entity, target] <= 0.01
     for layer in range(N_LAYERS):
         request = EditRequest(case.inputs, target, span="asks")
-        edit = multedit(case.planted.model, request, layer=layer, lr=0.1, steps=40)
+        edit = multedit(case.planted.model, request, layer=layer, lr=0.1, steps=40, clamp=4.0)
         with edit.applied(case.planted.model):
             after = probabilities(case)
         if layer == KNOWS:

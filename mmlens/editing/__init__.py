@@ -19,7 +19,7 @@ from mmlens.editing.edit_evaluation import EditEvaluation
 from mmlens.editing.evaluation import evaluate, evaluate_sequence, request_of
 from mmlens.editing.fine_tuning import constrained_fine_tune, fine_tune
 from mmlens.editing.lora import lora
-from mmlens.editing.multedit import MultEditSettings, multedit, multedit_many
+from mmlens.editing.multedit import MultEditSettings, keys_of, multedit, multedit_many
 from mmlens.editing.request import EditRequest, augmented
 from mmlens.editing.rome import memit, rome
 from mmlens.editing.sequential import SequentialEditor
@@ -39,6 +39,7 @@ __all__ = [
     "evaluate_sequence",
     "fine_tune",
     "key_covariance",
+    "keys_of",
     "lora",
     "memit",
     "multedit",

@@ -9,7 +9,7 @@ in closed form (`mmlens.editing.solve`) and needs no covariance of keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,12 +32,13 @@ from mmlens.editing.value import (
 )
 from mmlens.inputs import MultimodalInputs
 from mmlens.interventions import hook_name
+from mmlens.layout import check_one_prompt
 
 if TYPE_CHECKING:
     from mmlens.branching import Recording
     from mmlens.model import HookedMultimodalTransformer
 
-__all__ = ["MultEditSettings", "multedit", "multedit_many"]
+__all__ = ["MultEditSettings", "keys_of", "multedit", "multedit_many"]
 
 Keys = Float[Tensor, "d_mlp _"]
 
@@ -48,9 +49,9 @@ class MultEditSettings(ValueSettings):
 
     lam: float = 0.01
     """Weight of |W - W0|^2."""
-    key: Literal["mean", "each"] = "mean"
+    key: Literal["mean", "each"] = "each"
     """With several prompts: their mean is the key, or each is one and all get the value."""
-    preserve: Literal["nothing", "prompts", "neighbours", "both"] = "nothing"
+    preserve: Literal["nothing", "prompts", "neighbours", "both"] = "both"
     """Keys that are to keep their values: those of the other positions of the request's prompts,
     those of its neighbours, or both. None of them costs rank."""
 
@@ -72,7 +73,7 @@ def multedit(
     target: str | int | None = None,
     *,
     layer: int,
-    earlier: Keys | None = None,
+    kept: Keys | None = None,
     **settings: Any,
 ) -> Edit:
     """The edit that makes a prompt be answered with the target; the model stays as it is.
@@ -82,7 +83,8 @@ def multedit(
             neighbours and another span may be named; or several, which are solved together.
         target: the new answer, where `inputs` are no requests.
         layer: whose down projection is edited: an early causal one (`causal_trace`).
-        earlier: keys of earlier edits, which keep their values (see `SequentialEditor`).
+        kept: further keys that keep their values, from `keys_of`: of questions that the edit is
+            not about, or of earlier edits (`SequentialEditor`). They cost no rank.
         settings: of `MultEditSettings`, all of the paper's parameters: lam, lr, steps, ...
 
     Raises:
@@ -101,14 +103,14 @@ def multedit(
     layer = one_layer(model, layer)
     each = [keyed(model, request, layer, chosen) for request in requests]
     edited = torch.cat([part.keys for part in each], dim=1)
-    kept = torch.cat([part.kept for part in each], dim=1)
-    kept = unlike(kept if earlier is None else torch.cat([kept, earlier.to(kept)], dim=1), edited)
-    values = [value_of(model, part, layer, chosen) for part in each]
+    every = [part.kept for part in each] + ([] if kept is None else [kept.to(edited)])
+    every_kept = unlike(torch.cat(every, dim=1), edited)
+    values = [value_of(model, part, layer, chosen, every_kept) for part in each]
     delta = closed_form(
         torch.stack([value.delta for value in values], dim=1),
         [part.keys for part in each],
         chosen.lam,
-        kept,
+        every_kept,
     )
     return Edit.of(
         model,
@@ -156,6 +158,43 @@ def one_layer(model: HookedMultimodalTransformer, layer: Any) -> int:
     return layers_of(model, [layer])[0]
 
 
+@torch.no_grad()
+def keys_of(
+    model: HookedMultimodalTransformer,
+    prompts: Iterable[MultimodalInputs],
+    layer: int,
+    *,
+    span: str | None = "constraint",
+) -> Keys:
+    """The keys of prompts, such as the questions that an edit is not about: `kept` in `multedit`.
+
+    Keys of questions of one form are much alike whatever their pictures show, so an edit of one is
+    one of all, unless it is told what to keep.
+
+    Args:
+        prompts: each a single one; they are run up to the layer.
+        layer: whose MLP.
+        span: whose last token is the key's position; None takes every position.
+
+    Raises:
+        UnknownSpanError: (a KeyError) a prompt without the span.
+        ValueError: no prompts, a batch, no such layer.
+
+    Example:
+        >>> kept = keys_of(model, [prepared(question) for question in others], layer=8)
+        >>> edit = multedit(model, request, layer=8, kept=kept)
+    """
+    name, found = hook_name("post", one_layer(model, layer)), []
+    for inputs in prompts:
+        check_one_prompt(len(inputs), "keys_of")
+        _, cache = model.run_with_cache(inputs, names_filter=name, stop_at_layer=layer + 1)
+        keys = cache[name][0]
+        found.append(keys if span is None else keys[[max(inputs.span(span).tolist())]])
+    if not found:
+        raise ValueError("no prompts to take keys from")
+    return torch.cat(found).T
+
+
 def down_weight(layer: int) -> str:
     """The name of the weight that is edited."""
     return f"blocks.{layer}.mlp.down.weight"
@@ -197,12 +236,16 @@ def keyed(
 
 
 def value_of(
-    model: HookedMultimodalTransformer, part: Keyed, layer: int, settings: MultEditSettings
+    model: HookedMultimodalTransformer,
+    part: Keyed,
+    layer: int,
+    settings: MultEditSettings,
+    kept: Keys,
 ) -> Value:
     """The value of a request's key; neighbours get of it what the edit alone would give them."""
     neighbours = []
     if settings.kl_weight:
-        [row] = update_rows([part.keys], settings.lam, part.kept)
+        [row] = update_rows([part.keys], settings.lam, kept)
         for recording in part.neighbours:
             keys = recording.cache[hook_name("post", layer)][0]
             neighbours.append(Neighbour(recording, keys.to(row) @ row))

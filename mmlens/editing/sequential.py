@@ -79,7 +79,8 @@ class SequentialEditor:
         [only] = as_requests(request, target)
         settings = dict(self.settings)
         if self.history and self._keys:
-            settings["earlier"] = torch.cat(self._keys, dim=1)
+            given = [settings["kept"]] if settings.get("kept") is not None else []
+            settings["kept"] = torch.cat([*given, *self._keys], dim=1)
         edit = self.method(self.model, only, **settings)
         total = edit if self.edit is None else self.edit + edit
         if self.history:
@@ -100,7 +101,7 @@ class SequentialEditor:
     def _keys_of(self, request: EditRequest) -> Tensor:
         """What is edited: keys at a layer do not depend on the edits of its down projection."""
         layer = self.settings["layer"]
-        chosen = {k: v for k, v in self.settings.items() if k != "layer"}
+        chosen = {k: v for k, v in self.settings.items() if k not in ("layer", "kept")}
         return keyed(self.model, request, layer, MultEditSettings(**chosen)).keys
 
     def __enter__(self) -> SequentialEditor:

@@ -39,15 +39,15 @@ class ValueSettings:
         ValueError: a number of steps or another setting that makes no sense.
     """
 
-    lr: float = 0.1
+    lr: float = 0.5
     """Learning rate of Adam."""
-    steps: int = 30
+    steps: int = 40
     """The most steps."""
     stop_at: float = 0.98
     """Probability of the target at which the optimisation ends (mean over the prompts)."""
     weight_decay: float = 1e-3
     """Weight of |delta| / |z0|^2 in the loss."""
-    clamp: float | None = 4.0
+    clamp: float | None = 8.0
     """|delta| is at most this times |z0|; None for no limit."""
     first_token_only: bool = False
     """Whether only the target's first token counts, as in the paper's script; else their joint
