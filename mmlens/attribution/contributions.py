@@ -139,7 +139,7 @@ class AttentionContribution(SavedResult):
         return table
 
     def plot(self) -> Figure:
-        """Layers against sources, or the picture's grid; see `mmlens.plots.contributions`."""
+        """Sources by layer; see `mmlens.plots.contributions` (and `mmlens.plots.overlay`)."""
         from mmlens.plots.contributions import plot_contribution
 
         return plot_contribution(self)
