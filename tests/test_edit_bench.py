@@ -15,9 +15,11 @@ from mmlens import HookedMultimodalTransformer
 from mmlens.cli import main
 from mmlens.data import edit_cases, local_questions
 from mmlens.editing import METHODS, Edit, multedit
+from mmlens.editing.asking import Examiner
 from mmlens.editing.bench import EditBench
 from mmlens.editing.bench_settings import BenchSettings, Variant, default_layer, open_cases
-from mmlens.editing.evaluation import evaluate, request_of
+from mmlens.editing.evaluation import Examination, evaluate, request_of
+from mmlens.editing.multedit import keys_of
 from mmlens.plots import save
 
 QUESTION, CONSTRAINT = "the capital of this country is", "this country"
@@ -165,6 +167,33 @@ def test_an_edit_that_cannot_be_made_counts_as_none(folder, tmp_path, monkeypatc
     assert found.metadata["failed"] == {"it has diverged": 2} and bool(found.unchanged.all())
     assert torch.equal(found.probability[:, 0], found.probability[:, 1])
     assert found.drift.abs().max() < 1e-6
+
+
+def test_preserved_questions_are_none_that_is_asked(folder, monkeypatch, tmp_path):
+    given = []
+
+    def watched(*arguments, kept, **settings):
+        given.append(kept)
+        return multedit(*arguments, kept=kept, **settings)
+
+    monkeypatch.setitem(METHODS, "multedit", watched)
+    questions = [each for each in local_questions(folder) if "missing" not in str(each.image)]
+    path = folder / "preserved.jsonl"
+    rows = [{"question": q.question, "image": q.image.name} for q in questions]
+    path.write_text("\n".join(json.dumps(row | {"visual_constraint": CONSTRAINT}) for row in rows))
+    model = HookedMultimodalTransformer.from_pretrained(folder / "model")
+    settings = BenchSettings(
+        preserved=str(path), limit=1, method_settings={"multedit": {"steps": 1}}
+    )
+    bench = EditBench(settings, model, edit_cases(questions[:2], n_neighbours=1), {})
+    bench.evaluations(tmp_path)
+    asked = Examination(Examiner(model), bench.chosen[0][0]).questions
+    hidden = {(q.question, q.image) for q in asked}
+    others = [q for q in questions if (q.question, q.image) not in hidden]
+    assert 0 < len(others) < len(questions)
+    expected = keys_of(model, [Examiner(model).prepared(q) for q in others], 1)
+    found = {tuple(key.tolist()) for key in given[0].T}
+    assert found == {tuple(key.tolist()) for key in expected.T}
 
 
 def test_unrelated_questions_are_asked_as_well(bench_run, folder, tmp_path):

@@ -52,6 +52,14 @@ def edit_bench(
     kept: Annotated[
         int, typer.Option(min=0, help="Neighbours that a method is given to preserve.")
     ] = 0,
+    preserved: Annotated[
+        str | None,
+        typer.Option(
+            help="Questions (demo, okvqa:FILE, a jsonl file) whose keys multedit keeps; never one "
+            "that is asked."
+        ),
+    ] = None,
+    n_preserved: Annotated[int, typer.Option(min=1, help="How many of them.")] = 200,
     unrelated: Annotated[
         str | None,
         typer.Option(
@@ -108,6 +116,8 @@ def edit_bench(
         method_settings=given,
         n_key_questions=key_questions,
         n_kept=kept,
+        preserved=preserved,
+        n_preserved=n_preserved,
         unrelated=options.comma_list(unrelated, "--unrelated") if unrelated else (),
         unrelated_images=str(unrelated_images) if unrelated_images else None,
         annotations=(files[0], files[1]) if files else None,

@@ -36,7 +36,6 @@ from mmlens.editing.bench_settings import (
     open_cases,
 )
 from mmlens.editing.covariance import KeyCovariance, key_covariance
-from mmlens.editing.edit import Edit
 from mmlens.editing.edit_evaluation import EditEvaluation
 from mmlens.editing.evaluation import (
     Examination,
@@ -45,6 +44,7 @@ from mmlens.editing.evaluation import (
     measured,
     request_of,
 )
+from mmlens.editing.preserved import PreservedKeys
 from mmlens.editing.request import EditRequest
 from mmlens.editing.sequential import SequentialEditor
 from mmlens.model import HookedMultimodalTransformer
@@ -148,13 +148,30 @@ class EditBench:
             template=self.settings.template,
         )
 
-    def arguments(self, variant: Variant) -> dict[str, Any]:
-        """What a method is called with, beside the request."""
+    def arguments(self, variant: Variant, asked: Sequence[VisualQuestion] = ()) -> dict[str, Any]:
+        """What a method is called with, beside the request.
+
+        Args:
+            asked: what the method must not be told to preserve.
+        """
         given = dict(self.settings.method_settings.get(variant.method, {}))
         layer = list(variant.layer) if isinstance(variant.layer, tuple) else variant.layer
-        if self._needs_covariance(variant):
+        takes = signature(METHODS[variant.method]).parameters
+        if "covariance" in takes:
             given["covariance"] = self._covariance
+        if "kept" in takes and self._preserved is not None:
+            given["kept"] = self._preserved.of(layer, asked)  # type: ignore[arg-type]
         return {"layer": layer, **given}
+
+    @cached_property
+    def _preserved(self) -> PreservedKeys | None:
+        """What the settings name."""
+        chosen = self.settings
+        if chosen.preserved is None:
+            return None
+        questions = open_questions(chosen.preserved, chosen.images, seed=chosen.seed)
+        examiner = Examiner(self.model, template=chosen.template)
+        return PreservedKeys(examiner, questions, chosen.n_preserved, chosen.seed)
 
     @cached_property
     def _covariance(self) -> KeyCovariance:
@@ -167,15 +184,6 @@ class EditBench:
         lines = Path(self.settings.texts).read_text(encoding="utf-8").splitlines()
         texts = [line for line in lines if line.strip()]
         return key_covariance(self.model, texts, sorted(layers))
-
-    def edit(self, variant: Variant, case: EditCase) -> Edit:
-        """The edit of a case by a method.
-
-        Raises:
-            UnknownSettingError: the method has no such setting.
-            ValueError: the method cannot; it has diverged, say.
-        """
-        return called(variant.method, self.model, self.request(case), **self.arguments(variant))
 
     # Running
 
@@ -249,8 +257,10 @@ class EditBench:
         seconds, memory, failed = torch.nan, 0, ""
         applied: AbstractContextManager[Any] = nullcontext()
         try:
+            request = self.request(examination.case)
+            arguments = self.arguments(variant, examination.questions)
             edit, seconds, memory = measured(
-                self.model, lambda: self.edit(variant, examination.case)
+                self.model, lambda: called(variant.method, self.model, request, **arguments)
             )
             applied = edit.applied(self.model)
         except ValueError as error:
@@ -264,6 +274,7 @@ class EditBench:
     ) -> Iterator[tuple[Variant, EditEvaluation]]:
         """Method by method, all cases in a row."""
         cases = self.chosen[0]
+        examiner = Examiner(self.model, template=self.settings.template)
         for index, variant in enumerate(self.variants):
             folder = out / "sequences" / variant.label
             folder.mkdir(parents=True, exist_ok=True)
@@ -280,7 +291,9 @@ class EditBench:
                 replace(found, metadata=metadata).save(files[number])
 
             method = METHODS[variant.method]
-            with SequentialEditor(self.model, method, **self.arguments(variant)) as editor:
+            examinations = [Examination(examiner, case, self.unrelated) for case in cases]
+            asked = [question for each in examinations for question in each.questions]
+            with SequentialEditor(self.model, method, **self.arguments(variant, asked)) as editor:
                 found = evaluate_sequence(
                     editor,
                     self.request,

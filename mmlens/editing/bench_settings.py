@@ -57,6 +57,9 @@ class BenchSettings:
     """How many of a case's `key_questions` a method is given."""
     n_kept: int = 0
     """How many of its `kept` neighbours."""
+    preserved: str | None = None
+    """Questions, as `open_questions` names them, whose keys `multedit` keeps; none is asked."""
+    n_preserved: int = 200
     unrelated: tuple[str, ...] = ()
     """Data sets of questions that no edit is about, as `open_questions` names them."""
     unrelated_images: str | None = None
