@@ -20,6 +20,7 @@ from mmlens.cli.trace import check_sites
 if TYPE_CHECKING:
     from mmlens.sweeps import Summary, Sweep
 
+NUMBERS = ("n", "mean", "low", "high")
 FAILED_QUESTIONS = 3
 """Exit status of a sweep that is complete, but for questions that failed."""
 
@@ -212,11 +213,14 @@ def summarize(
 
 
 def print_peaks(summary: Summary) -> None:
-    """Where each mean is largest."""
+    """Where each mean is largest; without what is the same in all rows."""
     peaks = summary.peaks
-    if peaks["measure"].nunique() == 1:
-        peaks = peaks.drop(columns="measure")
-    kept = [name for name in peaks.columns if name not in ("mean", "low", "high")]
+    kept = [
+        name
+        for name in peaks.columns
+        if name == "layer" or (name not in NUMBERS and peaks[name].nunique() > 1)
+    ]
+    kept.append("n")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in (*kept, "mean", "interval"):
         table.add_column(name.replace("_", " "))
