@@ -1,7 +1,7 @@
-"""For mkdocs: files of the repository that pages link to (`../examples/...`) become part of the site.
+"""For mkdocs: files that pages link to outside of docs/ (`../examples/...`) become part of the site.
 
-So a link works in the repository and on the site. What is linked must exist: `mkdocs build --strict`
-fails otherwise.
+So a link works in the repository and on the site. What is linked must exist, or a strict build
+fails.
 """
 
 import re
