@@ -35,14 +35,19 @@ def small(path: Path) -> None:
         image.convert("RGB").save(path, optimize=True)
 
 
-def screenshot(browser: Browser, page: Path, name: str, hover: str | None = None) -> None:
-    """A whole page, with the pointer on one of its elements."""
-    tab = browser.new_page(viewport={"width": 1200, "height": 900})
+def screenshot(
+    browser: Browser, page: Path, name: str, height: int, hover: str | None = None
+) -> None:
+    """A window's content, with the pointer on one of its elements.
+
+    Not the whole page: for that the window is resized, and circuitsvis's chart vanishes.
+    """
+    tab = browser.new_page(viewport={"width": 1200, "height": height})
     tab.goto(page.as_uri())
     tab.wait_for_timeout(2000)  # circuitsvis draws a while after it has loaded
     if hover:
         tab.locator(hover).hover()
-    tab.screenshot(path=str(IMAGES / name), full_page=True)
+    tab.screenshot(path=str(IMAGES / name))
     tab.close()
 
 
@@ -76,8 +81,8 @@ def main() -> None:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        screenshot(browser, report, "report.png", hover=".token:text-is('country')")
-        screenshot(browser, view, "attention.png")
+        screenshot(browser, report, "report.png", 1270, hover=".token:text-is('country')")
+        screenshot(browser, view, "attention.png", 1260)
         browser.close()
     for path in IMAGES.glob("*.png"):
         small(path)

@@ -1,4 +1,4 @@
-"""For mkdocs: files that pages link to outside of docs/ (`../examples/...`) become part of the site.
+"""For mkdocs: files outside of docs/ that pages link to (`../examples/...`) join the site.
 
 So a link works in the repository and on the site. What is linked must exist, or a strict build
 fails.
