@@ -89,13 +89,13 @@ def full_passes(case: Case, request: EditRequest, layer: int, settings: MultEdit
 
 def programs(case: Case, request: EditRequest, layer: int, steps: int) -> dict[str, Callable]:
     """What is measured, by name; the first is what the others are compared with."""
-    settings = MultEditSettings(steps=steps, stop_at=NEVER)
+    settings = MultEditSettings(steps=steps, stop_at=NEVER, preserve="nothing")
 
     def method(name: str, **options) -> Callable[[], Edit]:
         return lambda: METHODS[name](case.model, request, steps=steps, stop_at=NEVER, **options)
 
     found = {
-        "multedit, through branches": method("multedit", layer=layer),
+        "multedit, through branches": method("multedit", layer=layer, preserve="nothing"),
         "multedit, full passes": lambda: full_passes(case, request, layer, settings),
         "fine_tune, one layer": method("fine_tune", layer=layer),
         "constrained_fine_tune, one layer": method("constrained_fine_tune", layer=layer),
