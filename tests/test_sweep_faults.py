@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from sweep_cases import assert_same, die, in_child, made_model, made_questions, swept
 
@@ -191,7 +192,11 @@ def test_flipped_bits_are_noticed_when_they_are_read(model, questions, tmp_path)
     found = swept(model, questions, tmp_path / "out")
     victim = random.choice(list(found.folder.results.iterdir()))
     content = bytearray(victim.read_bytes())
-    content[random.randrange(60, 200)] ^= 0xFF  # in the first column's page, behind its header
+    columns = pq.ParquetFile(victim).metadata.row_group(0)
+    names = [columns.column(index).path_in_schema for index in range(columns.num_columns)]
+    column = columns.column(names.index("restored"))
+    end = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size
+    content[end - random.randint(1, 8)] ^= 0xFF  # at the end of its last page
     victim.write_bytes(bytes(content))
     with pytest.raises((OSError, ValueError)):
         Sweep(tmp_path / "out").table()

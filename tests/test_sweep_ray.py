@@ -53,8 +53,8 @@ def workers_of(out: Path) -> set[str]:
 
 
 def test_two_workers_give_the_table_of_one_process(cluster, folder, questions, tmp_path):
-    expected = swept(folder, questions, tmp_path / "here")
-    found = swept(folder, questions, tmp_path / "ray", ray="local", workers=2)
+    expected = swept(folder, questions, tmp_path / "here", dtype="float64")
+    found = swept(folder, questions, tmp_path / "ray", ray="local", workers=2, dtype="float64")
     assert_same(found, expected)
     assert str(os.getpid()) not in {
         name.rpartition(":")[2] for name in workers_of(tmp_path / "ray")
@@ -64,7 +64,7 @@ def test_two_workers_give_the_table_of_one_process(cluster, folder, questions, t
 
 
 def test_killed_workers_are_replaced(cluster, folder, questions, tmp_path):
-    expected = swept(folder, questions, tmp_path / "here", shard_size=1)
+    expected = swept(folder, questions, tmp_path / "here", shard_size=1, dtype="float64")
     out = tmp_path / "ray"
     killed: list[int] = []
     stopped = threading.Event()
@@ -83,7 +83,7 @@ def test_killed_workers_are_replaced(cluster, folder, questions, tmp_path):
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        found = swept(folder, questions, out, shard_size=1, ray="local", workers=1)
+        found = swept(folder, questions, out, shard_size=1, ray="local", workers=1, dtype="float64")
     finally:
         stopped.set()
         thread.join()
