@@ -25,7 +25,7 @@ QUESTIONS = 24
 @pytest.fixture(scope="module")
 def cluster():
     """One for all tests; workers are new in each."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
