@@ -27,6 +27,9 @@ ADAPTED = ("attn.qkv", "attn.o", "mlp.down")
 """What peft can adapt. A gated MLP may read the two halves of `mlp.up` by themselves, and an
 adapter around it would then be passed over."""
 
+ADAPTER = "edit"
+"""peft's name of the adapter."""
+
 
 def lora(
     model: HookedMultimodalTransformer,
@@ -45,9 +48,7 @@ def lora(
     peft's `LoraModel` is put around the model's linear layers for the time of the training.
 
     Args:
-        inputs: as in `multedit`; several requests are trained on together.
-        target: as in `multedit`.
-        layer: which layers; None for all of the language model.
+        inputs: as in `fine_tune`, and so are target and layer.
         modules: which of their matrices: "attn.qkv", "attn.o", "mlp.down".
         rank: of each update.
         alpha: the update is alpha / rank * B @ A.
@@ -78,19 +79,10 @@ def lora(
         )
 
     with frozen(model), adapted(model, names, rank, alpha, seed) as adapters:
-        factors = [
-            factor[ADAPTER].weight
-            for adapter in adapters.values()
-            for factor in (adapter.lora_A, adapter.lora_B)
-        ]
+        pairs = [(each.lora_A, each.lora_B) for each in adapters.values()]
+        factors = [factor[ADAPTER].weight for pair in pairs for factor in pair]
         found = descend(model, prompts, factors, forward, chosen)
-    deltas = {
-        f"{name}.weight": LowRank(
-            adapter.scaling[ADAPTER] * adapter.lora_B[ADAPTER].weight.detach(),
-            adapter.lora_A[ADAPTER].weight.detach().clone(),
-        )
-        for name, adapter in adapters.items()
-    }
+    deltas = {f"{name}.weight": update_of(adapter) for name, adapter in adapters.items()}
     used = asdict(chosen) | {"modules": list(modules), "rank": rank, "alpha": alpha, "seed": seed}
     return Edit.of(
         model,
@@ -100,8 +92,10 @@ def lora(
     )
 
 
-ADAPTER = "edit"
-"""peft's name of the adapter."""
+def update_of(adapter: Any) -> LowRank:
+    """What one of peft's layers adds to its weight."""
+    a, b = (factor[ADAPTER].weight.detach() for factor in (adapter.lora_A, adapter.lora_B))
+    return LowRank(adapter.scaling[ADAPTER] * b, a.clone())
 
 
 @contextmanager
