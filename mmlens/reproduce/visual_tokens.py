@@ -134,7 +134,7 @@ def draw(share: Float[Tensor, "layer token"], table: pd.DataFrame, part: int) ->
     figure.add_hline(
         y=equal,
         line={"color": INK, "width": 1, "dash": "dash"},
-        annotation={"text": "equal share", "yanchor": "top"},
+        annotation={"text": "equal share", "x": 0, "xanchor": "left", "yanchor": "top"},
         row=1,
         col=2,
     )
