@@ -56,7 +56,9 @@ def ask(model: Any, prepare: Callable[[list[VisualQuestion]], Any], label: str) 
     return answers
 
 
-def readings(model: Any, packages: Path | None, known: dict[str, Answers]) -> dict[str, Answers]:
+def readings(
+    model: Any, packages: Path | None, known: dict[str, Answers], chosen: list[str]
+) -> dict[str, Answers]:
     """What is answered when told, when named, and when seeing each rendering, if not yet known."""
     captions = caption_tokens(model.tokenizer)
     row = {country.name: i for i, country in enumerate(read_countries())}
@@ -86,6 +88,7 @@ def readings(model: Any, packages: Path | None, known: dict[str, Answers]) -> di
     return {
         label: known[label] if label in known else ask(model, prepare, label)
         for label, prepare in wanted.items()
+        if label in chosen
     }
 
 
@@ -122,7 +125,7 @@ def figures(found: dict[str, Answers]) -> dict[str, Any]:
                 # the total is over facts: the name may be learnt of every country
                 and (q.relation == relation or (relation == "all" and q.relation != "name"))
             ]
-            told = [source for source in group if right["told"][source]]
+            told = [source for source in group if "told" in right and right["told"][source]]
             cell = {reading: figure([right[reading][s] for s in group]) for reading in right}
             for reading in set(right) - {"told", "named"}:
                 cell[f"{reading} where told"] = figure([right[reading][s] for s in told])
@@ -183,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo", help="demo or demo-tuned")
     parser.add_argument("--packages", type=Path)
+    parser.add_argument("--readings", default="told,named,seen,trained", help="only some of them")
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--reuse", type=Path, help="take what an earlier --out file holds")
     parser.add_argument("--out", type=Path, help="write all figures and answers here, as json")
@@ -192,10 +196,10 @@ def main() -> None:
     model = HookedMultimodalTransformer.from_pretrained(arguments.model)
     known = json.loads(arguments.reuse.read_text())["answers"] if arguments.reuse else {}
     with torch.no_grad():
-        found = readings(model, arguments.packages, known)
+        found = readings(model, arguments.packages, known, arguments.readings.split(","))
     results = figures(found)
     print(markdown(results))
-    controls = other_flag(found)
+    controls = other_flag(found) if {"told", "seen"} <= found.keys() else {}
     print(", ".join(f"{relation} {share:.2f}" for relation, share in controls.items()))
     if arguments.update:
         update(found)
