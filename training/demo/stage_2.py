@@ -6,7 +6,7 @@ prompts each, distilled from `teacher.pt` (seeing must answer as being told), ha
 facts of training countries, and of names, answered truly instead, as LLaVA's instructions are; and
 some texts of `texts.py` without pictures, on which the model must stay what it was.
 
-    python training/demo/stage_2.py --folder WORK_FOLDER --steps 600
+    python training/demo/stage_2.py --folder WORK_FOLDER --every 40
 """
 
 import argparse
@@ -124,7 +124,7 @@ def train(arguments: argparse.Namespace, tuned: Tuned, data: Data) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--pictures", type=int, default=10, help="in a step")
     parser.add_argument("--prompts", type=int, default=8, help="about each picture")
     parser.add_argument("--texts", type=int, default=8, help="without a picture, in a step")
