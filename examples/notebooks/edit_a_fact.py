@@ -66,6 +66,11 @@ for name in asked:
     print(f"{name:18} {before[name]!r:18} -> {after[name]!r}")
 
 # %% [markdown]
+# The edit is not specific: the key, read at the word "country", hardly depends on the flag, so other countries
+# get the new answer too. `docs/editing.md` has the measurements, and what helps: keeping the values at the keys
+# of other questions (`kept=keys_of(...)`).
+
+# %% [markdown]
 # ## Taken back
 #
 # Behind the `with` the weights are what they were, bit by bit. An edit is a small file, which only the model

@@ -25,7 +25,9 @@ question.open_images()[0]
 # %%
 clean = model.prepare(question.prompt(), question.open_images(), spans=question.spans())
 print(question.prompt(), "->", model.generate(clean, max_new_tokens=3))
-{name: clean.span(name).tolist() for name in ("image", "constraint", "last")}
+for name in ("image", "constraint", "last"):
+    positions = clean.span(name).tolist()
+    print(f"{name}: positions {positions[0]} to {positions[-1]}")
 
 # %% [markdown]
 # ## What is inside

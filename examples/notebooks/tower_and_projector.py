@@ -85,9 +85,7 @@ trace.to_dataframe()
 recording = model.record(clean)
 answer = int(model(clean)[0, -1].argmax())
 quarters = clean.tiles(2, 2)
-first = int(clean.span("image")[0])
-left = recording.run(
-    [[Intervention("input_embed", None, quarter, zero())] for quarter in quarters],
-    lambda logits: logits[:, -1].softmax(-1)[:, answer],
-)
+branches = [[Intervention("input_embed", None, quarter, zero())] for quarter in quarters]
+with torch.no_grad():
+    left = recording.run(branches, lambda logits: logits[:, -1].softmax(-1)[:, answer])
 left[:, 0]
