@@ -77,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         report = Path(folder) / "report.html"
         write_report(report, prompt, trace=trace, contributions=[received])
-        view = attention(cache, HEAD_LAYER, clean).save(Path(folder) / "attention.html")
+        view = attention(cache, HEAD_LAYER).save(Path(folder) / "attention.html")
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )

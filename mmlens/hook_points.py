@@ -147,6 +147,9 @@ class ActivationCache(transformer_lens.ActivationCache):
     stand: with TransformerLens's `hook_embed` the parts would not add up to the whole.
     """
 
+    inputs: Any = None
+    """The `MultimodalInputs` that were run; None where the model was given something else."""
+
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, tuple) and isinstance(key[0], str) and key[0].startswith("vision."):
             name, layer, *rest = key

@@ -352,6 +352,8 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         if not return_cache_object:
             return out, stored
         cache = ActivationCache(stored, self, has_batch_dim=not remove_batch_dim)
+        if model_args and isinstance(model_args[0], MultimodalInputs):
+            cache.inputs = model_args[0]  # whoever draws activations needs the words for them
         return out, cache
 
     def record(self, input: Input) -> Recording:

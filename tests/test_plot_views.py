@@ -15,6 +15,7 @@ from mmlens.attribution import AttentionContribution
 from mmlens.inputs import MultimodalInputs
 from mmlens.model import HookedMultimodalTransformer
 from mmlens.plots import Frame, attention, heatmap, overlay, tokens
+from mmlens.plots.circuits import HtmlView
 from mmlens.plots.picture import encoded
 from mmlens.plots.positions import patch_of, views
 from mmlens.plots.save import still
@@ -240,6 +241,20 @@ class TestCircuits:
         pattern = np.array(eval(numbers[1]))
         assert pattern.shape == (model.cfg.n_heads, n_rows, n_rows)
         assert np.allclose(pattern.sum(axis=-1), 1, atol=1e-5 * n_rows)
+
+    def test_a_cache_knows_what_was_run(self, run) -> None:
+        model, inputs = run
+        _, cache = model.run_with_cache(inputs)
+
+        def drawn(view: HtmlView) -> str:
+            return re.sub(r"circuits-vis-[\w-]+", "", props_of(view.html))  # a name by chance
+
+        assert drawn(attention(cache, 1)) == drawn(attention(cache, 1, inputs))
+        _, unknown = model.run_with_cache(inputs.tokens, pixel_values=inputs.pixel_values)
+        assert unknown.inputs is None
+        with pytest.raises(ValueError, match="which words"):
+            attention(unknown, 1)
+        assert drawn(attention(unknown, 1, inputs)) == drawn(attention(cache, 1))
 
     def test_nothing_is_fetched_whether_there_is_a_network_or_not(self, run) -> None:
         model, inputs = run

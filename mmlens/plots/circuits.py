@@ -39,7 +39,7 @@ class HtmlView:
     """HTML that needs nothing from outside; the last line of a notebook's cell shows it.
 
     Example:
-        >>> attention(cache, 3, inputs).save("layer3.html")
+        >>> attention(cache, 3).save("layer3.html")
     """
 
     html: str
@@ -64,7 +64,7 @@ class HtmlView:
 def attention(
     cache: ActivationCache | Mapping[tuple[str, int], Tensor],
     layer: int,
-    inputs: MultimodalInputs,
+    inputs: MultimodalInputs | None = None,
     *,
     visual: Visual = "folded",
     batch: int = 0,
@@ -77,20 +77,26 @@ def attention(
     Args:
         cache: with the layer's pattern: `model.run_with_cache(inputs)`.
         layer: of the decoder.
-        inputs: what was run.
+        inputs: what was run; by default what the cache was made from.
         visual: the picture as one token ("folded"), its "rows", or every patch ("tokens").
         batch: the row of the batch.
 
     Raises:
-        ValueError: more tokens than a browser can draw.
+        ValueError: more tokens than a browser can draw, or a cache that does not know its inputs.
         KeyError: the cache does not hold the pattern.
 
     Example:
         >>> _, cache = model.run_with_cache(inputs, names_filter="blocks.3.attn.hook_pattern")
-        >>> attention(cache, 3, inputs)
+        >>> attention(cache, 3)
     """
     from circuitsvis.attention import attention_heads
 
+    inputs = getattr(cache, "inputs", None) if inputs is None else inputs
+    if inputs is None:
+        raise ValueError(
+            "this cache does not know which words its positions are: give attention(cache, layer, "
+            "inputs), or run the model on what model.prepare(...) or model.to_inputs(...) returns"
+        )
     real = inputs.attention_mask[batch].cpu().numpy()
     pattern = cache["pattern", layer][batch].detach().float().cpu().numpy()
     pattern = pattern[:, real][:, :, real]
