@@ -29,9 +29,10 @@ from mmlens.beginnings import common_prefix
 from mmlens.components import KeyValueCache, Packing, SharedPast
 from mmlens.hook_points import HookPoint, listens
 from mmlens.hooks import HookFunction, position_axis
-from mmlens.inputs import MultimodalInputs
+from mmlens.inputs import MultimodalInputs, collate
 from mmlens.interventions import Intervention
 from mmlens.joined_run import Branch, Start, run_joined, start_of
+from mmlens.layout import check_one_prompt
 from mmlens.passes import Pass, is_out_of_memory, passes
 from mmlens.pictures import Pictures
 
@@ -50,6 +51,15 @@ class Stretch:
     """The residual stream that enters each layer, and the one behind the last."""
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     """Per layer: [row, own, kv_head, d_head]."""
+
+    def of_row(self, row: int, padding: int) -> Stretch:
+        """One row of a batch without its padding, as if it had been run by itself."""
+
+        def part(tensor: Tensor) -> Tensor:
+            return tensor[row : row + 1, padding:]
+
+        keys_values = tuple((part(keys), part(values)) for keys, values in self.keys_values)
+        return Stretch(self.begin, tuple(map(part, self.resid)), keys_values)
 
     def behind(self, before: Stretch) -> Stretch:
         """With the positions of another that lie before it."""
@@ -102,6 +112,34 @@ class Recording:
             mask, cos_sin = model.attention_context(resid, inputs.attention_mask, None, None)
             own = keep_run(model, resid, 0, cos_sin=cos_sin, mask=mask)
         return cls(model, inputs, own, None, pictures, cache)
+
+    @classmethod
+    def of_each(
+        cls,
+        model: HookedMultimodalTransformer,
+        inputs: Sequence[MultimodalInputs],
+        known: Pictures | None = None,
+    ) -> list[Recording]:
+        """The recordings of several prompts, run as one batch: for those that share nothing.
+
+        Raises:
+            ValueError: inputs that are no single prompts without noise, or as `collate`.
+        """
+        for each in inputs:
+            check_one_prompt(len(each), "Recording.of_each")
+            if each.noise is not None:
+                raise ValueError("Recording.of_each takes prompts without noise")
+        if len(inputs) == 1:
+            return [cls.of(model, inputs[0], known=known)]
+        batch = cls.of(model, collate(inputs, model.cfg.pad_token_id or 0), known=known)
+        found, image = [], 0
+        for row, each in enumerate(inputs):
+            n_images = sum(each.n_images)
+            pictures = batch.pictures and batch.pictures.part(image, image + n_images)
+            own = batch.own.of_row(row, batch.inputs.n_pos - each.n_pos)
+            found.append(cls(model, each, own, None, pictures if n_images else None))
+            image += n_images
+        return found
 
     @torch.no_grad()
     def record(self, inputs: MultimodalInputs, names: Sequence[str] = ()) -> Recording:

@@ -60,6 +60,18 @@ class Pictures:
             visual.append(model.projector(features[-1]))
         return cls(inputs.pixel_values, torch.cat(features)[index], torch.cat(visual)[index])
 
+    @classmethod
+    def of_all(cls, parts: Sequence[Pictures]) -> Pictures | None:
+        """Several as one; None where there are none."""
+        if not parts:
+            return None
+        named = ("pixels", "features", "visual")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in named))
+
+    def part(self, first: int, end: int) -> Pictures:
+        """Some of the pictures."""
+        return Pictures(self.pixels[first:end], self.features[first:end], self.visual[first:end])
+
     def edited(
         self, model: HookedMultimodalTransformer, edits: Sequence[Sequence[Intervention]]
     ) -> list[Float[Tensor, "image visual_token d_model"]]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from mmlens import Intervention, causal_trace, causal_trace_many, noise_span
 from mmlens.beginnings import common_prefix
+from mmlens.branching import Recording
 from mmlens.components import MLP, Packing
 from mmlens.hooks import add, scale, zero
 from mmlens.joined_run import Start
@@ -410,3 +411,20 @@ def test_logits_of_some_tokens(seed):
     whole = recording.run(branches, lambda logits: logits)
     some = recording.run(branches, lambda logits: logits, tokens=[7, 3])
     assert torch.allclose(some, whole[..., [7, 3]], atol=1e-5)
+
+
+@settings(max_examples=10)
+@given(SEEDS)
+def test_prompts_that_share_nothing_are_run_as_one_batch(seed):
+    chance = random.Random(seed)
+    model = any_family(seed).double()
+    prompts = [small_inputs(model, seed + i, images=(chance.choice([0, 1, 2]),)) for i in range(3)]
+    prompts[1] = prompts[1].append(torch.tensor([5, 9, 7]))  # so others are padded
+    for found, inputs in zip(Recording.of_each(model, prompts), prompts, strict=True):
+        assert found.inputs is inputs
+        expected = model.record(inputs)
+        branches = [[decoder_edit(model, inputs, chance)] for _ in range(3)]
+        assert_same_recording(found, expected, branches)
+        assert (found.pictures is None) == (expected.pictures is None)
+        if found.pictures is not None:
+            assert torch.allclose(found.pictures.visual, expected.pictures.visual, atol=1e-9)

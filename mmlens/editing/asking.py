@@ -125,30 +125,39 @@ class Examiner:
         return [replies[index] for index in range(len(questions))]
 
     def _run(self, questions: Sequence[VisualQuestion]) -> list[Prompt]:
-        """The first questions, as many as are continued together; those on one picture share it."""
-        prompts: list[Prompt] = []
-        picture, first, most = None, None, 1
+        """The first questions, as many as fit at once: one on each picture, then the others."""
+        prepared: list[MultimodalInputs] = []
+        longest = 0
         for question in questions:
-            inputs = self.prepared(question)
-            if first is None or looks(question) != picture:
-                picture = looks(question)
-                first = recording = self._recorded(inputs, picture)
-            else:
-                recording = first.record(inputs)
-            prompts.append(Prompt.of(recording))
-            longest = max(prompt.inputs.n_pos for prompt in prompts)
-            most = max(1, size_limit(self.model, longest) // longest)
-            if len(prompts) >= most:
+            prepared.append(self.prepared(question))
+            longest = max(longest, prepared[-1].n_pos)
+            if (len(prepared) + 1) * longest > size_limit(self.model, longest):
                 break
-        return prompts
+        numbers = together(questions[: len(prepared)])
+        firsts = {number: row for row, number in reversed(list(enumerate(numbers)))}
+        recorded = self._recorded({looks(questions[r]): prepared[r] for r in firsts.values()})
+        return [
+            Prompt.of(
+                recorded[looks(question)]
+                if firsts[number] == row
+                else recorded[looks(question)].record(inputs)
+            )
+            for row, (number, question, inputs) in enumerate(
+                zip(numbers, questions, prepared, strict=False)
+            )
+        ]
 
-    def _recorded(self, inputs: MultimodalInputs, picture: Hashable) -> Recording:
-        known = self._pictures.pop(picture, None)
-        recording = Recording.of(self.model, inputs, known=known)
-        self._pictures[picture] = recording.pictures
-        if len(self._pictures) > PICTURES_KEPT:
+    def _recorded(self, prompts: dict[Hashable, MultimodalInputs]) -> dict[Hashable, Recording]:
+        """Prompts by their pictures, run together; pictures that are remembered are not encoded."""
+        known = [self._pictures.pop(look) for look in prompts if look in self._pictures]
+        parts = [pictures for pictures in known if pictures is not None]
+        inputs = list(prompts.values())
+        found = Recording.of_each(self.model, inputs, Pictures.of_all(parts))
+        for look, recording in zip(prompts, found, strict=True):
+            self._pictures[look] = recording.pictures
+        while len(self._pictures) > PICTURES_KEPT:
             self._pictures.popitem(last=False)
-        return recording
+        return dict(zip(prompts, found, strict=True))
 
     def _replies(
         self,
