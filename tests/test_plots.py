@@ -129,6 +129,15 @@ class TestTraceProfile:
         assert "clean" in texts
         assert "corrupted" in texts
 
+    @pytest.mark.parametrize(
+        ("gap", "sides"),
+        [(0.5, "middle middle"), (0.001, "bottom top"), (0, "bottom top"), (-0.001, "top bottom")],
+    )
+    def test_lines_that_are_close_have_their_names_on_both_sides(self, seed, gap, sides):
+        trace = replace(make_trace(("last",)), clean=0.3 + gap, corrupted=0.3)
+        notes = {note.text: note.yanchor for note in plot_trace(trace).layout.annotations}
+        assert f"{notes['clean']} {notes['corrupted']}" == sides
+
     def test_lines_differ_without_colour(self):
         figure = plot_trace(make_trace(("last",)))
         styles = {(line.line.dash, line.marker.symbol) for line in figure.data}

@@ -242,6 +242,7 @@ def _lay_out(figure: Figure, cells: _Cells, value_title: str, column_title: str)
             "thickness": 12,
             "outlinewidth": 0,
             "nticks": 5,
+            "exponentformat": "power",
             "title": {"text": value_title, "side": "bottom", "font": {"size": 12}},
         }
         figure.update_layout({_axis_name(panel): {"colorbar": bar}})

@@ -146,4 +146,4 @@ def spaced(columns: Sequence[int | str], most: int = 9) -> list[int]:
 def color_bar(title: str) -> dict[str, Any]:
     """A colour bar at the right of a panel."""
     text = {"text": title, "side": "right", "font": {"size": 12}}
-    return {"title": text, "thickness": 12, "outlinewidth": 0}
+    return {"title": text, "thickness": 12, "outlinewidth": 0, "exponentformat": "power"}

@@ -184,6 +184,10 @@ def _reference_lines(figure: Figure, trace: CausalTrace, value: Value) -> None:
         "indirect_effect": (trace.clean - trace.corrupted, 0.0),
         "recovery": (1.0, 0.0),
     }[value]
+    # Lines as close as this have their names above and below them, or one would hide the other.
+    highest = max(*map(abs, levels), float(getattr(trace, value).abs().max()))
+    close = abs(levels[0] - levels[1]) < 0.06 * highest
+    upper = "clean" if levels[0] >= levels[1] else "corrupted"
     for name, level in zip(("clean", "corrupted"), levels, strict=True):
         dash = "dash" if name == "clean" else "dot"
         figure.add_hline(y=level, line={"color": INK, "width": 1, "dash": dash})
@@ -193,7 +197,7 @@ def _reference_lines(figure: Figure, trace: CausalTrace, value: Value) -> None:
             y=level,
             xref="x domain",
             xanchor="left",
-            yanchor="middle",
+            yanchor=("bottom" if name == upper else "top") if close else "middle",
             showarrow=False,
             row=1,
             col=len(trace.groups),
