@@ -121,7 +121,8 @@ def test_every_block_runs(page: Path, folder: Path) -> None:
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_every_notebook_runs(notebook: Path, folder: Path, monkeypatch) -> None:
     monkeypatch.setenv("MMLENS_CHECK", "1")  # where a larger model is meant
-    exec(compile(notebook.read_text(encoding="utf-8"), str(notebook), "exec"), {})
+    with torch.enable_grad():  # and behind it as it was, whatever the notebook sets
+        exec(compile(notebook.read_text(encoding="utf-8"), str(notebook), "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from plotly import io as pio
 from rich.console import Console
 
 from mmlens.files import write_atomically
@@ -322,3 +323,26 @@ class TestFigure:
     def test_a_figure_saves_itself(self, tmp_path: Path) -> None:
         path = make_trace().plot().save(tmp_path / "trace.html")
         assert "Plotly.newPlot" in path.read_text()
+
+    @pytest.mark.parametrize(
+        ("chosen", "variable", "used"),
+        [
+            ("plotly_mimetype", None, "plotly_mimetype+notebook"),
+            ("plotly_mimetype", "plotly_mimetype", "plotly_mimetype"),
+            ("json", None, "json"),
+        ],
+    )
+    def test_in_a_notebook_it_brings_its_script_unless_told_otherwise(
+        self, monkeypatch, chosen, variable, used
+    ) -> None:
+        before, shown = pio.renderers.default, []
+        monkeypatch.setattr(pio, "show", lambda figure: shown.append(pio.renderers.default))
+        monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("PLOTLY_RENDERER", variable)
+        try:
+            pio.renderers.default = chosen
+            plot_trace(make_trace())._ipython_display_()
+        finally:
+            pio.renderers.default = before
+        assert shown == [used]

@@ -16,6 +16,7 @@ import torch
 
 from mmlens import HookedMultimodalTransformer, Intervention, demo_questions, window
 
+torch.set_grad_enabled(False)  # they would flow through branches as well
 model = HookedMultimodalTransformer.from_pretrained("demo")
 question = next(q for q in demo_questions(relation="capital") if q.subject == "Japan")
 inputs = model.prepare(question.prompt(), question.open_images(), spans=question.spans())
@@ -61,18 +62,19 @@ branches = [
     for angle in angles
     for layer in range(model.cfg.n_layers)
 ]
-with torch.no_grad():  # gradients would flow through branches as well
-    found = recording.run(branches, probability)[:, 0].unflatten(0, (len(angles), -1))
+found = recording.run(branches, probability)[:, 0].unflatten(0, (len(angles), -1))
 plain = probability(model.run_with_hooks(inputs, fwd_hooks=turn.fwd_hooks()))
 assert torch.allclose(found[2, 5], plain, atol=1e-5)
 
 # %%
 import plotly.express as px
 
-figure = px.line(found.T.numpy(), labels={"index": "layer", "value": "P(answer)"})
+from mmlens.plots import Figure
+
+figure = Figure(px.line(found.T.numpy(), labels={"index": "layer", "value": "P(answer)"}))
 for line, angle in zip(figure.data, angles, strict=True):
     line.name = f"turned by {angle}"
-figure
+figure.update_layout(legend_title="")
 
 # %% [markdown]
 # ## Several places, a window of layers, one head

@@ -139,6 +139,6 @@ def draw(share: Float[Tensor, "layer token"], table: pd.DataFrame, part: int) ->
         col=2,
     )
     figure.update_layout(
-        layout(width=1180, height=430, margin={"t": 105, "b": 60}, showlegend=False)
+        layout(width=1080, height=430, margin={"t": 105, "b": 60}, showlegend=False)
     )
     return figure
