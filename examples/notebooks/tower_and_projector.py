@@ -22,6 +22,7 @@ from mmlens import (
     swap_image,
 )
 from mmlens.hooks import zero
+from mmlens.plots import overlay
 
 model = HookedMultimodalTransformer.from_pretrained("demo")
 by_country = {q.subject: q for q in demo_questions(relation="capital")}
@@ -40,11 +41,7 @@ _, cache = model.run_with_cache(clean, names_filter=lambda name: "vision" in nam
 last = model.cfg.vision.n_layers - 1
 rows, columns = clean.grid_size
 looked_at = cache[f"vision.blocks.{last}.attn.hook_pattern"][0, :, 0, 1:].mean(0)
-looked_at = looked_at.reshape(rows, columns)
-
-import plotly.express as px
-
-px.imshow(looked_at.numpy(), labels={"color": "attention"})
+overlay(looked_at, clean, model, value_title="attention")
 
 # %% [markdown]
 # ## The visual tokens as words
