@@ -1,14 +1,16 @@
 """Every code block of the README and of docs/, and every notebook, runs on the demo model.
 
 Python blocks of a page share one namespace; of the other blocks, commands that begin with `mmlens`
-are run. A block behind `<!-- not run: reason -->` is only parsed. Pages are run in a folder with
-`flag.png` (Italy's) and the files that `PREPARED` writes for them.
+are run. A block behind `<!-- tested with: this -> that; ... -->` is run with words replaced: with
+fewer questions, say. One behind `<!-- not run: reason -->` is only parsed. Pages are run in a
+folder with `flag.png` (Italy's) and the files that `PREPARED` writes for them.
 """
 
 import ast
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
-    r"(?:<!-- not run: (?P<reason>[^>]+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    r"(?:<!-- not run: (?P<reason>[^>]+?) -->\n)?(?:<!-- tested with: (?P<words>.+?) -->\n)?"
+    r"^```(?P<language>\w*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -43,7 +46,12 @@ def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text(encoding="utf-8")
     for found in BLOCK.finditer(text):
         line = text[: found.start("code")].count("\n")
-        yield Block(found["language"], found["code"], found["reason"], line)
+        code = found["code"]
+        for pair in found["words"].split("; ") if found["words"] else []:
+            old, new = pair.split(" -> ")
+            assert old in code, f"{page.name}, line {line}: there is no {old!r} to replace"
+            code = code.replace(old, new)
+        yield Block(found["language"], code, found["reason"], line)
 
 
 def commands(code: str) -> list[list[str]]:
@@ -79,7 +87,18 @@ def answered(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-PREPARED: dict[str, Callable[[Path], dict[str, torch.Tensor] | None]] = {"attention": answered}
+def mmedit_file(folder: Path) -> None:
+    """A record of MMEdit and its picture."""
+    (folder / "editing-data" / "vqa").mkdir(parents=True)
+    shutil.copy(folder / "flag.png", folder / "editing-data" / "flag.png")
+    record = {"src": "What is this country?", "alt": "Oslo", "image": "flag.png"}
+    (folder / "editing-data" / "vqa" / "vqa_eval.json").write_text(json.dumps([record]))
+
+
+PREPARED: dict[str, Callable[[Path], dict[str, torch.Tensor] | None]] = {
+    "attention": answered,
+    "editing": mmedit_file,
+}
 
 
 @pytest.fixture
