@@ -169,6 +169,18 @@ def test_an_edit_that_cannot_be_made_counts_as_none(folder, tmp_path, monkeypatc
     assert found.drift.abs().max() < 1e-6
 
 
+def preserved_file(folder):
+    """The questions whose pictures are there, and a file of them."""
+    questions = [each for each in local_questions(folder) if "missing" not in str(each.image)]
+    rows = [
+        {"question": q.question, "image": q.image.name, "visual_constraint": CONSTRAINT}
+        for q in questions
+    ]
+    path = folder / "preserved.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return questions, path
+
+
 def test_preserved_questions_are_none_that_is_asked(folder, monkeypatch, tmp_path):
     given = []
 
@@ -177,10 +189,7 @@ def test_preserved_questions_are_none_that_is_asked(folder, monkeypatch, tmp_pat
         return multedit(*arguments, kept=kept, **settings)
 
     monkeypatch.setitem(METHODS, "multedit", watched)
-    questions = [each for each in local_questions(folder) if "missing" not in str(each.image)]
-    path = folder / "preserved.jsonl"
-    rows = [{"question": q.question, "image": q.image.name} for q in questions]
-    path.write_text("\n".join(json.dumps(row | {"visual_constraint": CONSTRAINT}) for row in rows))
+    questions, path = preserved_file(folder)
     model = HookedMultimodalTransformer.from_pretrained(folder / "model")
     settings = BenchSettings(
         preserved=str(path), limit=1, method_settings={"multedit": {"steps": 1}}
@@ -196,6 +205,34 @@ def test_preserved_questions_are_none_that_is_asked(folder, monkeypatch, tmp_pat
     assert found == {tuple(key.tolist()) for key in expected.T}
 
 
+def test_the_key_may_be_at_the_last_token(folder, tmp_path):
+    questions, path = preserved_file(folder)
+    model = HookedMultimodalTransformer.from_pretrained(folder / "model")
+    settings = BenchSettings(
+        methods=("multedit", "multedit-last"),
+        layers=(1,),
+        limit=1,
+        preserved=str(path),
+        n_preserved=1,
+        n_preserved_whole=1,
+        method_settings={"multedit": {"steps": 1}},
+    )
+    bench = EditBench(settings, model, edit_cases(questions[:2], n_neighbours=1), {})
+    [case], _ = bench.chosen
+    plain, at_last = (bench.request(case, variant.span) for variant in bench.variants)
+    assert plain.span == "constraint" and at_last.span == "last"
+    assert at_last.position(at_last.inputs) == at_last.inputs.n_pos - 1
+    # One key where the edit's is, and those of all positions of another prompt.
+    kept = bench.arguments(bench.variants[1])["kept"]
+    prompts = [Examiner(model).prepared(q) for q in bench._preserved.questions]
+    rows = bench._preserved.order
+    assert torch.equal(kept[:, :1], keys_of(model, [prompts[rows[0]]], 1, span="last"))
+    assert torch.equal(kept[:, 1:], keys_of(model, [prompts[rows[1]]], 1, span=None))
+    found = bench.evaluations(tmp_path)
+    assert [variant.label for variant in found] == ["multedit@1", "multedit-last@1"]
+    assert [each.metadata["failed"] for each in found.values()] == [{}, {}]
+
+
 def test_unrelated_questions_are_asked_as_well(bench_run, folder, tmp_path):
     code, _, err = bench_run("--limit", 1, "--methods", "multedit", "--unrelated", "demo")
     assert code == 0, err
@@ -209,6 +246,11 @@ def test_variants():
     assert Variant.parsed("memit@2-4", [0])[0].layer == (2, 3, 4)
     assert Variant.parsed("lora@all", [0]) == [Variant("lora", None)]
     assert Variant.parsed("rome@7", [0]) == [Variant("rome", 7)]
+    at_last = Variant("multedit", 5, "last")
+    assert (
+        Variant.parsed("multedit-last", [5]) == Variant.parsed("multedit-last@5", [0]) == [at_last]
+    )
+    assert at_last.label == "multedit-last@5"
 
 
 def test_cases_by_their_name(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,7 @@ def edit_bench(
         str,
         typer.Option(
             help="Names separated by commas; NAME@2, NAME@2-4, NAME@all say which layers are "
-            "edited together."
+            "edited together, NAME-last@23 that the key is at the last token."
         ),
     ] = DEFAULT,
     layers: Annotated[
@@ -59,7 +60,12 @@ def edit_bench(
             "that is asked."
         ),
     ] = None,
-    n_preserved: Annotated[int, typer.Option(min=1, help="How many of them.")] = 200,
+    n_preserved: Annotated[
+        int, typer.Option(min=0, help="How many of them keep theirs where the edit's is.")
+    ] = 200,
+    n_preserved_whole: Annotated[
+        int, typer.Option(min=0, help="How many further ones keep theirs at every position.")
+    ] = 0,
     unrelated: Annotated[
         str | None,
         typer.Option(
@@ -99,7 +105,7 @@ def edit_bench(
     files = options.comma_list(annotations, "--annotations") if annotations else None
     if files is not None and len(files) != 2:
         raise UserError(f"--annotations: two files, questions and annotations, not {annotations!r}")
-    plain = tuple(dict.fromkeys(name.partition("@")[0] for name in names))
+    plain = tuple(dict.fromkeys(re.split("[-@]", name)[0] for name in names))
     given = method_settings(settings, plain)
     folder = options.writable_folder(out)
     options.check_device(device)
@@ -118,6 +124,7 @@ def edit_bench(
         n_kept=kept,
         preserved=preserved,
         n_preserved=n_preserved,
+        n_preserved_whole=n_preserved_whole,
         unrelated=options.comma_list(unrelated, "--unrelated") if unrelated else (),
         unrelated_images=str(unrelated_images) if unrelated_images else None,
         annotations=(files[0], files[1]) if files else None,

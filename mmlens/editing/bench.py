@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -138,11 +138,12 @@ class EditBench:
             raise ValueError(f"none of {considered} cases can be asked: {counts}")
         return cases, counts
 
-    def request(self, case: EditCase) -> EditRequest:
+    def request(self, case: EditCase, span: str | None = None) -> EditRequest:
         """What a method is told."""
         return request_of(
             self.model,
             case,
+            span=span,
             n_key_questions=self.settings.n_key_questions,
             n_kept=self.settings.n_kept,
             template=self.settings.template,
@@ -160,7 +161,7 @@ class EditBench:
         if "covariance" in takes:
             given["covariance"] = self._covariance
         if "kept" in takes and self._preserved is not None:
-            given["kept"] = self._preserved.of(layer, asked)  # type: ignore[arg-type]
+            given["kept"] = self._preserved.of(layer, asked, variant.span)  # type: ignore[arg-type]
         return {"layer": layer, **given}
 
     @cached_property
@@ -171,7 +172,8 @@ class EditBench:
             return None
         questions = open_questions(chosen.preserved, chosen.images, seed=chosen.seed)
         examiner = Examiner(self.model, template=chosen.template)
-        return PreservedKeys(examiner, questions, chosen.n_preserved, chosen.seed)
+        counts = chosen.n_preserved, chosen.n_preserved_whole
+        return PreservedKeys(examiner, questions, *counts, seed=chosen.seed)
 
     @cached_property
     def _covariance(self) -> KeyCovariance:
@@ -257,7 +259,7 @@ class EditBench:
         seconds, memory, failed = torch.nan, 0, ""
         applied: AbstractContextManager[Any] = nullcontext()
         try:
-            request = self.request(examination.case)
+            request = self.request(examination.case, variant.span)
             arguments = self.arguments(variant, examination.questions)
             edit, seconds, memory = measured(
                 self.model, lambda: called(variant.method, self.model, request, **arguments)
@@ -296,7 +298,7 @@ class EditBench:
             with SequentialEditor(self.model, method, **self.arguments(variant, asked)) as editor:
                 found = evaluate_sequence(
                     editor,
-                    self.request,
+                    partial(self.request, span=variant.span),
                     cases,
                     at=self.settings.at,
                     unrelated=self.unrelated,
@@ -319,6 +321,7 @@ class EditBench:
             **chosen,
             "method": variant.method,
             "layer": variant.layer,
+            "span": variant.span,
             "method_settings": self.settings.method_settings.get(variant.method, {}),
             "mmlens": version("mmlens"),
         }

@@ -23,7 +23,7 @@ def figures(bench: EditBench, found: Found) -> list[Figure]:
     """`sequences`; or `methods`, and `layers` for those methods that were tried in several."""
     if bench.settings.sequential:
         return [made(bench, "sequences", found)]
-    tried = Counter(variant.method for variant in found if isinstance(variant.layer, int))
+    tried = Counter(variant.named for variant in found if isinstance(variant.layer, int))
     swept = {variant: each for variant, each in found.items() if is_swept(variant, tried)}
     others = {variant: each for variant, each in found.items() if variant not in swept}
     groups = (("methods", others), ("layers", swept))
@@ -32,7 +32,7 @@ def figures(bench: EditBench, found: Found) -> list[Figure]:
 
 def is_swept(variant: Variant, tried: Mapping[str, int]) -> bool:
     """Whether a method was tried in several single layers, of which this is one."""
-    return isinstance(variant.layer, int) and tried[variant.method] > 1
+    return isinstance(variant.layer, int) and tried[variant.named] > 1
 
 
 def made(bench: EditBench, name: str, found: Found) -> Figure:
@@ -69,5 +69,5 @@ def made(bench: EditBench, name: str, found: Found) -> Figure:
 def named(table: pd.DataFrame, variant: Variant, figure: str) -> pd.DataFrame:
     """With the method, and the layer: a number where layers are an axis."""
     if figure == "layers":
-        return table.assign(method=variant.method, layer=variant.layer)
+        return table.assign(method=variant.named, layer=variant.layer)
     return table.assign(method=variant.label)

@@ -47,7 +47,8 @@ class BenchSettings:
     images: str | None = None
     """The folder of the pictures; by default that of the file."""
     methods: tuple[str, ...] = ("multedit",)
-    """Names of `METHODS`; NAME@2, NAME@2-4 or NAME@all is edited in these layers together."""
+    """Names of `METHODS`; NAME@2, NAME@2-4 or NAME@all is edited in these layers together, and
+    NAME-last@23 has its key at the last token of another span than the constraint."""
     layers: tuple[int, ...] | None = None
     """For methods without an @: each of these layers by itself. None is `default_layer`."""
     limit: int = 100
@@ -60,6 +61,9 @@ class BenchSettings:
     preserved: str | None = None
     """Questions, as `open_questions` names them, whose keys `multedit` keeps; none is asked."""
     n_preserved: int = 200
+    """How many of them keep theirs at the key's place."""
+    n_preserved_whole: int = 0
+    """How many further ones keep theirs at every position."""
     unrelated: tuple[str, ...] = ()
     """Data sets of questions that no edit is about, as `open_questions` names them."""
     unrelated_images: str | None = None
@@ -87,11 +91,18 @@ class Variant:
     method: str
     layer: int | tuple[int, ...] | None
     """None is all layers."""
+    span: str | None = None
+    """Whose last token is the key's place; None is the constraint."""
 
     @property
     def label(self) -> str:
         """The method, and where it edits."""
-        return f"{self.method}@{self.where}"
+        return f"{self.named}@{self.where}"
+
+    @property
+    def named(self) -> str:
+        """The method, and the span where it is another one than the constraint."""
+        return self.method if self.span is None else f"{self.method}-{self.span}"
 
     @property
     def where(self) -> str:
@@ -104,7 +115,7 @@ class Variant:
 
     @classmethod
     def parsed(cls, text: str, layers: Sequence[int]) -> list[Variant]:
-        """The variants that a name stands for: "multedit", "rome@3", "memit@2-4", "lora@all".
+        """The variants that a name stands for: "multedit", "rome-last@3", "memit@2-4", "lora@all".
 
         Args:
             layers: of a name without an @.
@@ -112,22 +123,25 @@ class Variant:
         Raises:
             ValueError: no such method, or no layers behind the @.
         """
-        name, at, where = text.partition("@")
+        named, at, where = text.partition("@")
+        name, _, span = named.partition("-")
+        at_span = span or None
         if name not in METHODS:
             raise ValueError(f"no editing method {name!r}; there are {', '.join(METHODS)}")
         if not at:
-            return [cls(name, layer) for layer in layers]
+            return [cls(name, layer, at_span) for layer in layers]
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", where)
         if found is None and where != "all":
             raise ValueError(f"{text!r}: behind the @ is a layer, a range like 2-4, or 'all'")
         if name in ONE_LAYER and (found is None or found[2] not in (None, found[1])):
             raise ValueError(f"{text!r}: {name} edits one layer, like {name}@2")
         if found is None:
-            return [cls(name, None)]
+            return [cls(name, None, at_span)]
         first, last = int(found[1]), int(found[2] or found[1])
         if first > last:
             raise ValueError(f"{text!r}: layers {first} to {last} are none")
-        return [cls(name, first if first == last else tuple(range(first, last + 1)))]
+        together = first if first == last else tuple(range(first, last + 1))
+        return [cls(name, together, at_span)]
 
 
 def default_layer(model: HookedMultimodalTransformer) -> int:

@@ -42,27 +42,30 @@ def request_of(
     *,
     n_key_questions: int = 0,
     n_kept: int = 0,
+    span: str | None = None,
     template: str | None = "auto",
 ) -> EditRequest:
     """What an editing method is told about a case; never anything that is asked afterwards.
 
-    The key's span is the visual constraint; without one, the whole question.
-
     Args:
         n_key_questions: how many of `case.key_questions` become `key_prompts`.
         n_kept: how many of `case.kept` become `neighbours`.
+        span: whose last token is the key's place; by default the visual constraint, and without
+            one the whole question. "last" is the last token of the prompt.
         template: what stands around a question; see `model.prepare`.
 
     Raises:
         ValueError: a question that cannot be prepared.
+        UnknownSpanError: (a KeyError) there is no such span.
     """
     prepared = Examiner(model, template=template).prepared
     inputs = prepared(case.question)
-    constrained = "constraint" in inputs.spans[0]
+    if span is None:
+        span = "constraint" if "constraint" in inputs.spans[0] else "question"
     return EditRequest(
         inputs,
         case.target,
-        span="constraint" if constrained else "question",
+        span=span,
         key_prompts=[prepared(each) for each in case.key_questions[:n_key_questions]],
         neighbours=[prepared(each) for each in case.kept[:n_kept]],
     )

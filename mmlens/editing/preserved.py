@@ -19,46 +19,70 @@ __all__ = ["PreservedKeys"]
 class PreservedKeys:
     """A pool of questions whose keys keep their values: never one that is asked about an edit.
 
+    An edit moves whatever resembles its key. Questions of its form do, where its key is; and so may
+    any other position, of the picture above all, which only whole prompts can tell.
+
     Args:
         examiner: who prepares them.
-        questions: the pool; those without a visual constraint have no key, and are passed over.
-        n: how many of them each edit gets.
+        questions: the pool.
+        n: of how many the key is kept that is where the edit's is.
+        n_whole: of how many further ones the keys at all positions are kept.
         seed: of their order.
 
     Example:
-        >>> preserved = PreservedKeys(Examiner(model), demo_questions(), n=200)
+        >>> preserved = PreservedKeys(Examiner(model), demo_questions(), n=200, n_whole=30)
         >>> multedit(model, request, layer=3, kept=preserved.of(3, examination.questions))
     """
 
     def __init__(
-        self, examiner: Examiner, questions: Sequence[VisualQuestion], n: int, seed: int = 0
+        self,
+        examiner: Examiner,
+        questions: Sequence[VisualQuestion],
+        n: int,
+        n_whole: int = 0,
+        *,
+        seed: int = 0,
     ) -> None:
-        self.examiner, self.questions, self.n = examiner, questions, n
-        self.order = random.Random(f"{seed} preserved").sample(
-            range(len(questions)), len(questions)
-        )
-        self._keys: dict[tuple[int, int], Tensor] = {}
+        self.examiner, self.questions = examiner, questions
+        self.n, self.n_whole = n, n_whole
+        rows = range(len(questions))
+        self.order = random.Random(f"{seed} preserved").sample(rows, len(rows))
+        self._keys: dict[tuple[int, int, str | None], Tensor] = {}
 
-    def of(self, layer: int, asked: Iterable[VisualQuestion]) -> Float[Tensor, "d_mlp _"]:
-        """The keys of the first `n` questions that are not asked.
+    def of(
+        self, layer: int, asked: Iterable[VisualQuestion], span: str | None = None
+    ) -> Float[Tensor, "d_mlp _"]:
+        """The keys of the first questions that are not asked.
+
+        Args:
+            layer: whose MLP.
+            asked: what is asked about the edit.
+            span: where the edit's key is; None is the visual constraint, and questions that have
+                none are passed over.
 
         Raises:
             ValueError: there are none.
         """
         hidden = {told_apart(question) for question in asked}
+        place = span or "constraint"
         found: list[Tensor] = []
         for row in self.order:
-            if len(found) == self.n:
+            if len(found) == self.n + self.n_whole:
                 break
             question = self.questions[row]
-            if question.visual_constraint and told_apart(question) not in hidden:
-                if (layer, row) not in self._keys:
-                    inputs = self.examiner.prepared(question)
-                    self._keys[layer, row] = keys_of(self.examiner.model, [inputs], layer)
-                found.append(self._keys[layer, row])
+            keyed = span is not None or bool(question.visual_constraint)
+            if keyed and told_apart(question) not in hidden:
+                found.append(self._of_row(row, layer, place if len(found) < self.n else None))
         if not found:
             raise ValueError("no questions to preserve: all of them are asked, or without a key")
         return torch.cat(found, dim=1)
+
+    def _of_row(self, row: int, layer: int, span: str | None) -> Tensor:
+        """A question's key; or all of them, where no span is given."""
+        if (layer, row, span) not in self._keys:
+            inputs = self.examiner.prepared(self.questions[row])
+            self._keys[layer, row, span] = keys_of(self.examiner.model, [inputs], layer, span=span)
+        return self._keys[layer, row, span]
 
 
 def told_apart(question: VisualQuestion) -> Hashable:
