@@ -54,6 +54,24 @@ def test_closed_form_solves_the_normal_equations(seed, d_model, d_mlp, n, lam):
 
 
 @settings(max_examples=20)
+@given(SEEDS, st.integers(1, 9), st.integers(1, 12), st.integers(1, 4), LAMBDAS)
+def test_an_edit_may_weigh_more_than_what_is_kept(seed, d_model, d_mlp, n, lam):
+    """W (lam I + w K K^T + K' K'^T) = w R K^T for the change W; share rises with the weight."""
+    chance = torch.Generator().manual_seed(seed)
+    keys, kept = (matrix(d_mlp, count, generator=chance) for count in (n, 5))
+    residuals = matrix(d_model, n, generator=chance)
+    shares = []
+    for weight in (0.25, 1.0, 50.0):
+        gram = lam * torch.eye(d_mlp, dtype=torch.float64) + weight * keys @ keys.T + kept @ kept.T
+        expected = torch.linalg.solve(gram, (weight * residuals @ keys.T).T).T
+        found = closed_form(residuals, list(keys.split(1, dim=1)), lam, kept, weight)
+        torch.testing.assert_close(found.dense(), expected, rtol=1e-6, atol=1e-8)
+        shares.append(float(update_rows([keys[:, :1]], lam, kept, weight)[0] @ keys[:, 0]))
+    assert shares == sorted(shares) and shares[-1] <= 1 + 1e-9
+    assert shares[0] < shares[-1]
+
+
+@settings(max_examples=20)
 @given(SEEDS, st.integers(1, 9), st.integers(2, 20))
 def test_without_lambda_keys_get_their_values(seed, d_model, d_mlp):
     """And the limit lam -> 0 is continuous. Keys are orthogonal up to a factor of two."""

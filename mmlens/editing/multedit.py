@@ -49,6 +49,9 @@ class MultEditSettings(ValueSettings):
 
     lam: float = 0.01
     """Weight of |W - W0|^2."""
+    weight: float = 1.0
+    """Of an edited key beside a kept one. Where they are much alike, the edit's value is a
+    compromise of both; the larger this is, the more of it the edit gets, and the others as well."""
     key: Literal["mean", "each"] = "each"
     """With several prompts: their mean is the key, or each is one and all get the value."""
     preserve: Literal["nothing", "prompts", "neighbours", "both"] = "both"
@@ -59,6 +62,8 @@ class MultEditSettings(ValueSettings):
         super().__post_init__()
         if self.lam < 0:
             raise ValueError(f"lam={self.lam}; it is 0 or more")
+        if self.weight <= 0:
+            raise ValueError(f"weight={self.weight}; it must be positive")
         if self.key not in ("mean", "each"):
             raise ValueError(f"key={self.key!r}; it is 'mean' or 'each'")
         if self.preserve not in ("nothing", "prompts", "neighbours", "both"):
@@ -111,6 +116,7 @@ def multedit(
         [part.keys for part in each],
         chosen.lam,
         every_kept,
+        chosen.weight,
     )
     return Edit.of(
         model,
@@ -245,7 +251,7 @@ def value_of(
     """The value of a request's key; neighbours get of it what the edit alone would give them."""
     neighbours = []
     if settings.kl_weight:
-        [row] = update_rows([part.keys], settings.lam, kept)
+        [row] = update_rows([part.keys], settings.lam, kept, settings.weight)
         for recording in part.neighbours:
             keys = recording.cache[hook_name("post", layer)][0]
             neighbours.append(Neighbour(recording, keys.to(row) @ row))

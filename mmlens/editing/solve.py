@@ -25,6 +25,7 @@ def closed_form(
     keys: Sequence[Float[Tensor, "d_mlp _"]],
     lam: float,
     kept: Float[Tensor, "d_mlp _"] | None = None,
+    weight: float = 1.0,
 ) -> LowRank:
     """The update W - W0, of the rank of the number of edits; solved in float64.
 
@@ -33,6 +34,7 @@ def closed_form(
         keys: of each edit one or several, which all get its residual.
         lam: how much the weight's change counts.
         kept: further keys, whose residual is zero: they are to keep their values.
+        weight: of |W k - z|^2 of an edited key, beside 1 of a kept one.
 
     Raises:
         ValueError: negative `lam`; or zero, where keys depend on each other.
@@ -40,7 +42,7 @@ def closed_form(
     Example:
         >>> delta = closed_form(residual[:, None], [key[:, None]], lam=0.01)
     """
-    rows = update_rows(keys, lam, kept)
+    rows = update_rows(keys, lam, kept, weight)
     dtype = torch.promote_types(torch.promote_types(residuals.dtype, rows.dtype), torch.float32)
     return LowRank(residuals.to(dtype), rows.to(dtype))
 
@@ -49,6 +51,7 @@ def update_rows(
     keys: Sequence[Float[Tensor, "d_mlp _"]],
     lam: float,
     kept: Float[Tensor, "d_mlp _"] | None = None,
+    weight: float = 1.0,
 ) -> Float[Tensor, "edit d_mlp"]:
     """What of each edit's residual a key gets: row . key. They do not depend on the residuals.
 
@@ -62,6 +65,8 @@ def update_rows(
         raise ValueError(f"lam={lam}; it weighs the change of the weight, so it is 0 or more")
     together = torch.cat([*keys, *([] if kept is None else [kept])], dim=1)
     wide = together.double()
+    edited = sum(each.shape[1] for each in keys)
+    wide[:, :edited] *= weight**0.5  # an equation of this weight is one of larger numbers
     n = wide.shape[1]
     gram = wide.T @ wide + lam * torch.eye(n, dtype=wide.dtype, device=wide.device)
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -72,7 +77,7 @@ def update_rows(
         )
     owners = torch.block_diag(*(torch.ones(1, each.shape[1]) for each in keys)).to(wide)
     owners = torch.nn.functional.pad(owners, (0, n - owners.shape[1]))
-    rows = torch.cholesky_solve(owners.T, factor).T @ wide.T
+    rows = weight**0.5 * torch.cholesky_solve(owners.T, factor).T @ wide.T
     return rows.to(torch.promote_types(together.dtype, torch.float32))
 
 
