@@ -13,11 +13,14 @@ help:
 demo: $(VENV)/.installed-demo
 	$(BIN)/mmlens demo
 
+# Each of JOBS processes takes one core (and up to 3 GB, where it holds the demo model).
+JOBS ?= 2
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" --durations=15
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --durations=15
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest -n $(JOBS) --durations=15
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

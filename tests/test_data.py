@@ -6,10 +6,12 @@ import csv
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from question_files import write_mmmu, write_okvqa
 from small_tokenizers import KINDS
 from small_tokenizers import small_tokenizer as tokenizer_of
 
@@ -202,37 +204,6 @@ def test_the_demo_questions_are_as_they_should_be():
     assert set(question.spans()) == {"constraint", "text_constraint"}
 
 
-def write_okvqa(folder, asked):
-    """OK-VQA's two files for (question, image id) pairs; ten answers each."""
-    questions = [
-        {"image_id": image, "question": text, "question_id": 10 * image + 5}
-        for text, image in asked
-    ]
-    annotations = [
-        {
-            "image_id": question["image_id"],
-            "question_id": question["question_id"],
-            "question_type": "one",
-            "answer_type": "other",
-            "confidence": 3,
-            "answers": [
-                {
-                    "answer_id": n,
-                    "raw_answer": f"Races {n // 2}",
-                    "answer": f"race {n // 2}",
-                    "answer_confidence": "yes",
-                }
-                for n in range(1, 11)
-            ],
-        }
-        for question in questions
-    ]
-    common = {"info": {}, "data_type": "mscoco", "data_subtype": "val2014"}
-    (folder / "q.json").write_text(json.dumps({"questions": questions, **common}))
-    (folder / "a.json").write_text(json.dumps({"annotations": annotations, **common}))
-    return folder / "q.json", folder / "a.json"
-
-
 class TestOKVQA:
     def test_questions_answers_and_pictures(self, tmp_path):
         files = write_okvqa(tmp_path, [("What is this?", 297147), ("Who is that?", 339761)])
@@ -335,43 +306,7 @@ class TestEncyclopedicVQA:
 
 @pytest.fixture(scope="module")
 def mmmu_folder(tmp_path_factory):
-    """A folder as MMMU's repository: one configuration per subject, pictures inside."""
-    import datasets
-
-    def row(number, question, options, answer, pictures, kind="multiple-choice"):
-        images = {f"image_{i}": None for i in range(1, 8)}
-        for index, shade in pictures.items():
-            images[f"image_{index}"] = Image.new("RGB", (3, 2), (shade, shade, shade))
-        return {
-            "id": f"validation_Art_{number}",
-            "question": question,
-            "options": str(options),
-            "explanation": "",
-            **images,
-            "img_type": "['Paintings']",
-            "answer": answer,
-            "topic_difficulty": "Easy",
-            "question_type": kind,
-            "subfield": "History",
-        }
-
-    rows = [
-        row(1, "Who painted <image 1>?", ["Goya", "El Greco"], "B", {1: 10}),
-        row(2, "As <image 2>?", ["<image 1>", "none's", "<image 2>"], "A", {1: 20, 2: 30, 3: 40}),
-        row(3, "How many?", [], "['4', 'four']", {1: 50}, "open"),
-        row(4, "Hidden?", ["x", "y"], "?", {}),
-    ]
-    features = datasets.Features(
-        {
-            name: datasets.Image() if name.startswith("image_") else datasets.Value("string")
-            for name in rows[0]
-        }
-    )
-    root = tmp_path_factory.mktemp("mmmu")
-    (root / "Art").mkdir()
-    table = datasets.Dataset.from_list(rows, features=features)
-    table.to_parquet(root / "Art" / "validation-00000-of-00001.parquet")
-    return root
+    return write_mmmu(tmp_path_factory.mktemp("mmmu"))
 
 
 class TestMMMU:
@@ -382,13 +317,15 @@ class TestMMMU:
         one, several, open_question, hidden = mmmu("Art", path=mmmu_folder)
         assert one.question == "Who painted <image>?" and self.shades(one) == [10]
         assert one.options == ("Goya", "El Greco") and one.answers == ("El Greco",)
+        assert one.expected == replace(one, choice="").expected == ("B",)
         assert one.is_right("(B)") and not one.is_right("A")
         assert "(B) El Greco" in one.prompt() and one.prompt().startswith(one.question)
         # Picture 3 is mentioned nowhere, 2 is twice.
         assert several.prompt().count("<image>") == 4
         assert self.shades(several) == [40, 30, 20, 30]
-        assert several.answers == ("<image>",)
-        assert open_question.answers == ("4", "four") and open_question.is_right("4.")
+        assert several.answers == ("<image>",) and several.expected == ("A",)
+        assert several.is_right("(A)") and not several.is_right("(C)")  # both read "<image>"
+        assert open_question.expected == ("4", "four") and open_question.is_right("4.")
         assert open_question.prompt() == "<image>\nHow many?"
         assert hidden.answers == () and hidden.images == () and hidden.source.endswith("Art_4")
 

@@ -160,6 +160,13 @@ def test_the_covariance_is_that_of_the_keys(seed: int, tmp_path) -> None:
         found.at(1)
 
 
+def test_texts_may_speak_of_pictures(seed: int) -> None:
+    model = worded_model(seed)
+    found = key_covariance(model, ["Where <image> stands, there is none."], [1])
+    plain = key_covariance(model, ["Where image stands, there is none."], [1])
+    assert torch.equal(found.moments, plain.moments)
+
+
 def test_the_covariance_is_kept_in_a_file(seed: int, tmp_path, monkeypatch) -> None:
     model, file = worded_model(seed), tmp_path / "covariance.safetensors"
     texts = ["Some words.", "And some more of them"]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from question_files import write_mmmu, write_okvqa
 from tiny_checkpoint import write_tiny_llava
 
 from mmlens import HookedMultimodalTransformer
 from mmlens.cli import main
-from mmlens.data import edit_cases, local_questions
+from mmlens.data import edit_cases, local_questions, mmmu, okvqa, soft_accuracy
 from mmlens.editing import METHODS, Edit, multedit
 from mmlens.editing.asking import Examiner
 from mmlens.editing.bench import EditBench
@@ -205,6 +207,34 @@ def test_preserved_questions_are_none_that_is_asked(folder, monkeypatch, tmp_pat
     assert found == {tuple(key.tolist()) for key in expected.T}
 
 
+def test_methods_are_told_how_targets_end(folder, tmp_path, monkeypatch):
+    told = []
+
+    def watched(model, request, **settings):
+        told.append(request.target)
+        return multedit(model, request, **settings)
+
+    monkeypatch.setitem(METHODS, "multedit", watched)
+    questions, _ = preserved_file(folder)
+    model = HookedMultimodalTransformer.from_pretrained(folder / "model")
+    settings = BenchSettings(limit=1, target_end=".", method_settings={"multedit": {"steps": 1}})
+    bench = EditBench(settings, model, edit_cases(questions[:2], n_neighbours=1), {})
+    [found] = bench.evaluations(tmp_path).values()
+    [case] = bench.chosen[0]
+    assert told == [f"{case.target}."] and found.target == (case.target,)
+
+
+def test_a_covariance_that_cannot_be_estimated_stops_the_benchmark(folder, tmp_path):
+    """It is no failure of one edit, to be counted."""
+    questions, _ = preserved_file(folder)
+    model = HookedMultimodalTransformer.from_pretrained(folder / "model")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    settings = BenchSettings(methods=("rome@1",), limit=1, texts=str(tmp_path / "empty.txt"))
+    bench = EditBench(settings, model, edit_cases(questions[:2], n_neighbours=1), {})
+    with pytest.raises(ValueError, match="no texts"):
+        bench.evaluations(tmp_path)
+
+
 def test_the_key_may_be_at_the_last_token(folder, tmp_path):
     questions, path = preserved_file(folder)
     model = HookedMultimodalTransformer.from_pretrained(folder / "model")
@@ -238,6 +268,48 @@ def test_unrelated_questions_are_asked_as_well(bench_run, folder, tmp_path):
     assert code == 0, err
     raw = pd.read_parquet(tmp_path / "out" / "methods" / "raw.parquet")
     assert (raw["group"] == "unrelated: demo").sum() == 8
+
+
+def test_accuracy_on_okvqa_and_mmmu_before_and_after(bench_run, folder, tmp_path):
+    """Specificity on the data sets of the paper: their own measures, MMMU's subjects together."""
+    model = HookedMultimodalTransformer.from_pretrained(folder / "model")
+
+    def said_about(question):
+        inputs = model.prepare(question.prompt(), question.open_images() or None)
+        return model.generate(inputs, max_new_tokens=12)
+
+    questions = [("What is this?", 5), ("Who is that?", 7)]
+    for _, picture in questions:
+        path = tmp_path / "val2014" / f"COCO_val2014_{picture:012d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (30, 20), (picture, 0, 0)).save(path)
+    asked, annotated = write_okvqa(tmp_path, questions)
+    answers = [said_about(okvqa(asked, images=tmp_path)[0])] * 2 + ["a cat"] * 8
+    write_okvqa(tmp_path, questions, answers)  # the first question is answered as two of ten do
+    subjects = [f"mmmu:{write_mmmu(tmp_path / 'mmmu', name) / name}" for name in ("Art", "Law")]
+    sets = ("--unrelated", ",".join([f"okvqa:{asked}", *subjects]), "--n-unrelated", 8)
+    files = ("--annotations", f"{asked},{annotated}")
+    code, _, err = bench_run("--limit", 2, "--methods", "multedit", *sets, *files)
+    assert code == 0, err
+    raw = pd.read_parquet(tmp_path / "out" / "methods" / "raw.parquet")
+    assert raw["group"].value_counts()["unrelated: mmmu"] == 2 * 8
+    assert raw["group"].value_counts()["unrelated: okvqa"] == 2 * 2
+    known = {q.source: q for q in okvqa(asked, annotated, tmp_path)}
+    for name in ("Art", "Law"):
+        known |= {q.source: q for q in mmmu(name, path=tmp_path / "mmmu")}
+    for row in raw[raw["group"].str.startswith("unrelated")].itertuples():
+        question = known[row.question]
+        said = said_about(question)
+        assert row.said_before == said
+        if not question.answers:
+            assert math.isnan(row.score_before)
+        elif row.group == "unrelated: mmmu":
+            assert row.score_before == question.is_right(said)
+        else:
+            said = said.strip().split("\n")[0].removesuffix(".")
+            assert row.score_before == pytest.approx(soft_accuracy(said, question.answers))
+    first = raw[raw["question"] == okvqa(asked)[0].source]
+    assert first["score_before"].tolist() == pytest.approx([2 / 3, 2 / 3])
 
 
 def test_variants():

@@ -311,6 +311,7 @@ def test_requests_say_nothing_that_is_asked(seed):
     assert request.position(request.inputs) == last
     unnamed = replace(case, question=replace(case.question, visual_constraint=""))
     assert request_of(world.model, unnamed).span == "question"
+    assert request_of(world.model, case, target_end=" .").target == f"{case.target} ."
 
 
 def test_edits_and_cases_must_be_as_many(seed):

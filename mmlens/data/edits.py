@@ -90,7 +90,9 @@ class EditCase:
         """Everything that is asked, with the answers that are expected after the edit."""
 
         def wanted(questions: Iterable[VisualQuestion]) -> tuple[VisualQuestion, ...]:
-            return tuple(replace(question, answers=(self.target,)) for question in questions)
+            return tuple(
+                replace(question, answers=(self.target,), choice="") for question in questions
+            )
 
         groups = {
             EFFICACY: wanted([self.question]),

@@ -137,6 +137,11 @@ def exact_match(said: str, answers: Sequence[str]) -> bool:
     return any(normalise_vqa_answer(answer) == wanted for answer in answers)
 
 
+def letter(index: int) -> str:
+    """Of an option: "A" for 0."""
+    return chr(ord("A") + index)
+
+
 def parse_choice(said: str, options: Sequence[str]) -> int | None:
     """Which option a model's answer to a multiple choice question takes; None where none is found.
 
@@ -150,9 +155,9 @@ def parse_choice(said: str, options: Sequence[str]) -> int | None:
         1
     """
     text = f" {said.strip().strip(EDGES).strip()} "
-    letters = [chr(ord("A") + index) for index in range(len(options))]
+    letters = list(map(letter, range(len(options))))
     for form in ("({})", " {} "):
-        if (found := _last([text.rfind(form.format(letter)) for letter in letters])) is not None:
+        if (found := _last([text.rfind(form.format(each)) for each in letters])) is not None:
             return found
     for index, option in enumerate(options):
         if exact_match(said, [option]):

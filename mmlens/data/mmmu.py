@@ -80,11 +80,13 @@ def _question(fields: dict[str, Any], split: str) -> VisualQuestion:
         MENTION.sub(lambda found: "<image>" if found[1] in pictures else found[0], part)
         for part in (fields["question"], *options)
     )
+    answers = _answers(fields["answer"], options)
     return VisualQuestion(
         question="<image>\n" * len(silent) + question,
         image=tuple(pictures[index] for index in [*silent, *mentioned]),
-        answers=_answers(fields["answer"], options),
+        answers=answers,
         options=tuple(options),
+        choice=fields["answer"] if options and answers else "",
         relation=fields["subfield"],
         split=split,
         source=f"mmmu/{fields['id']}",

@@ -52,7 +52,7 @@ def open_questions(
         name, rest = kind_of(Path(data)), str(data)
     answers = None
     if annotations is not None:
-        answers = okvqa(*annotations, "." if images is None else images)
+        answers = okvqa(*annotations, Path(annotations[0]).parent if images is None else images)
     return OPENERS[name](Path(rest), None if images is None else Path(images), answers, seed)
 
 

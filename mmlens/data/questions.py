@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from mmlens.data.metrics import is_right, parse_choice
+from mmlens.data.metrics import is_right, letter, parse_choice
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,6 +44,7 @@ class VisualQuestion:
     text_constraints: tuple[str, ...] = ()  #: further words that narrow the answer: "north"
     answers: tuple[str, ...] = ()  #: every accepted answer, the usual one first
     options: tuple[str, ...] = ()  #: of a multiple choice question, in order; `answers` are of them
+    choice: str = ""  #: the right option's letter, where several read the same: "<image>"
     subject: str = ""  #: what the picture shows: "France"
     relation: str = ""
     split: str = ""
@@ -86,7 +87,7 @@ class VisualQuestion:
         if not self.options:
             return self.question
         options = "\n".join(
-            f"({chr(ord('A') + index)}) {option}" for index, option in enumerate(self.options)
+            f"({letter(index)}) {option}" for index, option in enumerate(self.options)
         )
         order = "Answer with the option's letter from the given choices directly."
         return f"{self.question}\n\n{options}\n\n{order}"
@@ -139,7 +140,18 @@ class VisualQuestion:
         if not self.options:
             return is_right(continuation, self.answers)
         chosen = parse_choice(continuation, self.options)
-        return chosen is not None and self.options[chosen] in self.answers
+        return chosen is not None and letter(chosen) in self.expected
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """What a model is to say: an accepted answer, or the letter of the right option."""
+        if not self.options:
+            return self.answers
+        if self.choice:
+            return (self.choice,)
+        options = enumerate(self.options)
+        letters = tuple(letter(index) for index, option in options if option in self.answers)
+        return letters or self.answers
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:

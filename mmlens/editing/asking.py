@@ -166,7 +166,7 @@ class Examiner:
         drafts: Sequence[tuple[int, ...]],
     ) -> list[Reply]:
         answers = [
-            [given_answer(self.model, prompt.inputs, answer) for answer in question.answers]
+            [given_answer(self.model, prompt.inputs, answer) for answer in question.expected]
             for question, prompt in zip(questions, prompts, strict=True)
         ]
         behind = Continuations(self.model, prompts)

@@ -34,6 +34,7 @@ from mmlens.editing.bench_settings import (
     called,
     default_layer,
     open_cases,
+    open_unrelated,
 )
 from mmlens.editing.covariance import KeyCovariance, key_covariance
 from mmlens.editing.edit_evaluation import EditEvaluation
@@ -77,12 +78,7 @@ class EditBench:
         self.settings, self.model = settings, model
         self.all_cases = open_cases(settings) if cases is None else cases
         if unrelated is None:
-            unrelated = {
-                name.partition(":")[0]: open_questions(
-                    name, settings.unrelated_images, settings.annotations, seed=settings.seed
-                )
-                for name in settings.unrelated
-            }
+            unrelated = open_unrelated(settings)
         self.unrelated = Unrelated(unrelated, settings.n_unrelated, settings.seed)
         layers = (default_layer(model),) if settings.layers is None else settings.layers
         self.variants = list(
@@ -146,6 +142,7 @@ class EditBench:
             span=span,
             n_key_questions=self.settings.n_key_questions,
             n_kept=self.settings.n_kept,
+            target_end=self.settings.target_end,
             template=self.settings.template,
         )
 
@@ -258,9 +255,9 @@ class EditBench:
         examination.begin()
         seconds, memory, failed = torch.nan, 0, ""
         applied: AbstractContextManager[Any] = nullcontext()
+        arguments = self.arguments(variant, examination.questions)  # what all cases have in common
         try:
             request = self.request(examination.case, variant.span)
-            arguments = self.arguments(variant, examination.questions)
             edit, seconds, memory = measured(
                 self.model, lambda: called(variant.method, self.model, request, **arguments)
             )

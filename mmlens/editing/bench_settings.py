@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmlens.data import EditCase, demo_edits, edit_cases, mmedit
+from mmlens.data import EditCase, VisualQuestion, demo_edits, edit_cases, mmedit
 from mmlens.data.opening import open_questions
 from mmlens.editing import METHODS
 
@@ -25,6 +25,7 @@ __all__ = [
     "called",
     "default_layer",
     "open_cases",
+    "open_unrelated",
 ]
 
 ONE_LAYER = ("multedit", "rome")
@@ -58,6 +59,8 @@ class BenchSettings:
     """How many of a case's `key_questions` a method is given."""
     n_kept: int = 0
     """How many of its `kept` neighbours."""
+    target_end: str = ""
+    """What methods are told to put behind every target, such as "."; it is not asked for."""
     preserved: str | None = None
     """Questions, as `open_questions` names them, whose keys `multedit` keeps; none is asked."""
     n_preserved: int = 200
@@ -172,6 +175,23 @@ def called(
         if "unexpected keyword argument" not in str(error):
             raise
         raise UnknownSettingError(f"{method}: {error}") from error
+
+
+def open_unrelated(settings: BenchSettings) -> dict[str, Sequence[VisualQuestion]]:
+    """The questions that no edit is about, by their data set's name: MMMU's subjects are one set.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such data.
+    """
+    found: dict[str, Sequence[VisualQuestion]] = {}
+    for text in settings.unrelated:
+        name = text.partition(":")[0]
+        questions = open_questions(
+            text, settings.unrelated_images, settings.annotations, seed=settings.seed
+        )
+        found[name] = [*found[name], *questions] if name in found else questions
+    return found
 
 
 def open_cases(settings: BenchSettings) -> Sequence[EditCase]:

@@ -23,6 +23,7 @@ from mmlens.hooks import HookFunction
 from mmlens.inputs import MultimodalInputs
 from mmlens.interventions import hook_name
 from mmlens.results import SavedResult
+from mmlens.spans import PLACEHOLDER
 
 if TYPE_CHECKING:
     from mmlens.model import HookedMultimodalTransformer
@@ -66,8 +67,8 @@ def key_covariance(
     """Estimate E[k k^T] from texts, over all their positions but BOS and padding.
 
     Args:
-        texts: plain texts (cut to the model's context), or prepared inputs with or without
-            pictures.
+        texts: plain texts (cut to the model's context; a "<image>" in one is a word), or prepared
+            inputs with or without pictures.
         layers: whose keys; one pass serves all of them.
         cache: a file: read if it holds the covariance of these texts, layers and weights, and
             else written.
@@ -129,8 +130,8 @@ def add_moments(
 
 
 def cut(model: HookedMultimodalTransformer, text: str) -> Tensor:
-    """A text's tokens, as many as the model's context holds."""
-    return model.to_tokens(text)[:, : model.cfg.n_ctx]
+    """A text's tokens, as many as the model's context holds; a text about "<image>" shows none."""
+    return model.to_tokens(text.replace(PLACEHOLDER, "image"))[:, : model.cfg.n_ctx]
 
 
 def hash_of(

@@ -43,6 +43,7 @@ def request_of(
     n_key_questions: int = 0,
     n_kept: int = 0,
     span: str | None = None,
+    target_end: str = "",
     template: str | None = "auto",
 ) -> EditRequest:
     """What an editing method is told about a case; never anything that is asked afterwards.
@@ -52,6 +53,8 @@ def request_of(
         n_kept: how many of `case.kept` become `neighbours`.
         span: whose last token is the key's place; by default the visual constraint, and without
             one the whole question. "last" is the last token of the prompt.
+        target_end: what is to follow the target, such as ".": without it nothing says where the
+            answer ends, and "leone" may become "leoneau".
         template: what stands around a question; see `model.prepare`.
 
     Raises:
@@ -64,7 +67,7 @@ def request_of(
         span = "constraint" if "constraint" in inputs.spans[0] else "question"
     return EditRequest(
         inputs,
-        case.target,
+        case.target + target_end,
         span=span,
         key_prompts=[prepared(each) for each in case.key_questions[:n_key_questions]],
         neighbours=[prepared(each) for each in case.kept[:n_kept]],
