@@ -16,6 +16,7 @@ from tiny_checkpoint import write_tiny_llava
 
 import mmlens
 from mmlens.cli import main
+from mmlens.cli.options import template_of
 from mmlens.cli.show import bar
 from mmlens.plots import save
 
@@ -260,6 +261,11 @@ class TestTrace:
         code, out, err = run("trace", picture, QUESTION, *common)
         assert code == 0, err
         assert "P(Rome)" in out
+
+
+def test_templates_as_a_terminal_gives_them():
+    assert template_of("none") is None and template_of("auto") == "auto"
+    assert template_of(r"<image>\nUSER: {question}") == "<image>\nUSER: {question}"
 
 
 class TestReport:

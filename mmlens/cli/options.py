@@ -21,8 +21,8 @@ Constraint = Annotated[
 Template = Annotated[
     str,
     typer.Option(
-        help='What stands around the question: a text with {question}, "auto" for the '
-        'model\'s own, or "none".'
+        help="What stands around the question: a text with {question} (and \\n for a line break), "
+        '"auto" for the model\'s own, or "none".'
     ),
 ]
 Answer = Annotated[
@@ -105,8 +105,8 @@ def layer_list(text: str | None) -> list[int] | None:
 
 
 def template_of(template: str) -> str | None:
-    """What `model.prepare` takes for ``--template``: "none" is None."""
-    return None if template == "none" else template
+    """What `model.prepare` takes for ``--template``: "none" is None, ``\\n`` a line break."""
+    return None if template == "none" else template.replace("\\n", "\n")
 
 
 def check_picture(path: Path) -> None:
