@@ -105,7 +105,7 @@ def layer_list(text: str | None) -> list[int] | None:
 
 
 def template_of(template: str) -> str | None:
-    """What `model.prepare` takes for ``--template``: "none" is None, ``\\n`` a line break."""
+    r"""What `model.prepare` takes for ``--template``: "none" is None, ``\n`` a line break."""
     return None if template == "none" else template.replace("\\n", "\n")
 
 
