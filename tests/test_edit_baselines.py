@@ -110,7 +110,7 @@ def test_rome_edits_the_key_to_its_value(seed):
     with edit.applied(model):
         _, edited = model.run_with_cache(request.inputs, names_filter=site)
     [part] = record_prompts(model, request, [hook_name("post", layer), site])
-    key = part.at_position("post", layer)
+    [key] = part.at_positions("post", layer)
     delta = next(iter(edit.deltas.values()))
     moved = edited[site][0, at] - plain[site][0, at]
     torch.testing.assert_close(moved, delta.dense() @ key, rtol=1e-6, atol=1e-9)

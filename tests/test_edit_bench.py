@@ -239,7 +239,7 @@ def test_the_key_may_be_at_the_last_token(folder, tmp_path):
     questions, path = preserved_file(folder)
     model = HookedMultimodalTransformer.from_pretrained(folder / "model")
     settings = BenchSettings(
-        methods=("multedit", "multedit-last"),
+        methods=("multedit", "multedit-last", "multedit-all"),
         layers=(1,),
         limit=1,
         preserved=str(path),
@@ -249,7 +249,7 @@ def test_the_key_may_be_at_the_last_token(folder, tmp_path):
     )
     bench = EditBench(settings, model, edit_cases(questions[:2], n_neighbours=1), {})
     [case], _ = bench.chosen
-    plain, at_last = (bench.request(case, variant.span) for variant in bench.variants)
+    plain, at_last = (bench.request(case, variant.span) for variant in bench.variants[:2])
     assert plain.span == "constraint" and at_last.span == "last"
     assert at_last.position(at_last.inputs) == at_last.inputs.n_pos - 1
     # One key where the edit's is, and those of all positions of another prompt.
@@ -258,9 +258,14 @@ def test_the_key_may_be_at_the_last_token(folder, tmp_path):
     rows = bench._preserved.order
     assert torch.equal(kept[:, :1], keys_of(model, [prompts[rows[0]]], 1, span="last"))
     assert torch.equal(kept[:, 1:], keys_of(model, [prompts[rows[1]]], 1, span=None))
+    # Every word's of one prompt, and those of all positions of another.
+    kept = bench.arguments(bench.variants[2])["kept"]
+    words = ~prompts[rows[0]].is_image[0]
+    first, second = (keys_of(model, [prompts[row]], 1, span=None) for row in rows[:2])
+    assert torch.equal(kept, torch.cat([first[:, words], second], dim=1))
     found = bench.evaluations(tmp_path)
-    assert [variant.label for variant in found] == ["multedit@1", "multedit-last@1"]
-    assert [each.metadata["failed"] for each in found.values()] == [{}, {}]
+    assert [each.label for each in found] == ["multedit@1", "multedit-last@1", "multedit-all@1"]
+    assert [each.metadata["failed"] for each in found.values()] == [{}, {}, {}]
 
 
 def test_unrelated_questions_are_asked_as_well(bench_run, folder, tmp_path):
@@ -322,7 +327,12 @@ def test_variants():
     assert (
         Variant.parsed("multedit-last", [5]) == Variant.parsed("multedit-last@5", [0]) == [at_last]
     )
-    assert at_last.label == "multedit-last@5"
+    assert at_last.label == "multedit-last@5" and at_last.arguments == {}
+    [everywhere] = Variant.parsed("multedit-all@5", [0])
+    assert (everywhere.label, everywhere.span) == ("multedit-all@5", None)
+    assert everywhere.arguments == {"positions": "all"}
+    with pytest.raises(ValueError, match="only multedit"):
+        Variant.parsed("rome-all@5", [0])
 
 
 def test_cases_by_their_name(folder, tmp_path):

@@ -160,7 +160,7 @@ def test_the_gradient_is_that_of_full_passes(seed, site, first_token_only):
     neighbour = recorded_neighbour(model, request, seed)
     size = torch.tensor(1.7, dtype=torch.float64)
     objective = value_objective(prompts, site, layer, chosen, [neighbour], size)
-    start = torch.randn(model.cfg.d_model, dtype=torch.float64)
+    start = torch.randn(1, model.cfg.d_model, dtype=torch.float64)
     delta = start.clone().requires_grad_()
     loss, probability = objective(delta)
     [gradient] = torch.autograd.grad(loss, delta)
@@ -168,13 +168,13 @@ def test_the_gradient_is_that_of_full_passes(seed, site, first_token_only):
     full = start.clone().requires_grad_()
     found = []
     for prompt in prompts:
-        where = Intervention(site, layer, prompt.position, add(full))
+        where = Intervention(site, layer, prompt.positions, add(full))
         logits = model.run_with_hooks(prompt.recording.inputs, fwd_hooks=where.fwd_hooks())
         told = logits[0, prompt.answer.positions].log_softmax(-1)
         found.append(sum(told[i, token] for i, token in enumerate(answers)))
     expected = -torch.stack(found).mean() + 0.3 * full.norm() / 1.7**2
     inputs = neighbour.recording.inputs
-    moved = Intervention(site, layer, None, add(neighbour.shares[:, None] * full))
+    moved = Intervention(site, layer, None, add(neighbour.shares @ full))
     after = model.run_with_hooks(inputs, fwd_hooks=moved.fwd_hooks())[0, -1].log_softmax(-1)
     before = model(inputs)[0, -1].log_softmax(-1)
     expected = expected + 0.7 * (before.exp() * (before - after)).sum()
@@ -201,7 +201,7 @@ def recorded_neighbour(model, request: EditRequest, seed: int):
     from mmlens.editing.value import Neighbour
 
     recording = model.record(request.neighbours[0])
-    shares = torch.randn(recording.inputs.n_pos, generator=torch.Generator().manual_seed(seed))
+    shares = torch.randn(recording.inputs.n_pos, 1, generator=torch.Generator().manual_seed(seed))
     return Neighbour(recording, shares.double())
 
 
@@ -236,7 +236,7 @@ def test_delta_stays_within_the_clamp_and_ends_early(seed: int) -> None:
     model = any_family(seed)
     request = request_for(model, seed)
     prompts = record_prompts(model, request, names(0))
-    z0 = prompts[0].at_position("mlp_out", 0).norm()
+    z0 = prompts[0].at_positions("mlp_out", 0).norm()
     for clamp in (1e-3, 0.3):
         chosen = ValueSettings(lr=5.0, steps=3, stop_at=2.0, clamp=clamp)
         value = find_value(model, prompts, "mlp_out", 0, chosen)
@@ -244,6 +244,55 @@ def test_delta_stays_within_the_clamp_and_ends_early(seed: int) -> None:
         assert float(value.delta.norm()) <= clamp * float(z0) * (1 + 1e-5)
     value = find_value(model, prompts, "mlp_out", 0, ValueSettings(stop_at=0.0))
     assert value.steps == 0 and not value.delta.any()
+
+
+@settings(max_examples=5)
+@given(SEEDS)
+def test_every_position_may_get_a_value_of_its_own(seed):
+    """The gradient of all values at once is a full pass's, and each key gets its value in the end.
+
+    Float64; lam = 0 would need more dimensions than positions, so a small one leaves a small rest.
+    """
+    model = any_family(seed).double()
+    request = request_for(model, seed)
+    layer = random.Random(seed).randrange(model.cfg.n_layers)
+    begin = len(request.inputs.spans[0].get("bos", ()))
+    [prompt] = record_prompts(model, request, names(layer), everywhere=True)
+    assert prompt.positions == list(range(begin, request.inputs.n_pos))
+    start = torch.randn(len(prompt.positions), model.cfg.d_model, dtype=torch.float64)
+    chosen = ValueSettings(weight_decay=0.3)
+    size = torch.tensor(1.3, dtype=torch.float64)
+    delta, full = start.clone().requires_grad_(), start.clone().requires_grad_()
+    loss, _ = value_objective([prompt], "mlp_out", layer, chosen, [], size)(delta)
+    where = Intervention("mlp_out", layer, prompt.positions, add(full))
+    logits = model.run_with_hooks(prompt.recording.inputs, fwd_hooks=where.fwd_hooks())
+    told = logits[0, prompt.answer.positions].log_softmax(-1)
+    expected = -told[0, request.target] + 0.3 * full.norm(dim=1).sum() / 1.3**2
+    [gradient], [wanted] = (
+        torch.autograd.grad(*each) for each in ((loss, delta), (expected, full))
+    )
+    assert float((gradient - wanted).norm()) <= 1e-9 * max(1.0, float(wanted.norm()))
+
+    part = keyed(model, request, layer, MultEditSettings(positions="all"))
+    assert [keys.shape[1] for keys in part.of_values] == [1] * len(prompt.positions)
+    edit = multedit(model, request, layer=layer, positions="all", steps=2, lam=1e-9)
+    update = edit.deltas[down_weight(layer)]
+    assert update.left.shape[1] == len(prompt.positions)
+    value = value_of(model, part, layer, MultEditSettings(positions="all", steps=2), part.kept)
+    keys, wide = part.keys.T, value.delta
+    # What any weight can do at best, where there are more keys than d_mlp.
+    kept = torch.cat([keys, part.kept.T])
+    goal = torch.cat([wide, torch.zeros(part.kept.shape[1], wide.shape[1]).to(wide)])
+    least = torch.linalg.lstsq(kept, goal, driver="gelsd").solution
+    found = update.dense().T.double()
+    rest = float((kept @ found - goal).norm() - (kept @ least - goal).norm())
+    assert rest <= 1e-4 * float(goal.norm())
+
+
+def test_values_everywhere_are_of_one_prompt(seed: int) -> None:
+    model = any_family(seed)
+    with pytest.raises(ValueError, match="this request has 2"):
+        multedit(model, request_for(model, seed, n_prompts=2), layer=0, positions="all")
 
 
 def test_gradients_of_the_model_are_as_before(seed: int) -> None:

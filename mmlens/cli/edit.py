@@ -148,7 +148,7 @@ def method_settings(given: list[str] | None, methods: tuple[str, ...]) -> dict[s
     """
     found: dict[str, dict[str, Any]] = {}
     for each in given or ():
-        parts = re.fullmatch(r"(\w+)\.(\w+)=(.+)", each)
+        parts = re.fullmatch(r"([\w-]+)\.(\w+)=(.+)", each)
         if parts is None:
             raise UserError(f"--set: {each!r} is not METHOD.NAME=VALUE")
         method, name, value = parts.groups()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -108,8 +107,9 @@ def edit_bench(
     files = options.comma_list(annotations, "--annotations") if annotations else None
     if files is not None and len(files) != 2:
         raise UserError(f"--annotations: two files, questions and annotations, not {annotations!r}")
-    plain = tuple(dict.fromkeys(re.split("[-@]", name)[0] for name in names))
-    given = method_settings(settings, plain)
+    named = [name.partition("@")[0] for name in names]
+    plain = [name.partition("-")[0] for name in named]
+    given = method_settings(settings, tuple(dict.fromkeys([*plain, *named])))
     folder = options.writable_folder(out)
     options.check_device(device)
     with waiting("loading mmlens ..."):

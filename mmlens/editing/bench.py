@@ -152,13 +152,13 @@ class EditBench:
         Args:
             asked: what the method must not be told to preserve.
         """
-        given = dict(self.settings.method_settings.get(variant.method, {}))
+        given = {**self.settings.arguments(variant), **variant.arguments}
         layer = list(variant.layer) if isinstance(variant.layer, tuple) else variant.layer
         takes = signature(METHODS[variant.method]).parameters
         if "covariance" in takes:
             given["covariance"] = self._covariance
         if "kept" in takes and self._preserved is not None:
-            given["kept"] = self._preserved.of(layer, asked, variant.span)  # type: ignore[arg-type]
+            given["kept"] = self._preserved.of(layer, asked, variant.keyed)  # type: ignore[arg-type]
         return {"layer": layer, **given}
 
     @cached_property
@@ -318,8 +318,8 @@ class EditBench:
             **chosen,
             "method": variant.method,
             "layer": variant.layer,
-            "span": variant.span,
-            "method_settings": self.settings.method_settings.get(variant.method, {}),
+            "keyed": variant.keyed,
+            "method_settings": self.settings.arguments(variant),
             "mmlens": version("mmlens"),
         }
         return json.loads(json.dumps(record))

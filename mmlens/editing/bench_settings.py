@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmlens.model import HookedMultimodalTransformer
 
 __all__ = [
+    "EVERYWHERE",
     "BenchSettings",
     "UnknownSettingError",
     "Variant",
@@ -30,6 +31,8 @@ __all__ = [
 
 ONE_LAYER = ("multedit", "rome")
 """Methods that edit one layer, and no more together."""
+EVERYWHERE = "all"
+"""Of `multedit`: a key and a value at every position."""
 DEPTH = 2 / 32
 """Which layer is edited by default, as a share: the paper's is 2 of 32."""
 
@@ -48,13 +51,15 @@ class BenchSettings:
     images: str | None = None
     """The folder of the pictures; by default that of the file."""
     methods: tuple[str, ...] = ("multedit",)
-    """Names of `METHODS`; NAME@2, NAME@2-4 or NAME@all is edited in these layers together, and
-    NAME-last@23 has its key at the last token of another span than the constraint."""
+    """Names of `METHODS`; NAME@2, NAME@2-4 or NAME@all is edited in these layers together,
+    NAME-last@23 has its key at the last token of another span than the constraint, and
+    multedit-all@17 has one at every position."""
     layers: tuple[int, ...] | None = None
     """For methods without an @: each of these layers by itself. None is `default_layer`."""
     limit: int = 100
     method_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Arguments by the method's name: {"multedit": {"steps": 20}}."""
+    """Arguments by the method's name: {"multedit": {"steps": 20}}; those by a longer name,
+    "multedit-all", come on top."""
     n_key_questions: int = 0
     """How many of a case's `key_questions` a method is given."""
     n_kept: int = 0
@@ -64,7 +69,7 @@ class BenchSettings:
     preserved: str | None = None
     """Questions, as `open_questions` names them, whose keys `multedit` keeps; none is asked."""
     n_preserved: int = 200
-    """How many of them keep theirs at the key's place."""
+    """How many of them keep theirs where the edit's are: at the key's place, or at every word."""
     n_preserved_whole: int = 0
     """How many further ones keep theirs at every position."""
     unrelated: tuple[str, ...] = ()
@@ -86,6 +91,11 @@ class BenchSettings:
     level: float = 0.95
     seed: int = 0
 
+    def arguments(self, variant: Variant) -> dict[str, Any]:
+        """Of a variant's method."""
+        given = self.method_settings
+        return {**given.get(variant.method, {}), **given.get(variant.named, {})}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -94,8 +104,8 @@ class Variant:
     method: str
     layer: int | tuple[int, ...] | None
     """None is all layers."""
-    span: str | None = None
-    """Whose last token is the key's place; None is the constraint."""
+    keyed: str | None = None
+    """The span whose last token is the key's place; None is the constraint; or `EVERYWHERE`."""
 
     @property
     def label(self) -> str:
@@ -104,8 +114,18 @@ class Variant:
 
     @property
     def named(self) -> str:
-        """The method, and the span where it is another one than the constraint."""
-        return self.method if self.span is None else f"{self.method}-{self.span}"
+        """The method, and where its keys are, unless that is the constraint."""
+        return self.method if self.keyed is None else f"{self.method}-{self.keyed}"
+
+    @property
+    def span(self) -> str | None:
+        """Of the request; None is the constraint."""
+        return None if self.keyed == EVERYWHERE else self.keyed
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the method is told about where its keys are."""
+        return {"positions": "all"} if self.keyed == EVERYWHERE else {}
 
     @property
     def where(self) -> str:
@@ -127,24 +147,26 @@ class Variant:
             ValueError: no such method, or no layers behind the @.
         """
         named, at, where = text.partition("@")
-        name, _, span = named.partition("-")
-        at_span = span or None
+        name, _, place = named.partition("-")
+        keyed = place or None
         if name not in METHODS:
             raise ValueError(f"no editing method {name!r}; there are {', '.join(METHODS)}")
+        if keyed == EVERYWHERE and name != "multedit":
+            raise ValueError(f"{text!r}: only multedit can have a key at every position")
         if not at:
-            return [cls(name, layer, at_span) for layer in layers]
+            return [cls(name, layer, keyed) for layer in layers]
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", where)
         if found is None and where != "all":
             raise ValueError(f"{text!r}: behind the @ is a layer, a range like 2-4, or 'all'")
         if name in ONE_LAYER and (found is None or found[2] not in (None, found[1])):
             raise ValueError(f"{text!r}: {name} edits one layer, like {name}@2")
         if found is None:
-            return [cls(name, None, at_span)]
+            return [cls(name, None, keyed)]
         first, last = int(found[1]), int(found[2] or found[1])
         if first > last:
             raise ValueError(f"{text!r}: layers {first} to {last} are none")
         together = first if first == last else tuple(range(first, last + 1))
-        return [cls(name, together, at_span)]
+        return [cls(name, together, keyed)]
 
 
 def default_layer(model: HookedMultimodalTransformer) -> int:

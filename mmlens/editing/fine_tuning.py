@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["constrained_fine_tune", "fine_tune"]
 
+GENTLE = {"lr": 1e-4, "steps": 60}
+"""Of free fine-tuning: with larger steps much else goes, and all of it where all layers are tuned
+(`docs/editing.md`)."""
+
 MATRICES = ("attn.qkv", "attn.o", "mlp.up", "mlp.down")
 """A layer's weights, as `nn.Linear` modules of its block."""
 
@@ -46,7 +50,7 @@ def fine_tune(
         target: as in `multedit`.
         layer: which layers; None for all of the language model.
         modules: which of their matrices: "attn.qkv", "attn.o", "mlp.up", "mlp.down".
-        settings: of `DescentSettings`: lr, steps, stop_at.
+        settings: of `DescentSettings`: lr (here 1e-4), steps (here 60), stop_at.
 
     Raises:
         ValueError: no such layer or module, settings that make no sense.
@@ -54,7 +58,7 @@ def fine_tune(
     Example:
         >>> edit = fine_tune(model, inputs, "Rome", layer=3)
     """
-    return tuned(model, inputs, target, layer, modules, None, settings)
+    return tuned(model, inputs, target, layer, modules, None, GENTLE | settings)
 
 
 def constrained_fine_tune(
@@ -64,7 +68,7 @@ def constrained_fine_tune(
     *,
     layer: int | Iterable[int] | None = None,
     modules: Sequence[str] = MATRICES,
-    bound: float = 5e-4,
+    bound: float = 1e-3,
     **settings: Any,
 ) -> Edit:
     """Fine-tuning in which no weight moves further than `bound` (Zhu et al. 2020, section 3).

@@ -52,6 +52,10 @@ class MultEditSettings(ValueSettings):
     weight: float = 1.0
     """Of an edited key beside a kept one. Where they are much alike, the edit's value is a
     compromise of both; the larger this is, the more of it the edit gets, and the others as well."""
+    positions: Literal["last", "all"] = "last"
+    """Where the keys are: at the last token of the request's span, as in the paper; or at every
+    position of its only prompt but BOS, each with a value of its own: what has to be added is then
+    spread over the picture and the words, and little of it is anywhere."""
     key: Literal["mean", "each"] = "each"
     """With several prompts: their mean is the key, or each is one and all get the value."""
     preserve: Literal["nothing", "prompts", "neighbours", "both"] = "both"
@@ -64,6 +68,8 @@ class MultEditSettings(ValueSettings):
             raise ValueError(f"lam={self.lam}; it is 0 or more")
         if self.weight <= 0:
             raise ValueError(f"weight={self.weight}; it must be positive")
+        if self.positions not in ("last", "all"):
+            raise ValueError(f"positions={self.positions!r}; they are 'last' or 'all'")
         if self.key not in ("mean", "each"):
             raise ValueError(f"key={self.key!r}; it is 'mean' or 'each'")
         if self.preserve not in ("nothing", "prompts", "neighbours", "both"):
@@ -112,8 +118,8 @@ def multedit(
     every_kept = unlike(torch.cat(every, dim=1), edited)
     values = [value_of(model, part, layer, chosen, every_kept) for part in each]
     delta = closed_form(
-        torch.stack([value.delta for value in values], dim=1),
-        [part.keys for part in each],
+        torch.cat([value.delta for value in values]).T,
+        [keys for part in each for keys in part.of_values],
         chosen.lam,
         every_kept,
         chosen.weight,
@@ -213,9 +219,15 @@ class Keyed:
     prompts: list[KeyPrompt]
     neighbours: list[Recording]
     keys: Keys
-    """That get the new value."""
+    """That get new values."""
     kept: Keys
     """That keep theirs."""
+
+    @property
+    def of_values(self) -> list[Keys]:
+        """The keys of each value: one value for all of several prompts, or one for each key."""
+        several = len(self.prompts[0].positions) > 1
+        return list(self.keys.split(1, dim=1)) if several else [self.keys]
 
 
 def keyed(
@@ -226,8 +238,20 @@ def keyed(
 ) -> Keyed:
     """Run a request's prompts, and its neighbours where they are needed."""
     names = [hook_name("post", layer), hook_name("mlp_out", layer)]
-    prompts = record_prompts(model, request, names, first_token_only=settings.first_token_only)
-    keys = torch.stack([prompt.at_position("post", layer) for prompt in prompts], dim=1)
+    everywhere = settings.positions == "all"
+    if everywhere and len(request.prompts) > 1:
+        raise ValueError(
+            f"positions='all' is for one prompt, and this request has {len(request.prompts)}: "
+            "leave its key_prompts out"
+        )
+    prompts = record_prompts(
+        model,
+        request,
+        names,
+        first_token_only=settings.first_token_only,
+        everywhere=everywhere,
+    )
+    keys = torch.cat([prompt.at_positions("post", layer) for prompt in prompts]).T
     edited = keys.mean(dim=1, keepdim=True) if settings.key == "mean" else keys
     kept, neighbours = [edited[:, :0]], []
     if settings.preserve in ("prompts", "both"):
@@ -251,8 +275,8 @@ def value_of(
     """The value of a request's key; neighbours get of it what the edit alone would give them."""
     neighbours = []
     if settings.kl_weight:
-        [row] = update_rows([part.keys], settings.lam, kept, settings.weight)
+        rows = update_rows(part.of_values, settings.lam, kept, settings.weight)
         for recording in part.neighbours:
             keys = recording.cache[hook_name("post", layer)][0]
-            neighbours.append(Neighbour(recording, keys.to(row) @ row))
+            neighbours.append(Neighbour(recording, keys.to(rows) @ rows.T))
     return find_value(model, part.prompts, "mlp_out", layer, settings, neighbours)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmlens.data import VisualQuestion
 from mmlens.editing.asking import Examiner, looks
+from mmlens.editing.bench_settings import EVERYWHERE
 from mmlens.editing.multedit import keys_of
 
 __all__ = ["PreservedKeys"]
@@ -50,39 +51,43 @@ class PreservedKeys:
         self._keys: dict[tuple[int, int, str | None], Tensor] = {}
 
     def of(
-        self, layer: int, asked: Iterable[VisualQuestion], span: str | None = None
+        self, layer: int, asked: Iterable[VisualQuestion], place: str | None = None
     ) -> Float[Tensor, "d_mlp _"]:
         """The keys of the first questions that are not asked.
 
         Args:
             layer: whose MLP.
             asked: what is asked about the edit.
-            span: where the edit's key is; None is the visual constraint, and questions that have
-                none are passed over.
+            place: where the edit's keys are: at the last token of a span, or at `EVERYWHERE`, for
+                which every word's key is kept. None is the visual constraint, and questions that
+                have none are passed over.
 
         Raises:
             ValueError: there are none.
         """
         hidden = {told_apart(question) for question in asked}
-        place = span or "constraint"
         found: list[Tensor] = []
         for row in self.order:
             if len(found) == self.n + self.n_whole:
                 break
             question = self.questions[row]
-            keyed = span is not None or bool(question.visual_constraint)
+            keyed = place is not None or bool(question.visual_constraint)
             if keyed and told_apart(question) not in hidden:
-                found.append(self._of_row(row, layer, place if len(found) < self.n else None))
+                whole = len(found) >= self.n
+                found.append(self._of_row(row, layer, None if whole else place or "constraint"))
         if not found:
             raise ValueError("no questions to preserve: all of them are asked, or without a key")
         return torch.cat(found, dim=1)
 
-    def _of_row(self, row: int, layer: int, span: str | None) -> Tensor:
-        """A question's key; or all of them, where no span is given."""
-        if (layer, row, span) not in self._keys:
+    def _of_row(self, row: int, layer: int, place: str | None) -> Tensor:
+        """A question's key; those of all its words; or all of them, where no place is given."""
+        if (layer, row, place) not in self._keys:
             inputs = self.examiner.prepared(self.questions[row])
-            self._keys[layer, row, span] = keys_of(self.examiner.model, [inputs], layer, span=span)
-        return self._keys[layer, row, span]
+            span = None if place == EVERYWHERE else place
+            keys = keys_of(self.examiner.model, [inputs], layer, span=span)
+            words = ~inputs.is_image[0]
+            self._keys[layer, row, place] = keys[:, words] if place == EVERYWHERE else keys
+        return self._keys[layer, row, place]
 
 
 def told_apart(question: VisualQuestion) -> Hashable:

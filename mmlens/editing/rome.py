@@ -79,9 +79,9 @@ def rome(
             prompts = record_prompts(
                 model, request, names, first_token_only=chosen.first_token_only
             )
-            key = torch.stack([each.at_position("post", layer) for each in prompts]).mean(dim=0)
+            key = torch.cat([each.at_positions("post", layer) for each in prompts]).mean(dim=0)
             value = find_value(model, prompts, "mlp_out", layer, chosen)
-            parts.append(rank_one(key, value.delta, moment))
+            parts.append(rank_one(key, value.delta[0], moment))
             if index < len(requests) - 1:
                 step = Edit.of(model, {down_weight(layer): parts[-1]}, method="rome")
                 applied.enter_context(step.applied(model))
@@ -159,7 +159,7 @@ def memit(
         names = [hook_name("resid_post", last)]
         prompts = record_prompts(model, request, names, first_token_only=chosen.first_token_only)
         value = find_value(model, prompts, "resid_post", last, chosen)
-        goals.append(mean_at_keys(prompts, "resid_post", last).to(value.delta) + value.delta)
+        goals.append(mean_at_keys(prompts, "resid_post", last).to(value.delta) + value.delta[0])
     goal = torch.stack(goals, dim=1)
     deltas: dict[str, LowRank] = {}
     with ExitStack() as applied:
@@ -181,7 +181,7 @@ def memit(
 
 def mean_at_keys(prompts: Sequence[Any], site: str, layer: int) -> Float[Tensor, " width"]:
     """An activation at the key's position, mean over a request's prompts."""
-    return torch.stack([prompt.at_position(site, layer) for prompt in prompts]).mean(dim=0)
+    return torch.cat([prompt.at_positions(site, layer) for prompt in prompts]).mean(dim=0)
 
 
 def spread(

@@ -2,6 +2,8 @@
 
     z = z0 + delta,   delta = argmin of -log P(target | delta added at the key's position)
 
+Every position may be a key's, and then each gets a delta of its own.
+
 The prompt is run once; each step of the optimisation is a branch of that recording, which computes
 the positions from the key on and the layers from the edited one on. So a step on a prompt of 576
 visual tokens costs a few positions of text.
@@ -28,7 +30,7 @@ from mmlens.interventions import Intervention, hook_name
 if TYPE_CHECKING:
     from mmlens.model import HookedMultimodalTransformer
 
-Objective = Callable[[Float[Tensor, " d_model"]], tuple[Float[Tensor, ""], float]]
+Objective = Callable[[Float[Tensor, "key d_model"]], tuple[Float[Tensor, ""], float]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class ValueSettings:
     """
 
     lr: float = 0.5
-    """Learning rate of Adam."""
+    """Learning rate of Adam; where several positions get a value it is divided by the root of their
+    number, so that a step is as long."""
     steps: int = 40
     """The most steps."""
     stop_at: float = 0.98
@@ -68,31 +71,31 @@ class KeyPrompt:
 
     recording: Recording
     answer: Answer
-    position: int
-    """Of the key."""
+    positions: list[int]
+    """Of the keys: one, or all that get a value of their own."""
 
     def keys(self, layer: int) -> Float[Tensor, "d_mlp pos"]:
         """The down projection's input at every position of the prompt and the target."""
         return self.recording.cache[hook_name("post", layer)][0].T
 
-    def at_position(self, site: str, layer: int) -> Float[Tensor, " width"]:
-        """An activation at the key's position."""
-        return self.recording.cache[hook_name(site, layer)][0, self.position]
+    def at_positions(self, site: str, layer: int) -> Float[Tensor, "key width"]:
+        """An activation at the keys' positions."""
+        return self.recording.cache[hook_name(site, layer)][0, self.positions]
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbour:
-    """A prompt that is to keep its next token, and how much of delta each position gets."""
+    """A prompt that is to keep its next token, and how much of each delta its positions get."""
 
     recording: Recording
-    shares: Float[Tensor, " pos"]
+    shares: Float[Tensor, "pos key"]
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """What is added to a key's value."""
+    """What is added to the keys' values."""
 
-    delta: Float[Tensor, " d_model"]
+    delta: Float[Tensor, "key d_model"]
     probability: float
     """Of the target where delta is added, mean over the prompts."""
     steps: int
@@ -104,11 +107,13 @@ def record_prompts(
     names: Sequence[str],
     *,
     first_token_only: bool = False,
+    everywhere: bool = False,
 ) -> list[KeyPrompt]:
     """Run a request's prompts, what they have in common once.
 
     Args:
         names: hook points whose activations are kept.
+        everywhere: whether every position but BOS is a key's.
     """
     found: list[KeyPrompt] = []
     for given in request.prompts:
@@ -118,7 +123,9 @@ def record_prompts(
             answer = replace(answer, tokens=answer.tokens[:1], positions=answer.positions[:1])
         earlier = [each.recording for each in found]
         recording = record_like(model, with_answer(inputs, answer), earlier, names)
-        found.append(KeyPrompt(recording, answer, request.position(inputs)))
+        begin = len(inputs.spans[0].get("bos", ()))
+        keys = range(begin, inputs.n_pos) if everywhere else [request.position(inputs)]
+        found.append(KeyPrompt(recording, answer, list(keys)))
     return found
 
 
@@ -143,19 +150,20 @@ def find_value(
     settings: ValueSettings,
     neighbours: Sequence[Neighbour] = (),
 ) -> Value:
-    """Optimise what is added at `site` of a layer, at the key of every prompt.
+    """Optimise what is added at `site` of a layer, at the keys of every prompt.
 
     Args:
+        prompts: with as many keys each; they share the values.
         site: "mlp_out" or "resid_post".
         neighbours: of which the divergence counts, where `settings.kl_weight` is not zero.
     """
-    z0 = torch.stack([prompt.at_position(site, layer) for prompt in prompts])
+    z0 = torch.stack([prompt.at_positions(site, layer) for prompt in prompts])
     z0 = z0.to(torch.promote_types(z0.dtype, torch.float32))
-    size = z0.norm(dim=1).mean().clamp(min=torch.finfo(z0.dtype).tiny)
+    size = z0.norm(dim=-1).mean().clamp(min=torch.finfo(z0.dtype).tiny)
     objective = value_objective(prompts, site, layer, settings, neighbours, size)
     limit = None if settings.clamp is None else settings.clamp * size
     delta = torch.zeros_like(z0[0], requires_grad=True)
-    optimiser = torch.optim.Adam([delta], lr=settings.lr)
+    optimiser = torch.optim.Adam([delta], lr=settings.lr / len(delta) ** 0.5)
     with frozen(model):
         for step in range(settings.steps + 1):
             with torch.enable_grad():
@@ -166,7 +174,8 @@ def find_value(
             optimiser.step()
             if limit is not None:
                 with torch.no_grad():
-                    delta *= (limit / delta.norm().clamp(min=limit)).clamp(max=1.0)
+                    lengths = delta.norm(dim=-1, keepdim=True)
+                    delta *= (limit / lengths.clamp(min=limit)).clamp(max=1.0)
     return Value(delta.detach(), probability, step)
 
 
@@ -181,21 +190,21 @@ def value_objective(
     """From delta to the loss, and the target's mean probability.
 
     Args:
-        size: |z0|, in whose units the weight decay is.
+        size: |z0|, mean over the keys, in whose units the weight decay is.
     """
     with torch.no_grad():
         before = [last_log_softmax(each.recording.logits())[0] for each in neighbours]
 
-    def objective(delta: Float[Tensor, " d_model"]) -> tuple[Float[Tensor, ""], float]:
+    def objective(delta: Float[Tensor, "key d_model"]) -> tuple[Float[Tensor, ""], float]:
         found = []
         for prompt in prompts:
-            branch = [Intervention(site, layer, prompt.position, add(delta))]
+            branch = [Intervention(site, layer, prompt.positions, add(delta))]
             logits = prompt.answer.log_probability
             found.append(prompt.recording.run([branch], logits, positions=prompt.answer.positions))
         log_probability = torch.stack(found)
         loss = -log_probability.mean()
         if settings.weight_decay and bool(delta.any()):  # the norm has no gradient at zero
-            loss = loss + settings.weight_decay * delta.norm() / size**2
+            loss = loss + settings.weight_decay * delta.norm(dim=-1).sum() / size**2
         if settings.kl_weight:
             for each, expected in zip(neighbours, before, strict=True):
                 after = each.recording.run([moved(each, site, layer, delta)], last_log_softmax)
@@ -207,8 +216,8 @@ def value_objective(
 
 
 def moved(neighbour: Neighbour, site: str, layer: int, delta: Tensor) -> list[Intervention]:
-    """What the edit does to a neighbour: every position gets its share of delta."""
-    return [Intervention(site, layer, None, add(neighbour.shares[:, None] * delta))]
+    """What the edit does to a neighbour: every position gets its shares of delta."""
+    return [Intervention(site, layer, None, add(neighbour.shares @ delta))]
 
 
 def last_log_softmax(logits: Float[Tensor, "row 1 d_vocab"]) -> Float[Tensor, "row d_vocab"]:
