@@ -14,6 +14,6 @@ mkdir -p "$(dirname "$texts")"
 [ -s "$texts" ] || cat LICENSE README.md docs/*.md > "$texts"
 
 exec "${MMLENS:-.venv/bin/mmlens}" edit-bench --data "demo:$kind" --texts "$texts" \
-    --methods multedit@17,rome@17,memit@15-17,fine_tune@17,fine_tune@all,constrained_fine_tune@17,lora@all \
-    --set multedit.weight=30 --preserved demo --n-preserved 300 --n-preserved-whole 30 \
+    --methods multedit-all@17,multedit@17,rome@17,memit@15-17,constrained_fine_tune@17,fine_tune@17,lora@all,fine_tune@all \
+    --set multedit.weight=30 --set multedit-all.weight=1 --preserved demo --n-preserved 300 --n-preserved-whole 30 \
     --unrelated demo --n-unrelated 6 --out "docs/results/edit-bench/$kind" "$@"

@@ -5,8 +5,9 @@ of |W K - Z|^2 + lam |W - W0|^2 is
 
     W0 + (Z - W0 K) (lam I + K^T K)^-1 K^T
 
-an update of rank n at most, for a system of n equations (Basu et al. 2024, section 5; with one key
-it is (z - W0 k) k^T / (lam + k^T k)). The layer's bias drops out of Z - W0 K.
+an update of rank n at most, for a system of n equations, or of d_mlp where that is less (Basu et
+al. 2024, section 5; with one key it is (z - W0 k) k^T / (lam + k^T k)). The layer's bias drops out
+of Z - W0 K.
 """
 
 from __future__ import annotations
@@ -67,17 +68,24 @@ def update_rows(
     wide = together.double()
     edited = sum(each.shape[1] for each in keys)
     wide[:, :edited] *= weight**0.5  # an equation of this weight is one of larger numbers
-    n = wide.shape[1]
-    gram = wide.T @ wide + lam * torch.eye(n, dtype=wide.dtype, device=wide.device)
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    d_mlp, n = wide.shape
+    # K (lam I + K^T K)^-1 = (lam I + K K^T)^-1 K: the smaller system is solved.
+    by_key = n <= d_mlp or lam == 0
+    moment = wide.T @ wide if by_key else wide @ wide.T
+    moment.diagonal().add_(lam)
+    factor, failed = torch.linalg.cholesky_ex(moment)
     if bool(failed):
         raise ValueError(
             f"with lam={lam} there is no update: {n} keys depend on each other. Give a larger "
             "lam, or each key once"
         )
     owners = torch.block_diag(*(torch.ones(1, each.shape[1]) for each in keys)).to(wide)
-    owners = torch.nn.functional.pad(owners, (0, n - owners.shape[1]))
-    rows = weight**0.5 * torch.cholesky_solve(owners.T, factor).T @ wide.T
+    owners = torch.nn.functional.pad(owners, (0, n - owners.shape[1])).T
+    if by_key:
+        rows = wide @ torch.cholesky_solve(owners, factor)
+    else:
+        rows = torch.cholesky_solve(wide @ owners, factor)
+    rows = weight**0.5 * rows.T
     return rows.to(torch.promote_types(together.dtype, torch.float32))
 
 
