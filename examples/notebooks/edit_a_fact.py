@@ -12,8 +12,10 @@
 # other words, of other pictures, and ask other things; take the change back.
 
 # %%
+import random
 
 from mmlens import HookedMultimodalTransformer, causal_trace, demo_questions, multedit, swap_span
+from mmlens.editing import keys_of
 
 model = HookedMultimodalTransformer.from_pretrained("demo")
 questions = {(q.subject, q.relation): q for q in demo_questions(answered=True)}
@@ -60,15 +62,33 @@ asked = {
     "another flag": prepared("Japan", "capital"),
 }
 before = {name: model.generate(each, max_new_tokens=3) for name, each in asked.items()}
-with edit.applied(model):
-    after = {name: model.generate(each, max_new_tokens=3) for name, each in asked.items()}
-for name in asked:
-    print(f"{name:18} {before[name]!r:18} -> {after[name]!r}")
+
+
+def show(edit):
+    with edit.applied(model):
+        for name, each in asked.items():
+            after = model.generate(each, max_new_tokens=3)
+            print(f"{name:18} {before[name]!r:18} -> {after!r}")
+
+
+show(edit)
 
 # %% [markdown]
 # The edit is not specific: the key, read at the word "country", hardly depends on the flag, so other countries
-# get the new answer too. `docs/editing.md` has the measurements, and what helps: keeping the values at the keys
-# of other questions (`kept=keys_of(...)`).
+# get the new answer too.
+#
+# ## A more specific one
+#
+# The keys of other questions can be told to keep their values. And instead of one large value at one word, every
+# position of the prompt can get a small one of its own: only together do they make the new answer.
+# `docs/editing.md` says how much this helps, over many edits.
+
+# %%
+others = [key for key in questions if key[0] not in ("Italy", "Japan")]
+others = [prepared(*key) for key in random.Random(0).sample(others, 20)]
+kept = keys_of(model, others, layer=17, span=None)
+edit = multedit(model, inputs, "Madrid", layer=17, positions="all", kept=kept)
+show(edit)
 
 # %% [markdown]
 # ## Taken back
