@@ -17,10 +17,10 @@ demo: $(VENV)/.installed-demo
 JOBS ?= 2
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --durations=15
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal --durations=15
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) --durations=15
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

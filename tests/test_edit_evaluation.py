@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from planted_edits import PlantedEdits
@@ -312,6 +313,16 @@ def test_requests_say_nothing_that_is_asked(seed):
     unnamed = replace(case, question=replace(case.question, visual_constraint=""))
     assert request_of(world.model, unnamed).span == "question"
     assert request_of(world.model, case, target_end=" .").target == f"{case.target} ."
+
+
+def test_bars_of_many_methods_look_different():
+    from mmlens.plots.editing import bars_of
+
+    points = pd.DataFrame(
+        {"mean": [0.5], "high": [0.6], "low": [0.4], "before": [0.1]}, ["efficacy"]
+    )
+    bars = [bars_of(points, str(n), n, in_legend=True).marker for n in range(12)]
+    assert len({(each.color, each.pattern.shape) for each in bars}) == 12
 
 
 def test_edits_and_cases_must_be_as_many(seed):

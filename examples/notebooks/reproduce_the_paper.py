@@ -15,7 +15,7 @@
 # %%
 from mmlens.reproduce import FIGURES, Settings, Study
 
-study = Study.open(Settings(model="demo", limit=4, asked=12, samples=500))
+study = Study.open(Settings(model="demo", limit=3, asked=8, samples=500))
 
 # %% [markdown]
 # ## Which layers, seeing and told

@@ -20,6 +20,9 @@ MEASURES = {
 }
 COLUMNS = ("method", "group", "measure", "before", "mean", "low", "high")
 
+HATCHING = ("", "/", "x", ".")
+"""Of bars whose colours come again."""
+
 
 def plot_edits(
     df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
@@ -50,8 +53,7 @@ def plot_edits(
         for index, method in enumerate(methods):
             chosen = (shown["measure"] == measure) & (shown["method"] == method)
             points = shown[chosen].set_index("group").reindex(groups)
-            color = LINES[index % len(LINES)].color
-            bars = bars_of(points, method, color, in_legend=row == 1)
+            bars = bars_of(points, method, index, in_legend=row == 1)
             figure.add_trace(bars, row=row, col=1)
         before = shown[shown["measure"] == measure].groupby("group", sort=False)["before"].mean()
         figure.add_trace(before_ticks(before.reindex(groups), in_legend=row == 1), row=row, col=1)
@@ -72,15 +74,22 @@ def plot_edits(
     return figure
 
 
-def bars_of(points: pd.DataFrame, method: str, color: str, *, in_legend: bool) -> go.Bar:
-    """A method's bars, one per group (the index of `points`), with their intervals."""
+def bars_of(points: pd.DataFrame, method: str, index: int, *, in_legend: bool) -> go.Bar:
+    """A method's bars, one per group (the index of `points`), with their intervals.
+
+    Args:
+        index: of the method. Where the colours are used up they come again, hatched; black is
+            none of them, since intervals would not be seen on it.
+    """
+    colors = [line.color for line in LINES if line.color != "#000000"]
+    again, place = divmod(index, len(colors))
     return go.Bar(
         x=list(points.index),
         y=points["mean"],
         name=method,
         legendgroup=method,
         showlegend=in_legend,
-        marker={"color": color},
+        marker={"color": colors[place], "pattern": {"shape": HATCHING[again % len(HATCHING)]}},
         error_y={
             "type": "data",
             "symmetric": False,
