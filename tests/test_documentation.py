@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from mmlens import HookedMultimodalTransformer, demo_questions
 from mmlens.cli.app import app
+from mmlens.cli.sweep import with_ray_address
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.py"))
@@ -133,7 +134,7 @@ def test_every_block_runs(page: Path, folder: Path) -> None:
                 exec(compile(tree, where, "exec"), namespace)
         elif not block.language and block.reason is None:
             for command in commands(block.code):
-                result = CliRunner().invoke(app, command)
+                result = CliRunner().invoke(app, with_ray_address(command))
                 assert result.exit_code == 0, f"{where}: mmlens {command}\n{result.output}"
 
 

@@ -152,7 +152,7 @@ class EditBench:
         Args:
             asked: what the method must not be told to preserve.
         """
-        given = {**self.settings.arguments(variant), **variant.arguments}
+        given = {**self.settings.settings_of(variant), **variant.arguments}
         layer = list(variant.layer) if isinstance(variant.layer, tuple) else variant.layer
         takes = signature(METHODS[variant.method]).parameters
         if "covariance" in takes:
@@ -319,7 +319,7 @@ class EditBench:
             "method": variant.method,
             "layer": variant.layer,
             "keyed": variant.keyed,
-            "method_settings": self.settings.arguments(variant),
+            "method_settings": self.settings.settings_of(variant),
             "mmlens": version("mmlens"),
         }
         return json.loads(json.dumps(record))

@@ -91,8 +91,8 @@ class BenchSettings:
     level: float = 0.95
     seed: int = 0
 
-    def arguments(self, variant: Variant) -> dict[str, Any]:
-        """Of a variant's method."""
+    def settings_of(self, variant: Variant) -> dict[str, Any]:
+        """Of `method_settings`, those of a variant."""
         given = self.method_settings
         return {**given.get(variant.method, {}), **given.get(variant.named, {})}
 
