@@ -249,10 +249,7 @@ def test_delta_stays_within_the_clamp_and_ends_early(seed: int) -> None:
 @settings(max_examples=5)
 @given(SEEDS)
 def test_every_position_may_get_a_value_of_its_own(seed):
-    """The gradient of all values at once is a full pass's, and each key gets its value in the end.
-
-    Float64; lam = 0 would need more dimensions than positions, so a small one leaves a small rest.
-    """
+    """The gradient of all values at once is a full pass's; the update is the least squares' one."""
     model = any_family(seed).double()
     request = request_for(model, seed)
     layer = random.Random(seed).randrange(model.cfg.n_layers)
@@ -275,18 +272,21 @@ def test_every_position_may_get_a_value_of_its_own(seed):
 
     part = keyed(model, request, layer, MultEditSettings(positions="all"))
     assert [keys.shape[1] for keys in part.of_values] == [1] * len(prompt.positions)
-    edit = multedit(model, request, layer=layer, positions="all", steps=2, lam=1e-9)
+    steps, lam = 2, 0.01
+    edit = multedit(model, request, layer=layer, positions="all", steps=steps, lam=lam)
     update = edit.deltas[down_weight(layer)]
     assert update.left.shape[1] == len(prompt.positions)
-    value = value_of(model, part, layer, MultEditSettings(positions="all", steps=2), part.kept)
-    keys, wide = part.keys.T, value.delta
-    # What any weight can do at best, where there are more keys than d_mlp.
-    kept = torch.cat([keys, part.kept.T])
-    goal = torch.cat([wide, torch.zeros(part.kept.shape[1], wide.shape[1]).to(wide)])
-    least = torch.linalg.lstsq(kept, goal, driver="gelsd").solution
-    found = update.dense().T.double()
-    rest = float((kept @ found - goal).norm() - (kept @ least - goal).norm())
-    assert rest <= 1e-4 * float(goal.norm())
+    value = value_of(model, part, layer, MultEditSettings(positions="all", steps=steps), part.kept)
+    # |K W - Z|^2 + lam |W|^2, where a kept key's value is zero, as one system of equations.
+    keys = torch.cat([part.keys, part.kept], dim=1).T
+    values = torch.nn.functional.pad(value.delta, (0, 0, 0, part.kept.shape[1]))
+    equations = torch.cat([keys, lam**0.5 * torch.eye(keys.shape[1], dtype=torch.float64)])
+    goal = torch.nn.functional.pad(values, (0, 0, 0, keys.shape[1]))
+    wanted = torch.linalg.lstsq(equations, goal).solution
+    # An error of eps x the condition number of K^T K + lam I.
+    condition = float(lam + keys.square().sum()) / lam
+    bound = 100 * torch.finfo(torch.float64).eps * condition * float(goal.norm()) / lam**0.5
+    assert float((update.dense().T - wanted).norm()) <= bound
 
 
 def test_values_everywhere_are_of_one_prompt(seed: int) -> None:
