@@ -19,9 +19,10 @@ def dead_hooks(model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> 
     """Names of hook points that do not fire or do not change the logits when they are edited.
 
     Every activation is edited by noise of its own size, at all positions. So that a deep model
-    takes minutes rather than hours, only what an edit passes through is run: a hook inside a
-    decoder block is looked for in that block's output, tower and projector in what enters block 0,
-    and these outputs (`hook_resid_post`, `hook_input_embed`) in the logits.
+    takes minutes rather than hours, only what an edit passes through first is run: a hook inside a
+    decoder block is looked for in that block's output, this (`hook_resid_post`) in that of the next
+    block, tower and projector in what enters block 0, and that (`hook_input_embed`) and the last
+    block's output in the logits.
     """
     entering = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.cfg.n_layers)]
     _, cache = model.run_with_cache(inputs, names_filter=entering)
@@ -33,8 +34,9 @@ def dead_hooks(model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> 
             layer = int(name.split(".")[1])
             input = cache[entering[layer]]
             options = {"start_at_layer": layer, "attention_mask": inputs.attention_mask}
-            if not name.endswith("hook_resid_post"):
-                options["stop_at_layer"] = layer + 1
+            stop = layer + 2 if name.endswith("hook_resid_post") else layer + 1
+            if stop <= model.cfg.n_layers:
+                options["stop_at_layer"] = stop
         elif name.startswith(("vision.", "projector.")):
             options = {"stop_at_layer": 0}
         if not is_alive(model, name, input, **options):
