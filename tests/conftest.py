@@ -1,15 +1,20 @@
 """What every test gets: shapes checked at run time, no network for models, a fresh seed.
 
-- Signatures of ``mmlens`` are enforced while tests run (jaxtyping's shapes, through beartype).
+- Signatures of ``mmlens`` are enforced while tests run (jaxtyping's shapes, through beartype): in
+  each test at the first calls of every function, for checking them all takes as long as the tests.
   ``MMLENS_TYPECHECK=0`` turns that off, to see whether it is the check that fails.
 - Nothing is fetched from a model hub.
 - ``seed`` is another number on every run, shown when a test fails; ``MMLENS_TEST_SEED=n`` fixes it.
 """
 
+import dataclasses
+import functools
 import os
 import random
 import secrets
+from collections import Counter
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -17,8 +22,44 @@ for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
+
+CHECKED_CALLS = 5
+"""Of each function in each test."""
+
+calls: Counter[CodeType] = Counter()
+check_all = jaxtyping.jaxtyped
+
+
+def check_first_calls(made: Any = None, *, typechecker: Any) -> Any:
+    """As `jaxtyping.jaxtyped`, but a function's later calls are its own."""
+    if made is None:
+        return functools.partial(check_first_calls, typechecker=typechecker)
+    if isinstance(made, type):
+        if dataclasses.is_dataclass(made) and "__init__" in vars(made):
+            made.__init__ = check_first_calls(made.__init__, typechecker=typechecker)
+        return made
+
+    @functools.wraps(made)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # By the code: an inner function is made, and would be checked, again and again.
+        calls[made.__code__] += 1
+        first = calls[made.__code__] <= CHECKED_CALLS
+        return (checked() if first else made)(*args, **kwargs)
+
+    checked = functools.cache(lambda: check_all(made, typechecker=typechecker))
+    return call
+
+
+@pytest.fixture(autouse=True)
+def check_again() -> None:
+    """Each test counts calls from 0."""
+    calls.clear()
+
+
+jaxtyping.jaxtyped = check_first_calls
 
 # The hook decorates modules as they are imported, so it comes before anything of mmlens does.
 if os.environ.get("MMLENS_TYPECHECK", "1") != "0":
