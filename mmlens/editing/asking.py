@@ -211,7 +211,6 @@ class Continuations:
 
     def __init__(self, model: HookedMultimodalTransformer, prompts: Sequence[Prompt]) -> None:
         self.model, self.prompts = model, prompts
-        self.past = side_by_side([prompt.past for prompt in prompts])
         self.best: list[dict[tuple[int, ...], int]] = [{} for _ in prompts]
         """The most probable token behind each continuation that was followed."""
         self.follow([()] * len(prompts))
@@ -219,19 +218,25 @@ class Continuations:
     def follow(
         self, tokens: Sequence[tuple[int, ...]]
     ) -> list[Float[Tensor, "n_and_next d_vocab"]]:
-        """Each prompt's logits, and those behind each of the tokens that follow it; in one pass."""
+        """Each prompt's logits, and those behind each of the tokens that follow it.
+
+        In one pass of the prompts that something follows.
+        """
         logits = [prompt.logits[None] for prompt in self.prompts]
-        if width := max(map(len, tokens)):
+        if rows := [row for row, told in enumerate(tokens) if told]:
+            width = max(map(len, tokens))
             # What fills up the shorter ones comes behind them, where they do not look.
             filler = int(self.model.cfg.image_token_id == 0)
-            filled = torch.tensor([[*row, *[filler] * (width - len(row))] for row in tokens])
-            inputs = self.model.inputs_from_tokens(filled)
+            filled = [[*tokens[row], *[filler] * (width - len(tokens[row]))] for row in rows]
+            inputs = self.model.inputs_from_tokens(torch.tensor(filled))
             resid = self.model(
-                inputs, past_kv_cache=self.past, stop_at_layer=self.model.cfg.n_layers
+                inputs,
+                past_kv_cache=side_by_side([self.prompts[row].past for row in rows]),
+                stop_at_layer=self.model.cfg.n_layers,
             )
-            new = self.model.unembed(self.model.ln_final(resid)).to(logits[0].dtype)
-            rows = zip(logits, new.to(logits[0].device), tokens, strict=True)
-            logits = [torch.cat([prompt, row[: len(told)]]) for prompt, row, told in rows]
+            new = self.model.unembed(self.model.ln_final(resid))
+            for row, behind in zip(rows, new.to(logits[0]), strict=True):
+                logits[row] = torch.cat([logits[row], behind[: len(tokens[row])]])
         placeholder = self.model.cfg.image_token_id
         for best, found, told in zip(self.best, logits, tokens, strict=True):
             words = found
