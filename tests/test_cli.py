@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from PIL import Image
 from tiny_checkpoint import write_tiny_llava
 
 import mmlens
-from mmlens.cli import main
+from mmlens.cli import console, main
 from mmlens.cli.options import template_of
 from mmlens.cli.show import bar
 from mmlens.plots import save
@@ -352,6 +353,16 @@ class TestDemo:
         saved = mmlens.CausalTrace.load(tmp_path / "trace.safetensors")
         assert saved.restored.shape == (3, 2, 30)
         assert saved.clean > saved.corrupted
+
+
+def test_progress_in_a_log_file_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = iter([0, 30, 75, 80, 3700])
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with console.progress_bar("editing") as moved:
+        for done in range(1, 5):
+            moved(done, 8)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["editing: 2 of 8 after 0:01:15", "editing: 4 of 8 after 1:01:40"]
 
 
 def test_bars_are_as_long_as_their_numbers():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +16,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+SILENCE = 60.0
+"""Seconds between two lines of progress where no terminal shows a bar: in a log file, say."""
 
 # Made anew for each use: rich binds a console to the stream it finds, and tests exchange them.
 
@@ -30,7 +35,14 @@ def err() -> Console:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; yields the function `(done, total)` that moves it."""
+    """A progress bar on stderr, or a line now and then where that is no terminal.
+
+    Yields the function `(done, total)` that moves it.
+    """
+    console = err()
+    if not console.is_terminal:
+        yield progress_lines(title, console)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -39,12 +51,23 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    console = err()
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def progress_lines(title: str, console: Console) -> Callable[[int, int], None]:
+    """What prints how far it is, if it is a while that it did."""
+    began = said = time.monotonic()
+
+    def moved(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SILENCE:
+            said = now
+            console.print(f"{title}: {done} of {total} after {timedelta(seconds=int(now - began))}")
+
+    return moved
 
 
 @contextmanager
