@@ -1,8 +1,9 @@
 """What every test gets: shapes checked at run time, no network for models, a fresh seed.
 
 - Signatures of ``mmlens`` are enforced while tests run (jaxtyping's shapes, through beartype): in
-  each test at the first calls of every function, for checking them all takes as long as the tests.
-  ``MMLENS_TYPECHECK=0`` turns that off, to see whether it is the check that fails.
+  each test at the first calls of every function, for checking them all takes nearly as long as the
+  tests. ``MMLENS_TYPECHECK=all`` (as `make test-all` does) checks every call, ``=0`` none, to see
+  whether it is the check that fails.
 - Nothing is fetched from a model hub.
 - ``seed`` is another number on every run, shown when a test fails; ``MMLENS_TEST_SEED=n`` fixes it.
 """
@@ -26,7 +27,8 @@ import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED_CALLS = 5
+TYPECHECK = os.environ.get("MMLENS_TYPECHECK", "first")
+CHECKED_CALLS = float("inf") if TYPECHECK == "all" else 5
 """Of each function in each test."""
 
 calls: Counter[CodeType] = Counter()
@@ -62,7 +64,7 @@ def check_again() -> None:
 jaxtyping.jaxtyped = check_first_calls
 
 # The hook decorates modules as they are imported, so it comes before anything of mmlens does.
-if os.environ.get("MMLENS_TYPECHECK", "1") != "0":
+if TYPECHECK != "0":
     # As for mypy, a parameter declared as float may be an int.
     install_import_hook(
         "mmlens", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"

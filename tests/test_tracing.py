@@ -160,7 +160,7 @@ def traces(model, clean, corrupted, **options):
     return naive, branch, difference
 
 
-@settings(max_examples=10)
+@settings(max_examples=15)
 @given(st.integers(0, 2**31))
 def test_branch_equals_naive(seed):
     chance = random.Random(seed)
