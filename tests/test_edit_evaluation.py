@@ -168,7 +168,7 @@ def test_the_target_is_what_is_expected(seed, model):
 def made_up(n_edits=5, n_rows=40, **changes):
     generator = torch.Generator().manual_seed(random.randrange(2**31))
     values = {
-        "edit": torch.randint(n_edits, (n_rows,), generator=generator),
+        "edit": torch.arange(n_rows) % n_edits,
         "group": tuple(("efficacy", "others")[i % 2] for i in range(n_rows)),
         "question": tuple(map(str, range(n_rows))),
         "said_before": ("a",) * n_rows,
@@ -208,6 +208,33 @@ def test_summaries_are_means_over_questions(seed, tmp_path):
     again = EditEvaluation.load(found.save(tmp_path / "found.safetensors"))
     assert again.summary(samples=50).equals(found.summary(samples=50))
     assert again.metadata == found.metadata and again.said == found.said
+
+
+def test_clusters_without_a_known_score_leave_the_interval_as_it_is(seed):
+    found = made_up(n_edits=6, n_rows=60)  # edits 0 and 3 are cluster 0
+    lost = found.edit % 3 == 0
+    found.score[lost] = torch.nan
+    kept = (~lost).nonzero().flatten().tolist()
+    alone = replace(
+        found,
+        edit=found.edit[kept],
+        group=tuple(found.group[i] for i in kept),
+        question=tuple(found.question[i] for i in kept),
+        said_before=found.said_before[: len(kept)],
+        said=found.said[: len(kept)],
+        **{name: getattr(found, name)[kept] for name in ("probability", "score")},
+        **{name: getattr(found, name)[kept] for name in ("unchanged", "drift")},
+    )
+    tables = [
+        each.summary(samples=50)
+        .query("measure == 'score'")
+        .drop(columns=["edits", "questions"])
+        .set_index("group")
+        .sort_index()
+        for each in (found, alone)
+    ]
+    assert tables[0].notna().all(axis=None)
+    assert tables[0].equals(tables[1])
 
 
 def test_evaluations_are_joined_edit_by_edit(seed):

@@ -208,9 +208,10 @@ def changed(
     found: dict[str, float] = {}
     names = (("before", "", ""), ("mean", "low", "high"), ("change", "change_low", "change_high"))
     for column, kinds in zip(values.T, names, strict=True):
-        known = not bool(column.isnan().all())
+        # Clusters without any value are left out: a resample of nothing else would have no mean.
+        known = (~column.isnan()).nonzero().flatten().tolist()
         numbers = (
-            bootstrap_mean(column, clusters, **bootstrap)
+            bootstrap_mean(column[known], [clusters[i] for i in known], **bootstrap)
             if known
             else (torch.tensor(torch.nan),) * 3
         )
