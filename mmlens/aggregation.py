@@ -13,6 +13,7 @@ traces in this way).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -143,7 +144,7 @@ class AggregatedTraces(SavedResult):
         """Is one set of layers more causal than another? Mean effects, question by question.
 
         Raises:
-            ValueError: no such site, role or layers; fewer than two clusters have the role.
+            ValueError: no such site, role or layers; no question has the role.
 
         Example:
             >>> profile.compare("mlp_out", "constraint", range(0, 4), range(4, 8)).p_value
@@ -158,7 +159,8 @@ class AggregatedTraces(SavedResult):
         clusters = [
             label for label, kept in zip(self.clusters, there.tolist(), strict=True) if kept
         ]
-        p_value = sign_flip_test(difference, clusters, seed=self.seed)
+        several = len(set(clusters)) > 1
+        p_value = sign_flip_test(difference, clusters, seed=self.seed) if several else math.nan
         mean, low, high = bootstrap_mean(difference, clusters, **self._resampling, level=self.level)
         return WindowComparison(
             float(mean), float(low), float(high), p_value, n_questions=len(difference)

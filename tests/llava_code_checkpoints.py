@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from random_models import BOS, EOS, IMAGE, PAD, VOCABULARY, Prompts, enliven, random_prompts
+from rounding import rounded_otherwise
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -116,6 +117,11 @@ class Parts:
         pixels = prompts.pixel_values
         dtype = self.projector[0].weight.dtype
         return Prompts(tokens, prompts.attention_mask, None if pixels is None else pixels.to(dtype))
+
+    def rounded_otherwise(self) -> Parts:
+        """A copy whose parts round everything by one unit more."""
+        kinds = ("decoder", "tower", "projector")
+        return replace(self, **{kind: rounded_otherwise(getattr(self, kind)) for kind in kinds})
 
     def double(self) -> Parts:
         """In float64."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -209,12 +210,12 @@ def test_one_cluster_has_a_mean_and_no_interval(seed):
 
 def test_p_values_count_sign_changes(seed):
     """All sign changes of at most 8 questions, by hand."""
-    differences = torch.randn(random.randint(2, 8), dtype=torch.float64)
+    n = random.randint(2, 8)
+    differences = torch.randint(-(2**20), 2**20, (n,)).double() / 2**20  # whose sums are exact
     found = sign_flip_test(differences)
     signs = np.array(list(itertools.product([1, -1], repeat=len(differences))))
     sums = signs @ differences.numpy()
-    # Sums of the same numbers in another order may differ by rounding.
-    at_least = (sums >= differences.sum().item() - 1e-9).mean()
+    at_least = (sums >= differences.sum().item()).mean()
     assert found == pytest.approx(at_least, abs=1e-12)
 
 
@@ -241,6 +242,10 @@ def test_compare_finds_the_layer_that_was_made_larger(seed):
     assert 0 < found.low <= found.difference <= found.high or found.low > 0
     assert profile.compare("mlp_out", "last", others, [large]).p_value == 1.0
     assert found.n_questions == n_questions
+    alone = aggregate_traces(traces, [{"last": positions(1)}] * n_questions, clusters=["a"] * 12)
+    one = alone.compare("mlp_out", "last", [large], others)
+    assert one.difference == pytest.approx(found.difference)
+    assert math.isnan(one.p_value) and math.isnan(one.low) and math.isnan(one.high)
     with pytest.raises(ValueError, match="'z' is not among mlp_out"):
         profile.compare("z", "last", [0], [1])
     with pytest.raises(ValueError, match="9 is not among 0, 1, 2, 3"):

@@ -253,17 +253,17 @@ def test_undeclared_functions_are_run_plainly(seed):
 @given(SEEDS)
 def test_gradients_equal_those_of_the_full_run(seed):
     chance = random.Random(seed)
-    model = small_model(seed)
+    model = small_model(seed).double()
     inputs = small_inputs(model, seed, images=(1, 0))
     site = chance.choice(["resid_post", "mlp_out", "attn_out", "resid_pre"])
     at = chance.randrange(1, inputs.n_pos)
-    delta = torch.zeros(2, model.cfg.d_model, requires_grad=True)
+    delta = torch.zeros(2, model.cfg.d_model, dtype=torch.float64, requires_grad=True)
     branches = [[Intervention(site, layer, [at], add(delta[layer]))] for layer in (0, 1)]
     hooked = model.record(inputs).run(branches, lambda x: x.log_softmax(-1)[:, 0, 5])
     [branched] = torch.autograd.grad(hooked.sum(), delta)
     plain = [plain_run(model, inputs, branch)[:, -1].log_softmax(-1)[:, 5] for branch in branches]
     [full] = torch.autograd.grad(torch.stack(plain).sum(), delta)
-    assert torch.allclose(branched, full, rtol=1e-3, atol=1e-5 * float(full.abs().max()))
+    assert torch.allclose(branched, full, rtol=0, atol=1e-9 * float(full.abs().max()))
 
 
 def count_work(monkeypatch):

@@ -36,7 +36,9 @@ def test_auroc_counts_pairs(seed):
         right = some_right(n)
         scores = [random.choice([random.gauss(0, 1), 0.0, 1.0]) for _ in range(n)]
         assert auroc(scores, right) == pytest.approx(by_pairs(scores, right), abs=1e-12)
-        assert auroc(np.exp(scores), right) == auroc(torch.tensor(scores).double(), right)
+        assert auroc(np.exp(scores), right) == auroc(
+            torch.tensor(scores, dtype=torch.float64), right
+        )
         assert auroc(scores, right) + auroc([-x for x in scores], right) == pytest.approx(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from random_models import (
     random_llava,
     random_prompts,
 )
+from rounding import assert_same, rounded_otherwise
 from torch import Tensor
 
 from mmlens.components import MLP, KeyValueCache
@@ -24,7 +26,8 @@ from mmlens.hook_points import HookPoint
 from mmlens.inputs import MultimodalInputs
 from mmlens.model import HookedMultimodalTransformer
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-9
+"""Of a model in float64, which computes the same in two ways."""
 
 
 class Case(NamedTuple):
@@ -36,7 +39,7 @@ class Case(NamedTuple):
 
 
 @pytest.fixture
-def case(seed: int, tmp_path: Path) -> Case:
+def hf_case(seed: int, tmp_path: Path) -> Case:
     """Two rows, one with two pictures, the other padded on the left."""
     hf = random_llava(Shape(n_layers=4))
     model = hooked(hf, tmp_path)
@@ -46,11 +49,31 @@ def case(seed: int, tmp_path: Path) -> Case:
         return Case(hf, model, prompts, inputs, model(inputs))
 
 
+@pytest.fixture
+def case(hf_case: Case) -> Case:
+    """The same in float64; but for transformers' own model, whose norms are float32 always."""
+    model, inputs = hf_case.model.double(), hf_case.inputs
+    assert inputs.pixel_values is not None
+    inputs = replace(inputs, pixel_values=inputs.pixel_values.double())
+    with torch.no_grad():
+        return hf_case._replace(model=model, inputs=inputs, logits=model(inputs))
+
+
 def far(a: Tensor, b: Tensor, real: Tensor | None = None) -> float:
     """The largest difference, over real positions where `real` is given."""
     assert a.shape == b.shape
     gap = (a - b).abs()
     return float((gap if real is None else gap[real]).max())
+
+
+def assert_same_logits(ours: Tensor, hf: Any, prompts: Prompts) -> None:
+    """They are transformers', at real positions."""
+    given, real = prompts.for_hf(), prompts.real
+    assert_same(
+        ours[real],
+        hf(**given).logits[real],
+        lambda: rounded_otherwise(hf)(**given).logits[real],
+    )
 
 
 def no_hook_is_left(model: Any) -> bool:
@@ -321,18 +344,25 @@ def test_what_cannot_be_run_is_refused(case: Case) -> None:
     assert model(inputs, return_type=None) is None
 
 
-def test_positions_can_be_given(case: Case) -> None:
+@torch.no_grad()
+def test_positions_can_be_given(hf_case: Case) -> None:
     """Any ascending ones, as transformers takes them; a common shift changes nothing."""
-    steps = torch.randint(1, 3, case.inputs.tokens.shape)
+    model, prompts, real = hf_case.model, hf_case.prompts, hf_case.prompts.real
+    steps = torch.randint(1, 3, hf_case.inputs.tokens.shape)
     positions = steps.cumsum(1)
-    given = {**case.prompts.for_hf(), "position_ids": positions}
-    with torch.no_grad():
-        expected = case.hf(**given).logits
-        logits = case.model(case.inputs, position_ids=positions)
-        shifted = case.model(case.inputs, position_ids=case.prompts.position_ids + 11)
-    assert far(logits, expected, case.prompts.real) < TOLERANCE
-    assert far(logits, case.logits, case.prompts.real) > 0.01
-    assert far(shifted, case.logits, case.prompts.real) < TOLERANCE
+    given = {**prompts.for_hf(), "position_ids": positions}
+    logits = model(hf_case.inputs, position_ids=positions)
+    assert far(logits, hf_case.logits, real) > 0.01
+    assert_same(
+        logits[real],
+        hf_case.hf(**given).logits[real],
+        lambda: rounded_otherwise(hf_case.hf)(**given).logits[real],
+    )
+    assert_same(
+        model(hf_case.inputs, position_ids=prompts.position_ids + 11)[real],
+        hf_case.logits[real],
+        lambda: rounded_otherwise(model)(hf_case.inputs)[real],
+    )
 
 
 # Some of the positions
@@ -413,7 +443,7 @@ def test_a_prefix_that_does_not_fit_is_refused(case: Case) -> None:
 def test_rows_that_share_a_prefix_of_one_row(seed: int, tmp_path: Path) -> None:
     """One padded prompt, several continuations."""
     hf = random_llama()
-    model = hooked(hf, tmp_path)
+    model = hooked(hf, tmp_path).double()
     tokens = torch.tensor([[PAD, PAD, 1, 9, 12, 30]])
     mask = tokens != PAD
     cache = KeyValueCache(model.cfg.n_layers)
@@ -460,20 +490,22 @@ def test_writing_into_a_weight_edits_the_model(
     hf.model.language_model.layers[1].get_parameter(theirs).mul_(-1.5)
     after = model(prompts.for_mmlens(model))
     assert far(before, after) > 1e-3
-    assert far(after, hf(**prompts.for_hf()).logits) < TOLERANCE
+    assert_same_logits(after, hf, prompts)
     assert torch.equal(getattr(model, name)[1], view)
 
 
 @torch.no_grad()
-def test_writing_into_one_head(case: Case) -> None:
+def test_writing_into_one_head(hf_case: Case) -> None:
     """Head 4 of 6 shares the keys of heads 4 and 5 with d_head 10."""
-    case.model.blocks[2].attn.W_Q[4].zero_()
-    case.model.blocks[2].attn.W_O[1, :, 3] = 2.0
-    attention = case.hf.model.language_model.layers[2].self_attn
+    hf, model, prompts, inputs, before = hf_case
+    model.blocks[2].attn.W_Q[4].zero_()
+    model.blocks[2].attn.W_O[1, :, 3] = 2.0
+    attention = hf.model.language_model.layers[2].self_attn
     attention.q_proj.weight[40:50].zero_()
     attention.o_proj.weight[3, 10:20] = 2.0
-    expected = case.hf(**case.prompts.for_hf()).logits
-    assert far(case.model(case.inputs), expected, case.prompts.real) < TOLERANCE
+    after = model(inputs)
+    assert far(before, after, prompts.real) > 1e-3
+    assert_same_logits(after, hf, prompts)
 
 
 @torch.no_grad()
@@ -484,6 +516,5 @@ def test_tied_embeddings_stay_tied(seed: int, tmp_path: Path) -> None:
     model.W_U[:, 9] = 1.0
     hf.lm_head.weight[9] = 1.0
     prompts = random_prompts(hf.config, images=[1])
-    expected = hf(**prompts.for_hf()).logits
-    assert far(model(prompts.for_mmlens(model)), expected) < TOLERANCE
+    assert_same_logits(model(prompts.for_mmlens(model)), hf, prompts)
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in hf.parameters())

@@ -1,6 +1,6 @@
 """The formats that transformers does not know equal what transformers' parts compute together.
 
-The tolerance is the same as in `test_model_parity.py`.
+Tolerances are in `rounding.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from llava_code_checkpoints import Checkpoint, Parts, load, parts, some_images, write, write_tower
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from rounding import assert_same
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PhiConfig
@@ -27,7 +28,6 @@ from mmlens.checkpoints.llava_phi_msft import phi_config
 from mmlens.images import as_image_processor
 from mmlens.model import HookedMultimodalTransformer
 
-TOLERANCE = 1e-4
 Writer = Callable[[Parts], Checkpoint]
 CASES: dict[str, tuple[Writer, str, dict]] = {
     "LLaVA": (published.llava, "original LLaVA", {"decoder": "llama", "tower": "clip"}),
@@ -88,19 +88,25 @@ def test_logits_and_every_block_equal_the_parts(case: str, tmp_path: Path) -> No
     these, checkpoint = made(case)
     model = load(write(tmp_path, checkpoint))
     prompts = these.prompts(some_images())
-    given = these.embeddings(prompts)
-    expected = these.decoder(**given, position_ids=prompts.position_ids, output_hidden_states=True)
     logits, cache = model.run_with_cache(published.inputs(model, prompts))
     real = prompts.real
-    assert float((logits - expected.logits)[real].abs().max()) < TOLERANCE
-    visual = these.visual_tokens(prompts.pixel_values)
-    assert float((cache["projector.hook_out"] - visual).abs().max()) < TOLERANCE
-    for layer in range(model.cfg.n_layers):
-        difference = (cache["resid_pre", layer] - expected.hidden_states[layer])[real]
-        assert float(difference.abs().max()) < TOLERANCE
+
+    def reference(these: Parts) -> dict[str, Tensor]:
+        out = these.decoder(
+            **these.embeddings(prompts),
+            position_ids=prompts.position_ids,
+            output_hidden_states=True,
+        )
+        streams = {f"resid_{i}": resid[real] for i, resid in enumerate(out.hidden_states)}
+        visual = these.visual_tokens(prompts.pixel_values)
+        return {"logits": out.logits[real], "visual": visual, **streams}
+
+    n_layers = model.cfg.n_layers
+    ours = {"logits": logits[real], "visual": cache["projector.hook_out"]}
+    ours |= {f"resid_{i}": cache["resid_pre", i][real] for i in range(n_layers)}
     # Transformers' last hidden state is behind the last norm.
-    last = model.ln_final(cache["resid_post", model.cfg.n_layers - 1])
-    assert float((last - expected.hidden_states[-1])[real].abs().max()) < TOLERANCE
+    ours[f"resid_{n_layers}"] = model.ln_final(cache["resid_post", n_layers - 1])[real]
+    assert_same(ours, reference(these), lambda: reference(these.rounded_otherwise()))
 
 
 def test_every_hook_is_alive(case: str, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ Face's own activations move when all that it computes is rounded otherwise.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,10 @@ from random_models import (
     random_llava,
     random_prompts,
 )
+from rounding import DRAWS, TOLERANCE, assert_same, rounded_otherwise
 from torch import Tensor, nn
 
 from mmlens.config import MultimodalConfig
-
-TOLERANCE = 1e-4
-
 
 # Comparison
 
@@ -87,7 +84,8 @@ def compare_everything(hf: nn.Module, model: Any, prompts: Prompts) -> None:
     wrong = {name: value for name, value in differences.items() if not value < TOLERANCE}
     if wrong:
         draws = [
-            rounded_otherwise(hf, prompts, ours, theirs, tower_layers, model.cfg) for _ in range(4)
+            moved_by_rounding(hf, prompts, ours, theirs, tower_layers, model.cfg)
+            for _ in range(DRAWS)
         ]
         moved = {name: max(draw[name] for draw in draws) for name in wrong}
         wrong = {name: value for name, value in wrong.items() if not value < 4 * moved[name]}
@@ -99,12 +97,7 @@ def compare_everything(hf: nn.Module, model: Any, prompts: Prompts) -> None:
         assert float(attentions.transpose(1, 2)[prompts.real].abs().max()) < 1e-6
 
 
-def rounded(tensor: Tensor) -> Tensor:
-    """By one unit of float32 up, down or not at all."""
-    return tensor * (1 + 2**-23 * torch.randint(-1, 2, tensor.shape))
-
-
-def rounded_otherwise(
+def moved_by_rounding(
     hf: nn.Module,
     prompts: Prompts,
     ours: dict[str, Tensor],
@@ -112,18 +105,8 @@ def rounded_otherwise(
     tower_layers: int,
     cfg: MultimodalConfig,
 ) -> dict[str, float]:
-    """How far Hugging Face's own activations move when all it computes is rounded by one unit more.
-
-    Every weight, and the output of every module: that is where a pass rounds.
-    """
-    moved = copy.deepcopy(hf)
-    for weight in moved.parameters():
-        weight.copy_(rounded(weight))
-    for module in moved.modules():
-        module.register_forward_hook(
-            lambda module, inputs, out: rounded(out) if isinstance(out, Tensor) else None
-        )
-    output, others = hf_activations(moved, prompts, tower_layers)
+    """How far Hugging Face's own activations move when all it computes is rounded otherwise."""
+    output, others = hf_activations(rounded_otherwise(hf), prompts, tower_layers)
     others = {**others, "logits": output.logits, "fused logits": output.logits}
     hidden = {name: ours[name] == -torch.inf for name in theirs}  # Hugging Face adds its mask later
     return {
@@ -175,6 +158,10 @@ def test_pictures_of_another_size_than_the_towers(
     inputs = model.inputs_from_tokens(tokens, pixels)
     assert inputs.grid_size == grid
     with torch.no_grad():
+        logits, cache = model.run_with_cache(inputs)
+
+    @torch.no_grad()
+    def reference(hf: Any) -> dict[str, Tensor]:
         features = hf.model.get_image_features(
             pixels,
             vision_feature_layer=hf.config.vision_feature_layer,
@@ -183,10 +170,10 @@ def test_pictures_of_another_size_than_the_towers(
             return_dict=True,
         )
         expected = hf(tokens, mm_encoder_outputs={"image": features}).logits
-        logits, cache = model.run_with_cache(inputs)
-    visual = torch.stack(list(features.pooler_output))
-    assert float((cache["projector.hook_out"] - visual).abs().max()) < TOLERANCE
-    assert float((logits - expected).abs().max()) < TOLERANCE
+        return {"visual": torch.stack(list(features.pooler_output)), "logits": expected}
+
+    ours = {"visual": cache["projector.hook_out"], "logits": logits}
+    assert_same(ours, reference(hf), lambda: reference(rounded_otherwise(hf)))
 
 
 def test_position_ids_do_not_change_what_rotary_attention_gives(seed: int, tmp_path: Path) -> None:
@@ -195,9 +182,14 @@ def test_position_ids_do_not_change_what_rotary_attention_gives(seed: int, tmp_p
     model = hooked(hf, tmp_path)
     prompts = random_prompts(hf.config, images=[1, 0])
     given = {**prompts.for_hf(), "position_ids": None}
+
+    @torch.no_grad()
+    def reference(hf: Any) -> Tensor:
+        return hf(**given).logits[prompts.real]
+
     with torch.no_grad():
-        expected, logits = hf(**given).logits, model(prompts.for_mmlens(model))
-    assert float((logits - expected)[prompts.real].abs().max()) < TOLERANCE
+        logits = model(prompts.for_mmlens(model))[prompts.real]
+    assert_same(logits, reference(hf), lambda: reference(rounded_otherwise(hf)))
 
 
 def test_hugging_face_style_call(seed: int, tmp_path: Path) -> None:
@@ -320,4 +312,4 @@ def test_padding_does_not_reach_the_real_positions(seed: int, tmp_path: Path) ->
     )
     with torch.no_grad():
         alone, padded = model(short.for_mmlens(model)), model(longer.for_mmlens(model))
-    assert float((alone - padded[:, 7:]).abs().max()) < TOLERANCE
+        assert_same(padded[:, 7:], alone, lambda: rounded_otherwise(model)(short.for_mmlens(model)))

@@ -143,6 +143,17 @@ def request_for(
     )
 
 
+def different_requests(model, seed: int, n: int) -> list[EditRequest]:
+    """With targets 5, 6 ... and other keys: no two prompts are the same as far as the key."""
+    found: dict[tuple[int, ...], EditRequest] = {}
+    while len(found) < n:
+        request = request_for(model, random.Random(seed).randrange(2**31), target=5 + len(found))
+        seed += 1
+        key = request.position(request.inputs)
+        found.setdefault(tuple(request.inputs.tokens[0, : key + 1].tolist()), request)
+    return list(found.values())
+
+
 def names(layer: int) -> list[str]:
     return [hook_name("post", layer), hook_name("mlp_out", layer)]
 
@@ -367,7 +378,7 @@ def test_every_family_edits(seed: int, tmp_path, name: str) -> None:
 def test_many_edits_are_solved_together(seed: int) -> None:
     """Each key gets its own value: lam is small, and the keys are different ones."""
     model = small_model(seed, d_mlp=29, n_layers=3).double()
-    requests = [request_for(model, seed + 100 * i, target=5 + i) for i in range(3)]
+    requests = different_requests(model, seed, 3)
     options = {"layer": 1, "lam": 1e-12, "steps": 2, "stop_at": 2.0, "preserve": "nothing"}
     edit = multedit_many(model, requests, **options)
     delta = edit.deltas["blocks.1.mlp.down.weight"]
@@ -388,7 +399,7 @@ def test_many_edits_are_solved_together(seed: int) -> None:
 def test_sequential_edits_keep_what_the_earlier_keys_give(seed: int) -> None:
     model = small_model(seed, d_mlp=29, n_layers=3).double()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    requests = [request_for(model, seed + 100 * i, target=5 + i) for i in range(3)]
+    requests = different_requests(model, seed, 3)
     options = {"layer": 1, "lam": 1e-12, "steps": 2, "stop_at": 2.0, "preserve": "nothing"}
     weight = model.blocks[1].mlp.down.weight
     with SequentialEditor(model, **options) as editor:
@@ -429,8 +440,8 @@ def test_a_fact_that_is_edited_again_gets_the_new_answer(seed: int) -> None:
 def test_reference_keys_keep_their_values(seed: int) -> None:
     """Keys of other prompts, from `keys_of`: with lam = 0 the edited layer gives what it gave."""
     model = small_model(seed, d_mlp=29, n_layers=3).double()
-    request = request_for(model, seed)
-    others = [request_for(model, seed + 100 * i).inputs for i in range(1, 4)]
+    request, *rest = different_requests(model, seed, 4)
+    others = [each.inputs for each in rest]
     kept = keys_of(model, others, 1)
     assert kept.shape == (29, 3)
     edit = multedit(model, request, layer=1, kept=kept, lam=1e-9, steps=2, preserve="nothing")

@@ -31,6 +31,7 @@ from open_clip_models import (
     write,
 )
 from PIL import Image
+from rounding import assert_same, rounded_otherwise
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, SiglipVisionConfig
@@ -52,6 +53,11 @@ def random_picture() -> Image.Image:
 # Numbers
 
 
+def numbered(streams: list[Tensor]) -> dict[str, Tensor]:
+    """By the number of blocks below."""
+    return {str(number): stream for number, stream in enumerate(streams)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_every_block_is_open_clips(name: str, seed: int, tmp_path: Path) -> None:
@@ -63,19 +69,31 @@ def test_every_block_is_open_clips(name: str, seed: int, tmp_path: Path) -> None
     expected = reference(visual, pixels)
     tower = load(folder)
     out, cache = tower.run_with_cache(pixels)
-    assert tower.cfg.n_layers == len(expected) - 1
-    for layer in range(tower.cfg.n_layers):
-        for at, resid in ((layer, "pre"), (layer + 1, "post")):
-            found = cache[f"blocks.{layer}.hook_resid_{resid}"]
-            torch.testing.assert_close(found, expected[at], atol=1e-4, rtol=0)
-    torch.testing.assert_close(out, expected[-1], atol=1e-4, rtol=0)  # all hooks listening
-    torch.testing.assert_close(tower(pixels), expected[-1], atol=1e-4, rtol=0)  # fused
+    n_layers = tower.cfg.n_layers
+    assert n_layers == len(expected) - 1
+    resid = [cache[f"blocks.{layer}.hook_resid_pre"] for layer in range(n_layers)]
+    for streams in ([*resid, out], [*resid, tower(pixels)]):  # all hooks listening, and fused
+        assert_same(
+            numbered(streams),
+            numbered(expected),
+            lambda: numbered(reference(rounded_otherwise(visual), pixels)),
+        )
+    for layer in range(n_layers):
+        above = out if layer == n_layers - 1 else resid[layer + 1]
+        assert torch.equal(cache[f"blocks.{layer}.hook_resid_post"], above)
     # Several layers, without the class token.
     if tower.cfg.class_token:
         some = load(folder, feature_layer=[0, -2], select="default")
         assert some.cfg.n_layers == len(expected) - 2
-        joined = torch.cat([expected[0], expected[-2]], dim=-1)[:, 1:]
-        torch.testing.assert_close(some(pixels), joined, atol=1e-4, rtol=0)
+
+        def joined(streams: list[Tensor]) -> Tensor:
+            return torch.cat([streams[0], streams[-2]], dim=-1)[:, 1:]
+
+        assert_same(
+            some(pixels),
+            joined(expected),
+            lambda: joined(reference(rounded_otherwise(visual), pixels)),
+        )
 
 
 @torch.no_grad()
@@ -88,13 +106,16 @@ def test_open_clips_own_way_in(seed: int, tmp_path: Path) -> None:
     picture = random_picture()
     pixels = preprocess(picture)[None]
     assert torch.equal(tower.image_processor(picture)[None], pixels)
-    given = theirs.visual.forward_intermediates(
-        pixels, indices=[-1], output_fmt="NLC", output_extra_tokens=True
-    )
-    expected = torch.cat(
-        [given["image_intermediates_prefix"][0], given["image_intermediates"][0]], 1
-    )
-    torch.testing.assert_close(tower(pixels), expected, atol=1e-4, rtol=0)
+
+    def said(visual: Any) -> Tensor:
+        given = visual.forward_intermediates(
+            pixels, indices=[-1], output_fmt="NLC", output_extra_tokens=True
+        )
+        return torch.cat(
+            [given["image_intermediates_prefix"][0], given["image_intermediates"][0]], 1
+        )
+
+    assert_same(tower(pixels), said(theirs.visual), lambda: said(rounded_otherwise(theirs.visual)))
 
 
 @torch.no_grad()
@@ -105,7 +126,11 @@ def test_a_model_of_timms_own(seed: int, tmp_path: Path) -> None:
     visual: Any = clip.visual
     pixels = random_pixels(visual)
     tower = load(write(tmp_path / "clip", clip, config))
-    torch.testing.assert_close(tower(pixels), reference(visual, pixels)[-1], atol=1e-4, rtol=0)
+    assert_same(
+        tower(pixels),
+        reference(visual, pixels)[-1],
+        lambda: reference(rounded_otherwise(visual), pixels)[-1],
+    )
 
 
 @torch.no_grad()
@@ -156,11 +181,14 @@ def test_as_the_tower_of_another_format(seed: int, tmp_path: Path) -> None:
     named = published.write(tmp_path / "bunny", (config | {"mm_vision_tower": "../siglip"}, kept))
     visual: Any = clip.visual
     pixels = random_pixels(visual)
-    expected = these.projector(reference(visual, pixels)[-2])  # Bunny leaves the last block out
+
+    def said(visual: Any) -> Tensor:
+        return these.projector(reference(visual, pixels)[-2])  # Bunny leaves the last block out
+
     for given in (None, siglip):
         model: Any = published.load(named, vision_tower=given)
         found = model.projector(model.vision(pixels))
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert_same(found, said(visual), lambda: said(rounded_otherwise(visual)))
 
 
 # Hooks

@@ -84,8 +84,14 @@ def test_the_frame_is_what_the_settings_say(seed: int, name: str) -> None:
     else:
         expected, pixel = (0, 0, width, height), max(width, height) / SIDE
     # Sizes and offsets are whole pixels of the output (or of the picture), each rounded once.
+    off = 1.5
+    if name == "open_clip longest":
+        # The short side may be scaled by half an output pixel too much or too little, and the
+        # padding's edge is that much off for each length of the side between it and the middle.
+        shown = round(SIDE * min(width, height) / max(width, height))
+        off = max(off, 0.5 + SIDE / (4 * shown))
     for got, wanted in zip(frame, expected, strict=True):
-        assert abs(got - wanted) <= 1.5 * pixel + 1
+        assert abs(got - wanted) <= off * pixel + 1
 
 
 def test_pixels_that_no_patch_covers_are_left_out() -> None:

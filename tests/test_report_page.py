@@ -49,7 +49,11 @@ def browser() -> Iterator[Any]:
             pytest.fail(f"CI must have it: {reason}")
         pytest.skip(reason)
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        launched = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox"],
+            timeout=120_000,  # a machine may be busy
+        )
         yield launched
         launched.close()
 

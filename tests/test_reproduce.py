@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
                 "visual_constraint": "this country",
                 "text_constraints": ["near"] if two else [],
                 "answers": [SAID if number % 4 < 2 else "Berlin"],
-                "subject": ("man", "picture", "building")[number % 3],
+                "subject": ("man", "picture", "building", "flag", "boat", "road")[number % 6],
             }
         )
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))

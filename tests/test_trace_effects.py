@@ -106,7 +106,7 @@ def test_units_that_are_not_there(seed):
 
 def test_heads_are_traced_one_by_one(seed):
     """Against hooks by hand, which copy the clean z of one head."""
-    model = small_model(seed, n_key_value_heads=2, n_heads=4)
+    model = small_model(seed, n_key_value_heads=2, n_heads=4).double()
     clean = small_inputs(model, seed)
     corrupted = words_swapped(clean, seed)
     group = [clean.n_pos - 1]
@@ -133,7 +133,7 @@ def test_heads_are_traced_one_by_one(seed):
 
 
 def test_all_units_together_are_the_site(seed):
-    model = small_model(seed)
+    model = small_model(seed).double()
     clean = small_inputs(model, seed)
     corrupted = words_swapped(clean, seed)
     n_heads, d_mlp = model.cfg.n_heads, model.cfg.d_mlp
@@ -145,7 +145,7 @@ def test_all_units_together_are_the_site(seed):
 
 
 def test_branch_equals_naive_for_units(seed):
-    model = small_model(seed)
+    model = small_model(seed).double()
     clean = small_inputs(model, seed)
     corrupted = words_swapped(clean, seed)
     half = model.cfg.d_mlp // 2
@@ -168,7 +168,7 @@ def test_branch_equals_naive_for_units(seed):
     "input_embed".split(),
 )
 def test_sites_without_layers_have_one_column(seed, site):
-    model = small_model(seed)
+    model = small_model(seed).double()
     clean = small_inputs(model, seed)
     corrupted = picture_swapped(clean) if "." in site else words_swapped(clean, seed)
     _, cache = model.run_with_cache(clean, names_filter=[hook_name(site)])

@@ -98,9 +98,10 @@ def test_naive_and_branch_equal_a_trace_by_hand(seed, tmp_path, n_images, width)
     shape = Shape(n_layers=random.randint(2, 4), grid=2)
     hf = random_llava(shape)
     model = hooked(hf, tmp_path)
-    clean = random_prompts(hf.config, [n_images], words=[7])
+    clean = random_prompts(hf.config, [n_images], words=[7], text_last=True)
     words = (clean.tokens[0] >= N_SPECIAL).nonzero().flatten().tolist()
-    swapped = sorted(random.sample(words[:-1], 2))
+    # The last word among them: it moves the answer whatever the others do.
+    swapped = sorted([random.choice(words[:-1]), words[-1]])
     tokens = clean.tokens.clone()
     tokens[0, swapped] = (tokens[0, swapped] - N_SPECIAL + 5) % (VOCABULARY - N_SPECIAL) + N_SPECIAL
     corrupted = Prompts(tokens, clean.attention_mask, clean.pixel_values)

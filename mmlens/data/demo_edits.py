@@ -17,6 +17,7 @@ from PIL import Image
 
 from mmlens.data.demo import demo_questions
 from mmlens.data.edits import EditCase, EditSet, Neighbourhood, flat, paraphrased
+from mmlens.data.metrics import is_right
 from mmlens.data.questions import VisualQuestion
 from mmlens.demo.photograph import photograph
 from mmlens.demo.phrasings import PHRASINGS
@@ -110,7 +111,9 @@ def _target(question: VisualQuestion, kind: str, seed: int) -> str:
     choices = INVENTED
     if kind == "counterfactual":
         alike = demo_questions(relation=question.relation)
-        choices = sorted({other.answers[0] for other in alike} - set(question.answers))
+        # "pound sterling" is no other answer where "pound" is right.
+        others = {other.answers[0] for other in alike}
+        choices = sorted(other for other in others if not is_right(other, question.answers))
     return random.Random(f"{seed} {question.source}").choice(choices)
 
 
