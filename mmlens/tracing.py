@@ -224,15 +224,10 @@ def traced(
         None if contrast is None else given_answer(model, clean, contrast),
         run.logits[:, 0] if kl else None,
     )
-    found = run.restored(corrupted, cells, measure, batch_rows, progress)
-    shape = (len(sites), len(groups), len(centres))
-    restored = measure.named(found[0].unflatten(0, shape).cpu())
-    corrupted_values = measure.named(found[1].mean(dim=0))
-    clean_values = measure.named(measure(run.logits).mean(dim=0))
+    restored, base = run.restored(corrupted, cells, measure, batch_rows, progress)
+    restored = restored.unflatten(0, (len(sites), len(groups), len(centres))).cpu()
     trace = CausalTrace(
-        restored=restored["probability"],
-        clean=clean_values["probability"].item(),
-        corrupted=corrupted_values["probability"].item(),
+        **measured_values(measure, restored, measure(run.logits).mean(dim=0), base.mean(dim=0)),
         sites=tuple(sites),
         layers=tuple(centres),
         window=window,
@@ -249,18 +244,32 @@ def traced(
             "seconds": round(time.perf_counter() - began, 3),
         },
         contrast="" if measure.contrast is None else measure.contrast.text,
-        logit_difference=restored.get("logit_difference"),
-        clean_logit_difference=number(clean_values.get("logit_difference")),
-        corrupted_logit_difference=number(corrupted_values.get("logit_difference")),
-        kl=restored.get("kl"),
-        corrupted_kl=number(corrupted_values.get("kl")),
     )
     return trace, run.recording
 
 
-def number(value: Tensor | None) -> float | None:
-    """A tensor of one number as a number."""
-    return None if value is None else value.item()
+def measured_values(
+    measure: Measure,
+    restored: Float[Tensor, "site group layer measure"],
+    clean: Float[Tensor, " measure"],
+    corrupted: Float[Tensor, " measure"],
+) -> dict[str, Any]:
+    """The fields of a trace in which measured values stand."""
+    cells = measure.named(restored)
+    clean_values, corrupted_values = (
+        {name: value.item() for name, value in measure.named(each).items()}
+        for each in (clean, corrupted)
+    )
+    return {
+        "restored": cells["probability"],
+        "clean": clean_values["probability"],
+        "corrupted": corrupted_values["probability"],
+        "logit_difference": cells.get("logit_difference"),
+        "clean_logit_difference": clean_values.get("logit_difference"),
+        "corrupted_logit_difference": corrupted_values.get("logit_difference"),
+        "kl": cells.get("kl"),
+        "corrupted_kl": corrupted_values.get("kl"),
+    }
 
 
 class Branching:
