@@ -15,5 +15,6 @@ mkdir -p "$(dirname "$texts")"
 
 exec "${MMLENS:-.venv/bin/mmlens}" edit-bench --data "demo:$kind" --texts "$texts" \
     --methods multedit-all@17,multedit@17,rome@17,memit@15-17,constrained_fine_tune@17,fine_tune@17,lora@all,fine_tune@all \
-    --set multedit.weight=30 --set multedit-all.weight=1 --preserved demo --n-preserved 300 --n-preserved-whole 30 \
+    --set multedit.weight=30 --set multedit-all.weight=1 --set multedit-all.reach=0.9 \
+    --preserved demo --n-preserved 300 --n-preserved-whole 30 \
     --unrelated demo --n-unrelated 6 --out "docs/results/edit-bench/$kind" "$@"

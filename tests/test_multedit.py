@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmlens import EditRequest, Intervention, multedit, multedit_many
 from mmlens.editing import MultEditSettings, SequentialEditor, augmented
-from mmlens.editing.multedit import down_weight, keyed, keys_of, value_of
-from mmlens.editing.solve import closed_form, unlike, update_rows
+from mmlens.editing.multedit import DOUBLINGS, down_weight, keyed, keys_of, value_of
+from mmlens.editing.solve import LeastSquares, closed_form, unlike
 from mmlens.editing.value import ValueSettings, find_value, record_prompts, value_objective
 from mmlens.hooks import add
 from mmlens.inputs import MultimodalInputs
@@ -66,7 +66,7 @@ def test_an_edit_may_weigh_more_than_what_is_kept(seed, d_model, d_mlp, n, lam):
         expected = torch.linalg.solve(gram, (weight * residuals @ keys.T).T).T
         found = closed_form(residuals, list(keys.split(1, dim=1)), lam, kept, weight)
         torch.testing.assert_close(found.dense(), expected, rtol=1e-6, atol=1e-8)
-        shares.append(float(update_rows([keys[:, :1]], lam, kept, weight)[0] @ keys[:, 0]))
+        shares.append(float(LeastSquares([keys[:, :1]], lam, kept).rows(weight)[0] @ keys[:, 0]))
     assert shares == sorted(shares) and shares[-1] <= 1 + 1e-9
     assert shares[0] < shares[-1]
 
@@ -109,10 +109,11 @@ def test_kept_keys_are_keys_with_a_residual_of_zero(seed, lam):
 def test_keys_that_depend_on_each_other_need_lambda(seed: int) -> None:
     key = torch.randn(7, 1)
     with pytest.raises(ValueError, match=r"lam=0.*depend on each other"):
-        update_rows([key, torch.zeros(7, 1)], 0.0)
+        LeastSquares([key, torch.zeros(7, 1)], 0.0).rows()
     with pytest.raises(ValueError, match="lam=-1"):
-        update_rows([key], -1.0)
-    torch.testing.assert_close(update_rows([key, key], 1e-6).sum(dim=0) @ key, torch.ones(1))
+        LeastSquares([key], -1.0)
+    rows = LeastSquares([key, key], 1e-6).rows()
+    torch.testing.assert_close(rows.sum(dim=0) @ key, torch.ones(1))
 
 
 def test_keys_that_are_edited_are_not_kept(seed: int) -> None:
@@ -300,6 +301,30 @@ def test_every_position_may_get_a_value_of_its_own(seed):
     assert float((update.dense().T - wanted).norm()) <= bound
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_the_weight_is_doubled_until_the_edited_model_is_sure(seed: int, everywhere: bool) -> None:
+    """The first weight that is enough in a plain run of the edited model; else the best one."""
+    model = small_model(seed, n_layers=3).double()
+    request, *rest = different_requests(model, seed, 4)
+    kept = keys_of(model, [each.inputs for each in rest], 1, span=None)
+    options = {"layer": 1, "kept": kept, "steps": 3, "preserve": "nothing", "clamp": 3.0}
+    options |= {"positions": "all" if everywhere else "last", "weight": 0.01}
+    weights = [0.01 * 2**n for n in range(DOUBLINGS + 1)]
+    edits, found = [], []
+    for weight in weights:
+        edits.append(multedit(model, request, **{**options, "weight": weight}))
+        with edits[-1].applied(model), torch.no_grad():
+            found.append(float(model(request.inputs)[0, -1].softmax(-1)[request.target]))
+    for reach in (0.999 * max(found), (min(found) + max(found)) / 2, 1 - 1e-9):
+        enough = [n for n, each in enumerate(found) if each >= reach]
+        chosen = enough[0] if enough else found.index(max(found))
+        edit = multedit(model, request, reach=reach, **options)
+        assert edit.metadata["weight"] == weights[chosen]
+        update, expected = (e.deltas[down_weight(1)].dense() for e in (edit, edits[chosen]))
+        assert torch.equal(update, expected)
+    assert multedit(model, request, **options).metadata["weight"] == 0.01
+
+
 def test_values_everywhere_are_of_one_prompt(seed: int) -> None:
     model = any_family(seed)
     with pytest.raises(ValueError, match="this request has 2"):
@@ -336,7 +361,7 @@ def test_every_position_gets_its_share_of_delta(seed):
     chosen = MultEditSettings(**options)
     part = keyed(model, request, layer, chosen)
     value = value_of(model, part, layer, chosen, part.kept)
-    [row] = update_rows([part.keys], chosen.lam, part.kept)
+    [row] = LeastSquares([part.keys], chosen.lam, part.kept).rows()
     for inputs in (*request.prompts, *request.neighbours):
         _, cache = model.run_with_cache(inputs, names_filter=names(layer)[:1])
         shares = cache[names(layer)[0]][0] @ row
@@ -496,7 +521,7 @@ def test_what_cannot_be_edited_is_said(seed: int) -> None:
         multedit(model, request, layer=3)
     with pytest.raises(TypeError, match="momentum"):
         multedit(model, request, layer=0, momentum=0.9)
-    for wrong in ({"lam": -1.0}, {"steps": 0}, {"lr": 0.0}, {"clamp": 0.0}):
+    for wrong in ({"lam": -1.0}, {"steps": 0}, {"lr": 0.0}, {"clamp": 0.0}, {"reach": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             multedit(model, request, layer=0, **wrong)
     with pytest.raises(KeyError, match="no span is called 'subject'"):
