@@ -14,11 +14,14 @@ texts=docs/results/edit-bench/texts.txt
 mkdir -p "$(dirname "$texts")"
 [ -s "$texts" ] || cat LICENSE README.md docs/*.md > "$texts"
 
-settings=(--set multedit.weight=30 --set multedit-all.weight=1)
+settings=(--set multedit-all.through_update=true --set multedit-all.lr=1)
+settings+=(--set multedit-all.steps=60 --set multedit-all.weight=1)
 if [ "$kind" = invented ]; then
     # Of a word that nobody knows nothing says where it ends, and it takes more to have it said.
-    settings+=(--target-end . --set multedit.reach=0.9 --set multedit.steps=80)
-    settings+=(--set constrained_fine_tune.bound=0.003)
+    settings+=(--target-end . --set multedit.through_update=true --set multedit.lr=1)
+    settings+=(--set multedit.steps=60 --set constrained_fine_tune.bound=0.003)
+else
+    settings+=(--set multedit.weight=30)
 fi
 
 exec "${MMLENS:-.venv/bin/mmlens}" edit-bench --data "demo:$kind" --texts "$texts" \

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmlens import EditRequest, Intervention, multedit, multedit_many
 from mmlens.editing import MultEditSettings, SequentialEditor, augmented
-from mmlens.editing.multedit import DOUBLINGS, down_weight, keyed, keys_of, value_of
-from mmlens.editing.solve import LeastSquares, closed_form, unlike
+from mmlens.editing.multedit import down_weight, keyed, keys_of, value_of
+from mmlens.editing.solve import LeastSquares, unlike
 from mmlens.editing.value import ValueSettings, find_value, record_prompts, value_objective
 from mmlens.hooks import add
 from mmlens.inputs import MultimodalInputs
@@ -39,7 +39,7 @@ def test_closed_form_solves_the_normal_equations(seed, d_model, d_mlp, n, lam):
     weight = matrix(d_model, d_mlp, generator=chance)
     keys, values = matrix(d_mlp, n, generator=chance), matrix(d_model, n, generator=chance)
     residuals = values - weight @ keys
-    delta = closed_form(residuals, list(keys.split(1, dim=1)), lam)
+    delta = LeastSquares(list(keys.split(1, dim=1)), lam).update(residuals)
     assert delta.left.shape == (d_model, n) and delta.right.shape == (n, d_mlp)
     edited = weight + delta.dense()
     gram = lam * torch.eye(d_mlp, dtype=torch.float64) + keys @ keys.T
@@ -64,9 +64,9 @@ def test_an_edit_may_weigh_more_than_what_is_kept(seed, d_model, d_mlp, n, lam):
     for weight in (0.25, 1.0, 50.0):
         gram = lam * torch.eye(d_mlp, dtype=torch.float64) + weight * keys @ keys.T + kept @ kept.T
         expected = torch.linalg.solve(gram, (weight * residuals @ keys.T).T).T
-        found = closed_form(residuals, list(keys.split(1, dim=1)), lam, kept, weight)
+        found = LeastSquares(list(keys.split(1, dim=1)), lam, kept, weight).update(residuals)
         torch.testing.assert_close(found.dense(), expected, rtol=1e-6, atol=1e-8)
-        shares.append(float(LeastSquares([keys[:, :1]], lam, kept).rows(weight)[0] @ keys[:, 0]))
+        shares.append(float(LeastSquares([keys[:, :1]], lam, kept, weight).rows[0] @ keys[:, 0]))
     assert shares == sorted(shares) and shares[-1] <= 1 + 1e-9
     assert shares[0] < shares[-1]
 
@@ -82,7 +82,7 @@ def test_without_lambda_keys_get_their_values(seed, d_model, d_mlp):
     weight, values = (matrix(d_model, width, generator=chance) for width in (d_mlp, n))
     columns = list(keys.split(1, dim=1))
     for lam, tolerance in ((0.0, 1e-12), (1e-9, 1e-7)):
-        delta = closed_form(values - weight @ keys, columns, lam)
+        delta = LeastSquares(columns, lam).update(values - weight @ keys)
         off = (weight + delta.dense()) @ keys - values
         assert float(off.norm()) <= tolerance * float((values - weight @ keys).norm() + 1)
 
@@ -95,13 +95,13 @@ def test_kept_keys_are_keys_with_a_residual_of_zero(seed, lam):
     residuals = matrix(5, 3, generator=chance)
     columns = [*keys.split(1, dim=1), *kept.split(1, dim=1)]
     all_of_them = torch.cat([residuals, torch.zeros(5, 6, dtype=torch.float64)], dim=1)
-    expected = closed_form(all_of_them, columns, lam).dense()
-    found = closed_form(residuals, columns[:3], lam, kept)
+    expected = LeastSquares(columns, lam).update(all_of_them).dense()
+    found = LeastSquares(columns[:3], lam, kept).update(residuals)
     assert found.left.shape[1] == 3
     torch.testing.assert_close(found.dense(), expected)
     # Several keys of one edit get one residual, for the price of one rank.
-    together = closed_form(residuals[:, :2], [keys[:, :2], keys[:, 2:]], lam, kept)
-    repeated = closed_form(residuals[:, [0, 0, 1]], columns[:3], lam, kept)
+    together = LeastSquares([keys[:, :2], keys[:, 2:]], lam, kept).update(residuals[:, :2])
+    repeated = LeastSquares(columns[:3], lam, kept).update(residuals[:, [0, 0, 1]])
     assert together.left.shape[1] == 2
     torch.testing.assert_close(together.dense(), repeated.dense())
 
@@ -109,10 +109,10 @@ def test_kept_keys_are_keys_with_a_residual_of_zero(seed, lam):
 def test_keys_that_depend_on_each_other_need_lambda(seed: int) -> None:
     key = torch.randn(7, 1)
     with pytest.raises(ValueError, match=r"lam=0.*depend on each other"):
-        LeastSquares([key, torch.zeros(7, 1)], 0.0).rows()
+        _ = LeastSquares([key, torch.zeros(7, 1)], 0.0).rows
     with pytest.raises(ValueError, match="lam=-1"):
         LeastSquares([key], -1.0)
-    rows = LeastSquares([key, key], 1e-6).rows()
+    rows = LeastSquares([key, key], 1e-6).rows
     torch.testing.assert_close(rows.sum(dim=0) @ key, torch.ones(1))
 
 
@@ -288,7 +288,8 @@ def test_every_position_may_get_a_value_of_its_own(seed):
     edit = multedit(model, request, layer=layer, positions="all", steps=steps, lam=lam)
     update = edit.deltas[down_weight(layer)]
     assert update.left.shape[1] == len(prompt.positions)
-    value = value_of(model, part, layer, MultEditSettings(positions="all", steps=steps), part.kept)
+    system = LeastSquares(part.of_values, lam, part.kept)
+    value = value_of(model, part, system, layer, MultEditSettings(positions="all", steps=steps))
     # |K W - Z|^2 + lam |W|^2, where a kept key's value is zero, as one system of equations.
     keys = torch.cat([part.keys, part.kept], dim=1).T
     values = torch.nn.functional.pad(value.delta, (0, 0, 0, part.kept.shape[1]))
@@ -301,28 +302,57 @@ def test_every_position_may_get_a_value_of_its_own(seed):
     assert float((update.dense().T - wanted).norm()) <= bound
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_the_weight_is_doubled_until_the_edited_model_is_sure(seed: int, everywhere: bool) -> None:
-    """The first weight that is enough in a plain run of the edited model; else the best one."""
-    model = small_model(seed, n_layers=3).double()
-    request, *rest = different_requests(model, seed, 4)
-    kept = keys_of(model, [each.inputs for each in rest], 1, span=None)
-    options = {"layer": 1, "kept": kept, "steps": 3, "preserve": "nothing", "clamp": 3.0}
-    options |= {"positions": "all" if everywhere else "last", "weight": 0.01}
-    weights = [0.01 * 2**n for n in range(DOUBLINGS + 1)]
-    edits, found = [], []
-    for weight in weights:
-        edits.append(multedit(model, request, **{**options, "weight": weight}))
-        with edits[-1].applied(model), torch.no_grad():
-            found.append(float(model(request.inputs)[0, -1].softmax(-1)[request.target]))
-    for reach in (0.999 * max(found), (min(found) + max(found)) / 2, 1 - 1e-9):
-        enough = [n for n, each in enumerate(found) if each >= reach]
-        chosen = enough[0] if enough else found.index(max(found))
-        edit = multedit(model, request, reach=reach, **options)
-        assert edit.metadata["weight"] == weights[chosen]
-        update, expected = (e.deltas[down_weight(1)].dense() for e in (edit, edits[chosen]))
-        assert torch.equal(update, expected)
-    assert multedit(model, request, **options).metadata["weight"] == 0.01
+@pytest.mark.parametrize(
+    ("n_prompts", "options"),
+    [
+        (1, {"positions": "all", "preserve": "prompts"}),
+        (2, {"key": "mean", "preserve": "both"}),
+        (2, {"key": "each", "preserve": "nothing"}),
+    ],
+    ids=["all positions", "mean key", "each key"],
+)
+def test_a_search_through_the_update_finds_what_the_edited_model_gives(
+    seed: int, n_prompts: int, options: dict
+) -> None:
+    """Its probability is that of a plain run of the edited model, and so is its gradient."""
+    model = any_family(seed, n_layers=3).double()
+    layer = random.randrange(2)  # a key's value in the last one would reach no other position
+    request = request_for(model, seed, n_prompts=n_prompts, n_neighbours=1)
+    kept = keys_of(model, [small_inputs(model, seed + 50)], layer, span=None)
+    options = {**options, "steps": 4, "lam": 0.3, "weight": 2.0}
+    edit = multedit(model, request, layer=layer, kept=kept, through_update=True, **options)
+
+    def probability() -> float:
+        found = [model(each)[0, -1].softmax(-1)[request.target] for each in request.prompts]
+        return float(torch.stack(found).mean())
+
+    with torch.no_grad(), edit.applied(model):
+        assert edit.metadata["probability"] == [pytest.approx(probability(), rel=1e-6)]
+    plain = multedit(model, request, layer=layer, kept=kept, **options)
+    # The values at their keys alone give something else (where they reach the answer at all).
+    with torch.no_grad(), plain.applied(model):
+        assert not plain.deltas[down_weight(layer)].left.any() or plain.metadata["probability"] != [
+            pytest.approx(probability(), rel=1e-6)
+        ]
+
+    chosen = MultEditSettings(**options)
+    part = keyed(model, request, layer, chosen)
+    rows = LeastSquares(part.of_values, chosen.lam, kept, chosen.weight).rows
+    shares = [prompt.keys(layer).T @ rows.T for prompt in part.prompts]
+    size = torch.tensor(1.0, dtype=torch.float64)
+    start = torch.randn(len(rows), model.cfg.d_model, dtype=torch.float64)
+    branched, full = (start.clone().requires_grad_() for _ in range(2))
+    objective = value_objective(
+        part.prompts, "mlp_out", layer, ValueSettings(weight_decay=0.0), [], size, shares
+    )
+    [gradient] = torch.autograd.grad(objective(branched)[0], [branched])
+    losses = []
+    for prompt, share in zip(part.prompts, shares, strict=True):
+        everywhere = Intervention("mlp_out", layer, None, add(share @ full))
+        logits = model.run_with_hooks(prompt.recording.inputs, fwd_hooks=everywhere.fwd_hooks())
+        losses.append(-logits[0, prompt.answer.positions].log_softmax(-1)[0, request.target])
+    [wanted] = torch.autograd.grad(torch.stack(losses).mean(), [full])
+    assert float((gradient - wanted).norm()) <= 1e-9 * max(1.0, float(wanted.norm()))
 
 
 def test_values_everywhere_are_of_one_prompt(seed: int) -> None:
@@ -360,8 +390,9 @@ def test_every_position_gets_its_share_of_delta(seed):
         assert torch.equal(weight, before[name])
     chosen = MultEditSettings(**options)
     part = keyed(model, request, layer, chosen)
-    value = value_of(model, part, layer, chosen, part.kept)
-    [row] = LeastSquares([part.keys], chosen.lam, part.kept).rows()
+    system = LeastSquares([part.keys], chosen.lam, part.kept)
+    value = value_of(model, part, system, layer, chosen)
+    [row] = system.rows
     for inputs in (*request.prompts, *request.neighbours):
         _, cache = model.run_with_cache(inputs, names_filter=names(layer)[:1])
         shares = cache[names(layer)[0]][0] @ row
@@ -521,7 +552,7 @@ def test_what_cannot_be_edited_is_said(seed: int) -> None:
         multedit(model, request, layer=3)
     with pytest.raises(TypeError, match="momentum"):
         multedit(model, request, layer=0, momentum=0.9)
-    for wrong in ({"lam": -1.0}, {"steps": 0}, {"lr": 0.0}, {"clamp": 0.0}, {"reach": 1.0}):
+    for wrong in ({"lam": -1.0}, {"steps": 0}, {"lr": 0.0}, {"clamp": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             multedit(model, request, layer=0, **wrong)
     with pytest.raises(KeyError, match="no span is called 'subject'"):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,21 +18,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmlens.attribution.where import layers_of
-from mmlens.editing.edit import Edit, LowRank
+from mmlens.editing.edit import Edit
 from mmlens.editing.request import EditRequest, as_requests, how_made
 from mmlens.editing.solve import LeastSquares, unlike
 from mmlens.editing.value import (
     KeyPrompt,
     Neighbour,
+    Shares,
     Value,
     ValueSettings,
     find_value,
     record_neighbours,
     record_prompts,
 )
-from mmlens.hooks import add
 from mmlens.inputs import MultimodalInputs
-from mmlens.interventions import Intervention, hook_name
+from mmlens.interventions import hook_name
 from mmlens.layout import check_one_prompt
 
 if TYPE_CHECKING:
@@ -43,9 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["MultEditSettings", "keys_of", "multedit", "multedit_many"]
 
 Keys = Float[Tensor, "d_mlp _"]
-
-DOUBLINGS = 6
-"""Of `weight`, where an edit is to reach a probability."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,10 @@ class MultEditSettings(ValueSettings):
     weight: float = 1.0
     """Of an edited key beside a kept one. Where they are much alike, the edit's value is a
     compromise of both; the larger this is, the more of it the edit gets, and the others as well."""
-    reach: float = 0.0
-    """Probability that the edited weight (not only the value added) is to give the target: `weight`
-    is doubled until it does, at most `DOUBLINGS` times. With 0 it stays as given."""
+    through_update: bool = False
+    """Whether the search adds what the solved weight will add to every position, instead of the
+    values at their keys: then what it finds is what the edited model gives. A step computes the
+    whole prompt."""
     positions: Literal["last", "all"] = "last"
     """Where the keys are: at the last token of the request's span, as in the paper; or at every
     position of its only prompt but BOS, each with a value of its own: what has to be added is then
@@ -76,8 +73,6 @@ class MultEditSettings(ValueSettings):
             raise ValueError(f"lam={self.lam}; it is 0 or more")
         if self.weight <= 0:
             raise ValueError(f"weight={self.weight}; it must be positive")
-        if not 0 <= self.reach < 1:
-            raise ValueError(f"reach={self.reach}; it is a probability below 1")
         if self.positions not in ("last", "all"):
             raise ValueError(f"positions={self.positions!r}; they are 'last' or 'all'")
         if self.key not in ("mean", "each"):
@@ -126,13 +121,16 @@ def multedit(
     edited = torch.cat([part.keys for part in each], dim=1)
     every = [part.kept for part in each] + ([] if kept is None else [kept.to(edited)])
     every_kept = unlike(torch.cat(every, dim=1), edited)
-    values = [value_of(model, part, layer, chosen, every_kept) for part in each]
-    delta, weight = solved(each, values, layer, chosen, every_kept)
+    systems = [LeastSquares(p.of_values, chosen.lam, every_kept, chosen.weight) for p in each]
+    values = [value_of(model, *pair, layer, chosen) for pair in zip(each, systems, strict=True)]
+    if len(each) > 1:
+        keys = [key for part in each for key in part.of_values]
+        systems = [LeastSquares(keys, chosen.lam, every_kept, chosen.weight)]
+    delta = systems[0].update(torch.cat([value.delta for value in values]).T)
     return Edit.of(
         model,
         {down_weight(layer): delta},
         **how_made("multedit", requests, layer, asdict(chosen)),
-        weight=weight,
         probability=[value.probability for value in values],
         steps=[value.steps for value in values],
     )
@@ -234,19 +232,6 @@ class Keyed:
         several = len(self.prompts[0].positions) > 1
         return list(self.keys.split(1, dim=1)) if several else [self.keys]
 
-    @torch.no_grad()
-    def probability(self, delta: LowRank, layer: int) -> float:
-        """Of the target with the edited weight, mean over the prompts; a branch of each."""
-        found = []
-        for prompt in self.prompts:
-            keys = prompt.keys(layer).T.to(delta.right)
-            change = Intervention("mlp_out", layer, None, add(keys @ delta.right.T @ delta.left.T))
-            answer = prompt.answer
-            found.append(
-                prompt.recording.run([[change]], answer.probability, positions=answer.positions)
-            )
-        return float(torch.stack(found).mean())
-
 
 def keyed(
     model: HookedMultimodalTransformer,
@@ -283,45 +268,26 @@ def keyed(
     return Keyed(prompts, neighbours, edited, unlike(torch.cat(kept, dim=1), keys))
 
 
-def solved(
-    parts: Sequence[Keyed],
-    values: Sequence[Value],
-    layer: int,
-    settings: MultEditSettings,
-    kept: Keys,
-) -> tuple[LowRank, float]:
-    """The update, and the weight of edited keys: the first with which every target is probable.
-
-    Where none is enough, the one with which the least probable target is the most probable.
-    """
-    residuals = torch.cat([value.delta for value in values]).T
-    system = LeastSquares([key for part in parts for key in part.of_values], settings.lam, kept)
-    tried: list[tuple[float, LowRank, float]] = []
-    for doubling in range(1 + DOUBLINGS * (settings.reach > 0)):
-        weight = settings.weight * 2**doubling
-        delta = system.update(residuals, weight)
-        if not settings.reach:
-            return delta, weight
-        least = min(part.probability(delta, layer) for part in parts)
-        if least >= settings.reach:
-            return delta, weight
-        tried.append((least, delta, weight))
-    _, delta, weight = max(tried, key=itemgetter(0))
-    return delta, weight
-
-
 def value_of(
     model: HookedMultimodalTransformer,
     part: Keyed,
+    system: LeastSquares,
     layer: int,
     settings: MultEditSettings,
-    kept: Keys,
 ) -> Value:
-    """The value of a request's key; neighbours get of it what the edit alone would give them."""
-    neighbours = []
+    """The values of a request's keys.
+
+    Args:
+        system: of the request alone: what it gives to its prompts and neighbours counts.
+    """
+    neighbours: list[Neighbour] = []
+    shares = None
+
+    def shares_of(recording: Recording) -> Shares:
+        return recording.cache[hook_name("post", layer)][0].to(system.rows) @ system.rows.T
+
     if settings.kl_weight:
-        rows = LeastSquares(part.of_values, settings.lam, kept).rows(settings.weight)
-        for recording in part.neighbours:
-            keys = recording.cache[hook_name("post", layer)][0]
-            neighbours.append(Neighbour(recording, keys.to(rows) @ rows.T))
-    return find_value(model, part.prompts, "mlp_out", layer, settings, neighbours)
+        neighbours = [Neighbour(each, shares_of(each)) for each in part.neighbours]
+    if settings.through_update:
+        shares = [shares_of(prompt.recording) for prompt in part.prompts]
+    return find_value(model, part.prompts, "mlp_out", layer, settings, neighbours, shares)

@@ -83,12 +83,16 @@ class KeyPrompt:
         return self.recording.cache[hook_name(site, layer)][0, self.positions]
 
 
+Shares = Float[Tensor, "_ key"]
+"""How much of each delta the positions of a prompt get from the solved update."""
+
+
 @dataclass(frozen=True, eq=False)
 class Neighbour:
-    """A prompt that is to keep its next token, and how much of each delta its positions get."""
+    """A prompt that is to keep its next token."""
 
     recording: Recording
-    shares: Float[Tensor, "pos key"]
+    shares: Shares
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +153,7 @@ def find_value(
     layer: int,
     settings: ValueSettings,
     neighbours: Sequence[Neighbour] = (),
+    shares: Sequence[Shares] | None = None,
 ) -> Value:
     """Optimise what is added at `site` of a layer, at the keys of every prompt.
 
@@ -156,11 +161,12 @@ def find_value(
         prompts: with as many keys each; they share the values.
         site: "mlp_out" or "resid_post".
         neighbours: of which the divergence counts, where `settings.kl_weight` is not zero.
+        shares: for each prompt, what is added instead: at every position, its shares of the values.
     """
     z0 = torch.stack([prompt.at_positions(site, layer) for prompt in prompts])
     z0 = z0.to(torch.promote_types(z0.dtype, torch.float32))
     size = z0.norm(dim=-1).mean().clamp(min=torch.finfo(z0.dtype).tiny)
-    objective = value_objective(prompts, site, layer, settings, neighbours, size)
+    objective = value_objective(prompts, site, layer, settings, neighbours, size, shares)
     limit = None if settings.clamp is None else settings.clamp * size
     delta = torch.zeros_like(z0[0], requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=settings.lr / len(delta) ** 0.5)
@@ -186,19 +192,24 @@ def value_objective(
     settings: ValueSettings,
     neighbours: Sequence[Neighbour],
     size: Float[Tensor, ""],
+    shares: Sequence[Shares] | None = None,
 ) -> Objective:
     """From delta to the loss, and the target's mean probability.
 
     Args:
         size: |z0|, mean over the keys, in whose units the weight decay is.
+        shares: as in `find_value`.
     """
     with torch.no_grad():
         before = [last_log_softmax(each.recording.logits())[0] for each in neighbours]
 
     def objective(delta: Float[Tensor, "key d_model"]) -> tuple[Float[Tensor, ""], float]:
         found = []
-        for prompt in prompts:
-            branch = [Intervention(site, layer, prompt.positions, add(delta))]
+        for index, prompt in enumerate(prompts):
+            if shares is None:
+                branch = [Intervention(site, layer, prompt.positions, add(delta))]
+            else:
+                branch = [moved(shares[index], site, layer, delta)]
             logits = prompt.answer.log_probability
             found.append(prompt.recording.run([branch], logits, positions=prompt.answer.positions))
         log_probability = torch.stack(found)
@@ -207,7 +218,8 @@ def value_objective(
             loss = loss + settings.weight_decay * delta.norm(dim=-1).sum() / size**2
         if settings.kl_weight:
             for each, expected in zip(neighbours, before, strict=True):
-                after = each.recording.run([moved(each, site, layer, delta)], last_log_softmax)
+                branch = [moved(each.shares, site, layer, delta)]
+                after = each.recording.run([branch], last_log_softmax)
                 divergence = (expected.exp() * (expected - after[0, 0])).nan_to_num().sum()
                 loss = loss + settings.kl_weight * divergence / len(neighbours)
         return loss, float(log_probability.detach().exp().mean())
@@ -215,9 +227,9 @@ def value_objective(
     return objective
 
 
-def moved(neighbour: Neighbour, site: str, layer: int, delta: Tensor) -> list[Intervention]:
-    """What the edit does to a neighbour: every position gets its shares of delta."""
-    return [Intervention(site, layer, None, add(neighbour.shares @ delta))]
+def moved(shares: Shares, site: str, layer: int, delta: Tensor) -> Intervention:
+    """What the edit does to a prompt: every position gets its shares of delta."""
+    return Intervention(site, layer, None, add(shares @ delta))
 
 
 def last_log_softmax(logits: Float[Tensor, "row 1 d_vocab"]) -> Float[Tensor, "row d_vocab"]:
