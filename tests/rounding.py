@@ -45,7 +45,7 @@ def rounded_otherwise(model: Module) -> Module:
 
 def largest(differences: Tensor) -> float:
     """The largest size; infinite where something is no number."""
-    return float(differences.abs().max().nan_to_num(nan=torch.inf))
+    return float(differences.detach().abs().max().nan_to_num(nan=torch.inf))
 
 
 def assert_same(ours: Tensors, theirs: Tensors, again: Callable[[], Tensors]) -> None:
