@@ -85,7 +85,8 @@ class WindowComparison:
     high: float
     """Ends of the difference's bootstrap interval."""
     p_value: float
-    """Of a paired permutation test of "the first is larger"; see `mmlens.resampling`."""
+    """Of a paired permutation test of "the first is larger"; see `mmlens.resampling`. Like the
+    interval it is NaN where there is one cluster only."""
     n_questions: int
 
 

@@ -27,7 +27,7 @@ from random_models import (
     random_llava,
     random_prompts,
 )
-from rounding import DRAWS, TOLERANCE, assert_same, rounded_otherwise
+from rounding import TOLERANCE, assert_rounding, assert_same, rounded_otherwise
 from torch import Tensor, nn
 
 from mmlens.config import MultimodalConfig
@@ -81,15 +81,10 @@ def compare_everything(hf: nn.Module, model: Any, prompts: Prompts) -> None:
         name: difference(name, ours[name], theirs[name], prompts, model.cfg)
         for name in [*sorted(names), "logits", "fused logits"]
     }
-    wrong = {name: value for name, value in differences.items() if not value < TOLERANCE}
-    if wrong:
-        draws = [
-            moved_by_rounding(hf, prompts, ours, theirs, tower_layers, model.cfg)
-            for _ in range(DRAWS)
-        ]
-        moved = {name: max(draw[name] for draw in draws) for name in wrong}
-        wrong = {name: value for name, value in wrong.items() if not value < 4 * moved[name]}
-    assert not wrong
+    assert_rounding(
+        differences,
+        lambda: moved_by_rounding(hf, prompts, ours, theirs, tower_layers, model.cfg),
+    )
     for layer in range(model.cfg.n_layers):
         there = output.hidden_states[layer][prompts.real]
         assert torch.equal(theirs[f"blocks.{layer}.hook_resid_pre"][prompts.real], there)
