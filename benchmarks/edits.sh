@@ -1,30 +1,46 @@
 #!/usr/bin/env bash
 # The comparison of editing methods on the demo model, as docs/editing.md reports it: hours on two
 # cores. What is there already is kept, so it can be stopped and started again; two of them, with
-# other --methods and OMP_NUM_THREADS=1, do it in half the time.
+# other METHODS and OMP_NUM_THREADS=1, do it in half the time.
 #
-#     benchmarks/edits.sh [correct|invented|counterfactual] [further options of mmlens edit-bench]
+#     [METHODS=multedit@17,...] benchmarks/edits.sh [correct|invented|counterfactual] [options]
+#
+# What follows the kind are further options of mmlens edit-bench.
 set -euo pipefail
 kind="${1:-correct}"
 shift || true
 cd "$(dirname "$0")/.."
+
+every=multedit-all@17,multedit@17,rome@17,memit@15-17
+every+=,constrained_fine_tune@17,fine_tune@17,lora@all,fine_tune@all
+methods="${METHODS:-$every}"
 
 # ROME and MEMIT want text for the covariance of their keys; this is what a checkout holds.
 texts=docs/results/edit-bench/texts.txt
 mkdir -p "$(dirname "$texts")"
 [ -s "$texts" ] || cat LICENSE README.md docs/*.md > "$texts"
 
-settings=(--set multedit-all.through_update=true --set multedit-all.lr=1)
-settings+=(--set multedit-all.steps=60 --set multedit-all.weight=1)
+settings=()
+# A setting of a method that is not run is an error of mmlens edit-bench's.
+setting() {
+    if [[ ",$methods" =~ ,"${1%%.*}"[@-] ]]; then settings+=(--set "$1"); fi
+}
+setting multedit-all.through_update=true
+setting multedit-all.lr=1
+setting multedit-all.steps=60
+setting multedit-all.weight=1
 if [ "$kind" = invented ]; then
     # Of a word that nobody knows nothing says where it ends, and it takes more to have it said.
-    settings+=(--target-end . --set multedit.through_update=true --set multedit.lr=1)
-    settings+=(--set multedit.steps=60 --set constrained_fine_tune.bound=0.003)
+    settings+=(--target-end .)
+    setting multedit.through_update=true
+    setting multedit.lr=1
+    setting multedit.steps=60
+    setting constrained_fine_tune.bound=0.003
 else
-    settings+=(--set multedit.weight=30)
+    setting multedit.weight=30
 fi
 
 exec "${MMLENS:-.venv/bin/mmlens}" edit-bench --data "demo:$kind" --texts "$texts" \
-    --methods multedit-all@17,multedit@17,rome@17,memit@15-17,constrained_fine_tune@17,fine_tune@17,lora@all,fine_tune@all \
-    "${settings[@]}" --preserved demo --n-preserved 300 --n-preserved-whole 30 \
+    --methods "$methods" "${settings[@]}" \
+    --preserved demo --n-preserved 300 --n-preserved-whole 30 \
     --unrelated demo --n-unrelated 6 --out "docs/results/edit-bench/$kind" "$@"
