@@ -35,9 +35,17 @@ SITES = ("resid_post", "attn_out", "mlp_out")
 WINDOWS = (1, 3, 5, 6)
 QUESTIONS = 9464
 
+# Rates for an estimate. No H100 was there: how much of its published peak PyTorch reaches is what
+# torchtitan's authors measured (benchmarks/llama3_h100_202412_torchtitan.md of pytorch/torchtitan:
+# Llama 3.1 8B, bfloat16, training without torch.compile). The other two are ours, from CPUs.
+PEAK = 989e12  # operations per second, dense bfloat16, H100 SXM
+SHARE_OF_PEAK = 0.33
+TIME_TO_COUNT = 1.24  # the largest of growth.py: a trace's time to what counting gives
+SWEEP_TO_TRACES = 1.24  # of this script, in one process
+
 
 def counted() -> str:
-    """Token-passes (one token through all layers) of a question, and floating point operations."""
+    """Token-passes (one token through all layers) of a question, operations, and an estimate."""
     positions = 0  # of one layer each
     for width in WINDOWS:
         for centre in range(N_LAYERS):
@@ -55,6 +63,8 @@ def counted() -> str:
     n_cells = len(WINDOWS) * len(SITES) * len(SUFFIXES) * N_LAYERS
     weights = N_LAYERS * (4 * D_MODEL**2 + 3 * D_MODEL * D_MLP)
     operations = 2 * weights + 4 * N_LAYERS * D_MODEL * N_POS
+    rate = SHARE_OF_PEAK * PEAK / operations
+    hours = QUESTIONS * passes / rate * TIME_TO_COUNT * SWEEP_TO_TRACES / 3600
     lines = [
         f"cells of a question: {n_cells}, {cells:,.0f} token-passes",
         f"recordings of a question: {recordings} token-passes",
@@ -63,6 +73,8 @@ def counted() -> str:
         f"by whole passes: {(n_cells + 2) * N_POS:,} token-passes",
         f"{QUESTIONS:,} questions: {QUESTIONS * passes:,.0f} token-passes, "
         f"{QUESTIONS * passes * operations:.3g} operations",
+        f"at {rate:,.0f} token-passes per second, times {TIME_TO_COUNT} and {SWEEP_TO_TRACES}: "
+        f"{hours:.2f} hours on one GPU, {60 * hours / 8:.1f} minutes on eight",
     ]
     return "\n".join(lines)
 
