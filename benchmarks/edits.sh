@@ -23,7 +23,7 @@ mkdir -p "$(dirname "$texts")"
 settings=()
 # A setting of a method that is not run is an error of mmlens edit-bench's.
 setting() {
-    if [[ ",$methods" =~ ,"${1%%.*}"[@-] ]]; then settings+=(--set "$1"); fi
+    if [[ ",$methods" =~ ,"${1%%.*}"([@,-]|$) ]]; then settings+=(--set "$1"); fi
 }
 setting multedit-all.through_update=true
 setting multedit-all.lr=1
