@@ -1,5 +1,8 @@
 """Models and prompts to measure with: the demo's, or a published model's shape with random weights.
 
+Where the weights of all layers don't fit into memory (LLaVA-1.5-7B's in float32 are 28 GB), layers
+share the weights of the first ones, again and again: what is computed, and its cost, are the same.
+
 What is wrapped by others (`decoder(case)`) are transformers' own modules whose parameters are views
 of mmlens's: the weights are the same, and in memory once.
 """
@@ -27,6 +30,7 @@ from mmlens.checkpoints.hf_configs import decoder_fields, vision_config
 from mmlens.checkpoints.names import decoder_names
 from mmlens.config import MultimodalConfig, ProjectorConfig, VisionConfig
 from mmlens.demo.language_model import language_model_folder
+from mmlens.passes import free_memory
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Case:
     corrupted: MultimodalInputs
     constraint: tuple[int, ...]
     """Positions of the swapped words."""
+    n_distinct_layers: int | None = None
+    """How many layers have weights of their own; None: all."""
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +64,7 @@ class Case:
             lm = AutoModelForCausalLM.from_config(
                 self.hf_config, dtype=self.model.cfg.dtype, attn_implementation="sdpa"
             )
-        ours = dict(self.model.named_parameters())
+        ours = dict(self.model.named_parameters(remove_duplicate=False))
         for name, slot in decoder_names(self.model.cfg).items():
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(slot.of(ours).detach(), requires_grad=False)
@@ -89,6 +95,26 @@ def random_weights(model: HookedMultimodalTransformer) -> HookedMultimodalTransf
     return model.requires_grad_(False)
 
 
+def share_layers(model: HookedMultimodalTransformer) -> int | None:
+    """Let later layers share the weights of the first ones, where not all fit into memory.
+
+    Half of the free memory is left to activations.
+
+    Returns:
+        How many layers have weights of their own; None: all.
+    """
+    n_layers, size = len(model.blocks), sum(p.nbytes for p in model.parameters())
+    layer = sum(p.nbytes for p in model.blocks[0].parameters())
+    n = n_layers
+    while n > 1 and size - (n_layers - n) * layer > free_memory(model.device) / 2:
+        n //= 2
+    for index in range(n, n_layers):
+        for name, shared in model.blocks[index % n].named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.blocks[index].get_submodule(owner), leaf, shared)
+    return n if n < n_layers else None
+
+
 def random_case(
     name: str,
     hf_config: Any,
@@ -114,6 +140,7 @@ def random_case(
     model = model.to_empty(device=device)
     if cfg.tie_word_embeddings:  # each of the two has been allocated
         model.unembed.weight = model.embed.W_E
+    n_distinct_layers = share_layers(model)
     model = random_weights(model)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(5, 20_000, (before + suffix,), generator=generator)
@@ -125,7 +152,8 @@ def random_case(
     constraint = tuple(range(start, min(start + 2, clean.n_pos)))
     changed = clean.tokens.clone()
     changed[0, list(constraint)] += 7
-    return Case(name, model, hf_config, clean, replace(clean, tokens=changed), constraint)
+    corrupted = replace(clean, tokens=changed)
+    return Case(name, model, hf_config, clean, corrupted, constraint, n_distinct_layers)
 
 
 def demo(device: torch.device, dtype: torch.dtype, **_: Any) -> Case:

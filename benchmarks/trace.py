@@ -2,8 +2,8 @@
 
     python benchmarks/trace.py --shape smollm2            # one position, three sites, all layers
     python benchmarks/trace.py --shape smollm2 --map      # every text position, two sites
-    python benchmarks/trace.py --shape llava-7b [--map]   # on a GPU: bfloat16, random weights
-    python benchmarks/trace.py --shape bunny-3b [--map]
+    python benchmarks/trace.py --shape llava-7b [--map]   # random weights; on a GPU in bfloat16
+    python benchmarks/trace.py --shape bunny-3b [--map]   # too slow? --batch 2 --repeats 1
 
 Times are also given as forward-pass equivalents: time / time of one Hugging Face SDPA forward of
 the same prompt through the decoder, measured between the programs of the same run, the fastest
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measuring import machine, median_seconds, megabytes, seconds, table, write
+from measuring import machine, megabytes, seconds, table, write
 from plotly import graph_objects as go
 from shapes import SHAPES, Case, build
 from tracers import Batched, Branch, Bridge, ByHand, Cell, Naive, NNsightTracer, Released
@@ -88,18 +88,19 @@ def measure(
 
 
 @torch.no_grad()
-def units(case: Case) -> tuple[float, float]:
-    """Seconds of one Hugging Face forward: plain, and with logits at the last position only."""
+def units(case: Case, repeats: int) -> tuple[float, float]:
+    """Seconds of one Hugging Face forward: plain, and with logits at the last position only.
+
+    In turns, the fastest of each.
+    """
     lm, entering = case.decoder(), case.embeddings(case.clean)
-    times = median_seconds(
-        {
-            "plain": lambda: lm(inputs_embeds=entering, use_cache=False),
-            "last": lambda: lm(inputs_embeds=entering, use_cache=False, logits_to_keep=1),
-        },
-        case.device,
-        repeats=3,
-    )
-    return times["plain"], times["last"]
+    options = {"inputs_embeds": entering, "use_cache": False}
+
+    def took(**more: int) -> float:
+        return seconds(lambda: lm(**options, **more), case.device)[0]
+
+    times = [(took(), took(logits_to_keep=1)) for _ in range(repeats)]
+    return min(plain for plain, _ in times), min(last for _, last in times)
 
 
 def cells_of(case: Case, is_map: bool) -> tuple[list[str], list[int]]:
@@ -115,7 +116,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="demo")
     parser.add_argument("--map", action="store_true", help="every text position, two sites")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds for one program")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of branching")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of branching and of the unit")
+    parser.add_argument("--batch", type=int, default=64, help="rows of the batched program")
     options = parser.parse_args()
     case = build(options.shape)
     sites, positions = cells_of(case, options.map)
@@ -124,12 +126,13 @@ def main() -> None:
     random.Random(0).shuffle(cells)
     with torch.no_grad():
         answer = int(case.model(case.clean)[0, -1].argmax())
-    (plain, last), measured = units(case), []
+    Batched.size = options.batch
+    (plain, last), measured = units(case, options.repeats), []
     for program in MAP_PROGRAMS if options.map else PROGRAMS:
         run = program(case, sites, answer)
         measured.append(measure(run, cells, device, options.budget, options.repeats))
         print(f"{measured[-1].name}: {measured[-1].seconds:.1f} s", flush=True)
-        plain, last = map(min, (plain, last), units(case))
+        plain, last = map(min, (plain, last), units(case, options.repeats))
     kind = "map" if options.map else "one position"
     text = report(case, kind, sites, positions, measured, plain, last)
     name = f"trace-{options.shape}-{kind.replace(' ', '-')}-{device.type}"
@@ -173,16 +176,18 @@ def report(
         "cells measured",
         "largest difference",
     ]
-    cfg = case.model.cfg
+    cfg, distinct = case.model.cfg, case.n_distinct_layers
+    sharing = f" (memory holds the weights of {distinct}, which they share)" if distinct else ""
     return (
         f"# A causal trace, {kind}: {case.name}\n\n"
         f"{machine(case.device)}; {str(cfg.dtype).removeprefix('torch.')}.\n\n"
         f"{case.clean.n_pos} positions, of which {int(case.clean.is_image.sum())} visual; "
         f"{len(positions)} traced, from {positions[0]} on; sites {', '.join(sites)}; "
-        f"{cfg.n_layers} layers: {lines[0].n_cells} cells. One Hugging Face SDPA forward of the "
-        f"decoder takes {plain * 1e3:.1f} ms, {last * 1e3:.1f} ms with logits at the last position "
-        "only. Memory is what is held above the weights and the "
-        "prompts' embeddings. Differences are between probabilities of the answer, over the cells "
+        f"{cfg.n_layers} layers{sharing}: {lines[0].n_cells} cells. "
+        f"One Hugging Face SDPA forward of the decoder takes {plain * 1e3:,.1f} ms, "
+        f"{last * 1e3:,.1f} ms with logits at the last position only. Memory is what is held above "
+        "the weights and the prompts' embeddings. "
+        "Differences are between probabilities of the answer, over the cells "
         f"that were measured by hand as well.\n\n{table(header, rows)}\n"
     )
 
