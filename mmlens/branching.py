@@ -105,6 +105,7 @@ class Recording:
         known: Pictures | None = None,
     ) -> Recording:
         """Run the model once, and keep; pictures among the `known` ones are not encoded."""
+        inputs = model.to_inputs(inputs)
         cache, caching, _ = model.get_caching_hooks(names)
         with model.hooks(fwd_hooks=caching):
             pictures = Pictures.encoded(model, inputs, known)
@@ -125,6 +126,7 @@ class Recording:
         Raises:
             ValueError: inputs that are no single prompts without noise, or as `collate`.
         """
+        inputs = [model.to_inputs(each) for each in inputs]
         for each in inputs:
             check_one_prompt(len(each), "Recording.of_each")
             if each.noise is not None:

@@ -141,6 +141,7 @@ def noise_span(
     Example:
         >>> corrupted = noise_span(model, inputs, ["constraint", "image"], samples=5)
     """
+    inputs = model.to_inputs(inputs)
     check_one_prompt(len(inputs), "noise_span")
     check_no_noise(inputs)
     check_samples(samples)
@@ -183,6 +184,7 @@ def swap_image(
         >>> corrupted = swap_image(model, clean, "another_flag.png")
     """
     chosen = chosen_images(inputs, which, "swap_image")
+    inputs = model.to_inputs(inputs)
     if model.image_processor is None:
         raise ValueError("the model has no image processor, so it cannot take another picture")
     picture = load_image(image)
@@ -275,6 +277,7 @@ def noise_image(
     Raises:
         ValueError: a batch, inputs without pictures or with noise already, no samples.
     """
+    inputs = model.to_inputs(inputs)
     chosen = chosen_images(inputs, which, "noise_image")
     check_samples(samples)
     clean = as_pixels(inputs)
@@ -299,6 +302,7 @@ def edit_images(
     name: str,
 ) -> MultimodalInputs:
     """Edit pixels, or visual tokens on their grid: both are maps [image, channel, row, column]."""
+    inputs = model.to_inputs(inputs)
     chosen = chosen_images(inputs, which, name)
     if level == "pixels":
         pixels = as_pixels(inputs).clone()

@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 from mmlens.layout import (
     PAD_LABEL,
     appended_strings,
+    check_devices,
     check_grid,
     check_images,
     check_mask,
@@ -67,7 +68,8 @@ class MultimodalInputs:
 
     Raises:
         ValueError: image tokens without pixels, pixels without image tokens, numbers that differ,
-            padding that is not on the left, spans outside of the tokens, fields of wrong length.
+            padding that is not on the left, spans outside of the tokens, fields of wrong length,
+            tensors on several devices.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -99,20 +101,22 @@ class MultimodalInputs:
     """The pictures as they were given, for overlays; in the order of `pixel_values`."""
 
     def __post_init__(self) -> None:
-        check_mask(self.tokens, self.attention_mask)
+        mask, pixels, noise = self.attention_mask, self.pixel_values, self.noise
+        check_devices(self.tokens, attention_mask=mask, pixel_values=pixels, noise=noise)
+        check_mask(self.tokens, mask)
         check_images(
             self.tokens,
-            self.attention_mask,
-            None if self.pixel_values is None else self.pixel_values.shape[0],
+            mask,
+            None if pixels is None else pixels.shape[0],
             image_token_id=self.image_token_id,
             n_visual_tokens=self.n_visual_tokens,
         )
-        check_spans(self.spans, self.attention_mask)
+        check_spans(self.spans, mask)
         check_rows("texts", self.texts, len(self))
         check_rows("char_spans", self.char_spans, len(self))
         check_str_tokens(self.str_tokens, self.tokens)
-        check_noise(self.noise, self.tokens)
-        check_pictures(self.images, self.pixel_values)
+        check_noise(noise, self.tokens)
+        check_pictures(self.images, pixels)
         check_grid(self.grid_size, self.n_visual_tokens)
 
     def __len__(self) -> int:

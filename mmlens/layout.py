@@ -104,6 +104,16 @@ def check_one_prompt(n_rows: int, name: str) -> None:
         raise ValueError(f"{name} takes one prompt at a time; this batch has {n_rows}")
 
 
+def check_devices(tokens: Tensor, **others: Tensor | None) -> None:
+    """Raise a ValueError unless all are on the device of the tokens."""
+    for name, value in others.items():
+        if value is not None and value.device != tokens.device:
+            raise ValueError(
+                f"{name} is on {value.device}, the tokens on {tokens.device}: move it there with "
+                f"`.to({str(tokens.device)!r})` (`inputs.to(device)` moves everything)"
+            )
+
+
 def check_mask(tokens: Tensor, attention_mask: Tensor) -> None:
     """Raise a ValueError unless the mask fits the tokens and all padding is on the left."""
     if tokens.ndim != 2 or attention_mask.shape != tokens.shape:

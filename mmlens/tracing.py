@@ -202,6 +202,7 @@ def traced(
     began = time.perf_counter()
     if method not in METHODS:
         raise ValueError(f"method {method!r}; there are {', '.join(METHODS)}")
+    clean, corrupted = model.to_inputs(clean), model.to_inputs(corrupted)
     check_pair(clean, corrupted)
     centres = layer_centres(model, sites, layers)
     groups, labels = position_groups(model, clean, corrupted, sites, positions)

@@ -71,7 +71,7 @@ import plotly.express as px
 
 from mmlens.plots import Figure
 
-figure = Figure(px.line(found.T.numpy(), labels={"index": "layer", "value": "P(answer)"}))
+figure = Figure(px.line(found.T.cpu(), labels={"index": "layer", "value": "P(answer)"}))
 for line, angle in zip(figure.data, angles, strict=True):
     line.name = f"turned by {angle}"
 figure.update_layout(legend_title="")
