@@ -32,7 +32,7 @@ class Answer:
         """Its logarithm, in float32 or wider."""
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_probs = wide.log_softmax(dim=-1)
-        index = self.tokens[None, :, None].expand(len(logits), -1, 1)
+        index = self.tokens.to(logits.device)[None, :, None].expand(len(logits), -1, 1)
         return log_probs.gather(-1, index).sum(dim=(1, 2))
 
 

@@ -197,4 +197,6 @@ class FoldedFinalNorm:
 
     def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
         """The model's own, times the final norm's weights."""
-        return self._model.tokens_to_residual_directions(tokens) * self._model.ln_final.w
+        directions = self._model.tokens_to_residual_directions(tokens)
+        folded = directions * self._model.ln_final.w.to(directions.device)
+        return folded.to(self._model.device)  # where the activations of a spread model are

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmlens.hook_points import ActivationCache, HookPoint
+from mmlens.transfer import to_device
 
 Activation = Float[Tensor, "*shape"]
 Positions = Int[Tensor, " n"]
@@ -62,7 +63,7 @@ def restore(cache: ActivationCache | Mapping[str, Tensor]) -> HookFunction:
     ) -> Activation:
         source = cache[str(hook.name)]
         if source.ndim == activation.ndim and positions is not None:
-            source = source.index_select(position_axis(str(hook.name)), positions.to(source.device))
+            source = at_positions(source, position_axis(str(hook.name)), positions)
         if source.ndim != activation.ndim or source.shape[1:] != activation.shape[1:]:
             raise ValueError(
                 f"{hook.name}: cannot restore {tuple(source.shape)} in {tuple(activation.shape)}; "
@@ -164,7 +165,7 @@ def knockout(sources: Positions | Sequence[int] | int) -> HookFunction:
         if len(keys) and not 0 <= int(keys.min()) <= int(keys.max()) < n_keys:
             raise ValueError(f"{name}: keys {keys.tolist()} are not among 0 ... {n_keys - 1}")
         value = -torch.inf if name.endswith("hook_attn_scores") else 0.0
-        return activation.index_fill(-1, keys.to(activation.device), value)
+        return activation.index_fill(-1, to_device(keys, activation.device), value)
 
     return knocked_out
 
@@ -176,8 +177,33 @@ def keep_masked(before: Tensor, after: Tensor, hook: HookPoint) -> Tensor:
     return after.masked_fill(before.isneginf(), -torch.inf)
 
 
+def stretch(positions: Positions) -> tuple[int, int] | None:
+    """The first position and their number, where they follow one another; else None."""
+    each = positions.tolist()
+    if not each or each != list(range(each[0], each[0] + len(each))):
+        return None
+    return each[0], len(each)
+
+
+def at_positions(
+    activation: Activation, axis: int, positions: Positions
+) -> Float[Tensor, "*selected"]:
+    """The activation at some positions; a view of it where they follow one another.
+
+    An index has to be moved to the GPU, and Python waits for that, at every cell of a trace.
+    """
+    found = stretch(positions)
+    if found is not None and sum(found) <= activation.shape[axis]:
+        return activation.narrow(axis, *found)
+    return activation.index_select(axis, to_device(positions, activation.device))
+
+
 def takes_positions(function: Any) -> bool:
     """Whether a hook function wants to know the positions of its slice."""
+    code = getattr(function, "__code__", None)
+    if code is not None and not hasattr(function, "__wrapped__"):
+        # The common case without `inspect`, which takes as long as an edit.
+        return "positions" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     try:
         return "positions" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # builtins have no signature

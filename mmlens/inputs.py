@@ -329,7 +329,7 @@ class MultimodalInputs:
             noise=None if self.noise is None else pad(self.noise, (0, 0, 0, n)),
         )
 
-    def to(self, device: torch.device | str) -> MultimodalInputs:
+    def to(self, device: torch.device | str | int) -> MultimodalInputs:
         """The same inputs on another device."""
         return replace(
             self,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmlens.hook_points import HookPoint
-from mmlens.hooks import HookFunction, position_axis, takes_positions
+from mmlens.hooks import HookFunction, position_axis, stretch, takes_positions
+from mmlens.transfer import to_device
 
 if TYPE_CHECKING:
     from mmlens.model import HookedMultimodalTransformer
@@ -83,6 +84,7 @@ def hook_name(site: str, layer: int | None = None) -> str:
     return f"{tower}blocks.{layer}.{module}hook_{short}"
 
 
+@cache
 def split_site(site: str) -> tuple[str, tuple[int, ...] | None]:
     """The name of a site and its units, where it has some in brackets.
 
@@ -231,6 +233,10 @@ class Intervention:
         return -1 if self.positions is None else max(self.positions.tolist(), default=-1)
 
     @cached_property
+    def _stretch(self) -> tuple[int, int] | None:
+        return None if self.positions is None else stretch(self.positions)
+
+    @cached_property
     def _options(self) -> dict[str, Any]:
         return {"positions": self.positions} if takes_positions(self.hook) else {}
 
@@ -251,7 +257,14 @@ class Intervention:
             )
         if self.first_position is None:
             return activation
-        index = (self.positions - first).to(activation.device)
+        if self._stretch is not None:
+            begin, n = self._stretch[0] - first, self._stretch[1]
+            # Copies: nothing may reach what others hold of this activation.
+            edited = self._edit_slice(activation.narrow(axis, begin, n).clone(), hook)
+            result = activation.clone()
+            result.narrow(axis, begin, n).copy_(edited)
+            return result
+        index = to_device(self.positions - first, activation.device)
         edited = self._edit_slice(activation.index_select(axis, index), hook)
         return activation.index_copy(axis, index, edited)
 

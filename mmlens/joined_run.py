@@ -21,6 +21,7 @@ from mmlens.components import Packing
 from mmlens.hook_points import HookPoint, has_listeners
 from mmlens.hooks import HookFunction, position_axis
 from mmlens.interventions import Intervention
+from mmlens.transfer import to_device
 
 if TYPE_CHECKING:
     from mmlens.branching import Recording
@@ -145,7 +146,8 @@ def run_joined(
             resid = model.blocks[layer](resid, keep=keep, cos_sin=cos_sin, cache=past, layer=layer)
         assert resid is not None
         ends = [offset - n_pos for offset in tails.offsets[1:]]
-        at = torch.tensor([end + position for end in ends for position in read]).to(resid.device)
+        at = torch.tensor([end + position for end in ends for position in read])
+        at = to_device(at, resid.device)
         norm = model.ln_final
         if has_listeners(norm.hook_scale, norm.hook_normalized):
             final = norm(resid)[:, at]  # interventions on it count positions

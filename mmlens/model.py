@@ -341,11 +341,15 @@ class HookedMultimodalTransformer(HookedRootModule, WeightProperties, TokenMetho
         """Run the model and keep activations; arguments as in TransformerLens.
 
         `names_filter` is a name, a list of names or a predicate; None keeps everything but
-        `attn.hook_result`, which is kept where it is named.
+        `attn.hook_result`, which is kept where it is named. Activations of a model that is spread
+        over several GPUs are brought to its first, unless `device` says otherwise.
 
         Example:
             >>> logits, cache = model.run_with_cache(inputs, names_filter="blocks.3.hook_mlp_out")
         """
+        places = set(getattr(self, "hf_device_map", {}).values())  # accelerate's
+        if len(places) > 1 and return_cache_object:  # which adds up activations of all layers
+            kwargs.setdefault("device", self.device)
         out, stored = super().run_with_cache(
             *model_args, remove_batch_dim=remove_batch_dim, **kwargs
         )

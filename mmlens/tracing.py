@@ -212,8 +212,9 @@ def traced(
     names = {name for site in sites for each in windows[site] for name in hook_names(site, each)}
 
     def cells(cache: Mapping[str, Tensor]) -> list[list[Intervention]]:
+        put_back = restore(cache)
         return [
-            [Intervention(site, layers, group, restore(cache))]
+            [Intervention(site, layers, group, put_back)]
             for site in sites
             for group in groups
             for layers in windows[site]
@@ -368,8 +369,9 @@ class Naive:
     def read(self, inputs: MultimodalInputs, measure: Measure) -> Float[Tensor, "row measure"]:
         """What is measured of a run."""
         resid = self.model(inputs, stop_at_layer=self.model.cfg.n_layers)
-        normalized = self.model.ln_final(resid)[:, self.target.positions]
-        return measure(self.model.unembed(normalized))
+        normalized = self.model.ln_final(resid)
+        read = normalized[:, self.target.positions.to(normalized.device)]
+        return measure(self.model.unembed(read))
 
 
 METHODS: dict[str, type[Branching | Naive]] = {"branch": Branching, "naive": Naive}

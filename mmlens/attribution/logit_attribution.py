@@ -120,9 +120,10 @@ def direct_logit_attribution(
         for name, names, weights in what_is_added(model, direction, per_head)
     ]
     with model.hooks(fwd_hooks=[*hooks, ("ln_final.hook_scale", keep_scale)]):
-        logits = float32_or_wider(model(inputs)[0, where.to(model.device)]).cpu()
+        logits = float32_or_wider(model(inputs)[0, where.tolist()]).cpu()
     blocks: Any = model.blocks
-    carried = sum(float(float32_or_wider(block.attn.b_O) @ direction) for block in blocks)
+    biases = [float32_or_wider(block.attn.b_O) for block in blocks]
+    carried = sum(float(bias @ direction.to(bias.device)) for bias in biases)
     rest = constant + (carried if per_head else 0.0) / scale[0]
     names = token_names(model, ids)
     labels = inputs.labels()
@@ -149,10 +150,11 @@ def reading_direction(
     Args:
         ids: the token, and maybe one whose logit is subtracted.
     """
-    signs = torch.tensor([1.0, -1.0][: len(ids)], device=model.device)
+    norm: Any = model.ln_final
+    signs = torch.tensor([1.0, -1.0][: len(ids)], device=model.W_U.device)
     unembedding = float32_or_wider(model.W_U[:, ids]) @ signs
     constant = float(float32_or_wider(model.b_U[ids]) @ signs)
-    norm: Any = model.ln_final
+    unembedding = unembedding.to(norm.w.device)
     direction = float32_or_wider(norm.w) * unembedding
     if model.cfg.normalization_type == "LN":
         constant += float(float32_or_wider(norm.b) @ unembedding)

@@ -147,6 +147,7 @@ def attribution_patching(
     Example:
         >>> attribution_patching(model, clean, corrupted).indirect_effect   # [site, group, layer]
     """
+    clean, corrupted = model.to_inputs(clean), model.to_inputs(corrupted)
     check_pair(clean, corrupted)
     chosen = layer_centres(model, sites, layers)
     if sites[0].startswith("vision."):

@@ -34,6 +34,7 @@ class Unembed(nn.Module):
         """Logits, of the whole vocabulary or of some tokens alone."""
         if tokens is None:
             return F.linear(resid, self.weight, self.bias)
+        tokens = tokens.to(self.weight.device)
         return F.linear(
             resid, self.weight[tokens], None if self.bias is None else self.bias[tokens]
         )

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmlens.components.partial_attention import attend_part, fold, unfold
+from mmlens.transfer import to_device
 
 KeysValues = tuple[Tensor, Tensor]
 Queries = Float[Tensor, "row kept head d_head"]
@@ -66,7 +67,7 @@ class Packing:
                 "to_rectangle": lambda: offsets + (position - starts).clamp(min=0),
                 "from_rectangle": lambda: inside.flatten().nonzero()[:, 0],
             }[name]()
-            self._on_device[name, device] = made.to(device)
+            self._on_device[name, device] = to_device(made, device)
         return self._on_device[name, device]
 
     def positions(self, device: torch.device) -> Int[Tensor, " packed"]:
@@ -79,7 +80,7 @@ class Packing:
             return None
         starts, _, position = self._grid
         wanted = position >= torch.tensor(later.starts)[:, None]
-        return wanted[position >= starts].nonzero()[:, 0].to(device)
+        return to_device(wanted[position >= starts].nonzero()[:, 0], device)
 
     def rectangle(
         self, packed: Float[Tensor, "row packed *shape"]
@@ -107,11 +108,21 @@ class Packing:
         """One row per continuation, from `origin` on; `base` is what lies before its start."""
         if self.is_rectangle and self.first == origin:
             return packed.unflatten(1, (len(self.starts), -1))
-        starts, offsets, _ = self._grid
-        position = torch.arange(origin, self.n_pos)[None]
-        own = base.shape[1] + offsets + position - starts
-        index = torch.where(position < starts, position - origin, own)
-        return torch.cat([base, packed], dim=1)[:, index.to(base.device)]
+        index = self._filling(base.shape[1], origin, base.device)
+        return torch.cat([base, packed], dim=1)[:, index]
+
+    def _filling(
+        self, n_base: int, origin: int, device: torch.device
+    ) -> Int[Tensor, "continuation own"]:
+        """Where the entries of `filled` are in `base` and what is packed, one behind the other."""
+        name = f"filling {n_base} {origin}"
+        if (name, device) not in self._on_device:
+            starts, offsets, _ = self._grid
+            position = torch.arange(origin, self.n_pos)[None]
+            own = n_base + offsets + position - starts
+            index = torch.where(position < starts, position - origin, own)
+            self._on_device[name, device] = to_device(index, device)
+        return self._on_device[name, device]
 
 
 @dataclass(eq=False)
