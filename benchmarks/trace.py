@@ -3,7 +3,7 @@
     python benchmarks/trace.py --shape smollm2            # one position, three sites, all layers
     python benchmarks/trace.py --shape smollm2 --map      # every text position, two sites
     python benchmarks/trace.py --shape llava-7b [--map]   # random weights; on a GPU in bfloat16
-    python benchmarks/trace.py --shape bunny-3b [--map]   # too slow? --batch 2 --repeats 1
+    python benchmarks/trace.py --shape bunny-3b [--map]   # on a CPU: --only-by-hand --repeats 1
 
 Times are also given as forward-pass equivalents: time / time of one Hugging Face SDPA forward of
 the same prompt through the decoder, measured between the programs of the same run, the fastest
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=120.0, help="seconds for one program")
     parser.add_argument("--repeats", type=int, default=3, help="runs of branching and of the unit")
     parser.add_argument("--batch", type=int, default=64, help="rows of the batched program")
+    parser.add_argument("--only-by-hand", action="store_true", help="nothing else beside mmlens")
     options = parser.parse_args()
     case = build(options.shape)
     sites, positions = cells_of(case, options.map)
@@ -128,7 +129,8 @@ def main() -> None:
         answer = int(case.model(case.clean)[0, -1].argmax())
     Batched.size = options.batch
     (plain, last), measured = units(case, options.repeats), []
-    for program in MAP_PROGRAMS if options.map else PROGRAMS:
+    programs = MAP_PROGRAMS if options.map else PROGRAMS
+    for program in (ByHand, Branch) if options.only_by_hand else programs:
         run = program(case, sites, answer)
         measured.append(measure(run, cells, device, options.budget, options.repeats))
         print(f"{measured[-1].name}: {measured[-1].seconds:.1f} s", flush=True)

@@ -135,6 +135,37 @@ def test_other_ways_to_trace(gpus: None, seed: int) -> None:
     assert_same(of_many, expected)
 
 
+@torch.no_grad()
+def test_cells_do_not_wait_for_the_gpu(
+    gpus: None, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """A trace of many cells moves no more to or from it, and waits, than one of a few."""
+    model = worded_model(seed, n_layers=3)
+    there, inputs = on_gpu(model), prompt(model)
+    corrupted = swap_span(model, inputs, "constraint", "Paris")
+    waits, run = [], pretend_gpu.on_devices
+
+    def counted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        is_there = isinstance(args[0], pretend_gpu.GpuTensor) if args else False
+        packet, moves = func.overloadpacket, "cuda" in str(kwargs.get("device"))
+        read = packet is torch.ops.aten._local_scalar_dense and is_there
+        sent = packet is torch.ops.aten._to_copy and not is_there and moves
+        if read or (sent and not kwargs.get("non_blocking")):
+            waits.append(packet)
+        return run(func, args, kwargs)
+
+    monkeypatch.setattr(pretend_gpu, "on_devices", counted)
+    behind = range(int(inputs.span("constraint")[0]), inputs.n_pos)
+    counts = []
+    for groups in (behind[:1], behind):
+        waits.clear()
+        trace = causal_trace(there, inputs, corrupted, positions=list(groups))
+        counts.append((trace.restored.numel(), len(waits)))
+    (few, for_few), (many, for_many) = counts
+    assert many >= few + 18 and for_few > 0
+    assert for_many <= for_few + 6, counts  # where other branches begin, they have masks of theirs
+
+
 USES = {
     "forward": lambda model, inputs: model(inputs),
     "cache": lambda model, inputs: model.run_with_cache(inputs)[1]["blocks.1.hook_resid_post"],
