@@ -96,13 +96,16 @@ def random_weights(model: HookedMultimodalTransformer) -> HookedMultimodalTransf
 
 
 def share_layers(model: HookedMultimodalTransformer) -> int | None:
-    """Let later layers share the weights of the first ones, where not all fit into memory.
+    """Let later layers share the weights of the first ones, where not all fit into main memory.
 
-    Half of the free memory is left to activations.
+    That is taken when weights are written, so it is still free; half of it is left to activations.
+    A GPU's has been taken already.
 
     Returns:
         How many layers have weights of their own; None: all.
     """
+    if model.device.type != "cpu":
+        return None
     n_layers, size = len(model.blocks), sum(p.nbytes for p in model.parameters())
     layer = sum(p.nbytes for p in model.blocks[0].parameters())
     n = n_layers

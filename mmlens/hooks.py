@@ -190,7 +190,7 @@ def at_positions(
 ) -> Float[Tensor, "*selected"]:
     """The activation at some positions; a view of it where they follow one another.
 
-    An index has to be moved to the GPU, and Python waits for that, at every cell of a trace.
+    An index would have to be moved to the GPU, for every cell of a trace.
     """
     found = stretch(positions)
     if found is not None and sum(found) <= activation.shape[axis]:

@@ -4,7 +4,9 @@ python tests/gradients_on_a_device.py SEED
 """
 
 import copy
+import random
 import sys
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ TOLERANCE = 1e-7  # in float64, for Adam makes much of small differences
 def main(seed: int) -> None:
     """Raise an AssertionError where the device's values are not the CPU's."""
     pretend_device()
-    model = worded_model(seed, n_layers=3).double()
+    model = worded_model(seed, n_layers=3, d_mlp=13).double()
     with pretend_gpus():
         there = copy.deepcopy(model).to("pretend")
         inputs = model.prepare(
@@ -32,7 +34,10 @@ def main(seed: int) -> None:
         torch.testing.assert_close(patched[1].indirect_effect, patched[0].indirect_effect)
         request = EditRequest(inputs, "Rome", neighbours=others[:1])
         kept = keys_of(model, others, layer=1, span=None)
-        many = [model.prepare(f"{n} is the {n}th of them", picture(n)) for n in range(6)]
+        # Of random letters: the covariance needs as many different keys as the MLP has neurons.
+        chance = random.Random(seed)
+        texts = ["".join(chance.choices(ascii_letters, k=40)) for _ in range(6)]
+        many = [model.prepare(text, picture(n)) for n, text in enumerate(texts)]
         of_keys = key_covariance(model, many, [0, 1])
         options: dict[str, Any] = {"steps": 2, "layer": 1}
         for method, settings in (

@@ -39,7 +39,7 @@ from mmlens import (
 from mmlens.checkpoints.devices import allocate
 from mmlens.components import partial_attention
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-9  # in float64: other kernels round otherwise, and a model can make much of that
 QUESTION = "What is the capital of this country?"
 
 
@@ -69,7 +69,9 @@ def assert_same(found: Any, expected: Any) -> None:
     values = values_of(expected)
     assert values
     for name, value in values_of(found).items():
-        assert torch.allclose(value.double(), values[name].double(), atol=TOLERANCE), name
+        assert torch.allclose(
+            value.double(), values[name].double(), rtol=TOLERANCE, atol=TOLERANCE
+        ), name
 
 
 def test_what_was_not_moved_is_noticed(gpus: None) -> None:
@@ -85,7 +87,7 @@ def test_what_was_not_moved_is_noticed(gpus: None) -> None:
 
 @torch.no_grad()
 def test_branches(gpus: None, seed: int) -> None:
-    chance, model = random.Random(seed), any_family(seed)
+    chance, model = random.Random(seed), any_family(seed).double()
     inputs = small_inputs(model, seed, images=(1, 0))
     branches = [
         [decoder_edit(model, inputs, chance, site)] for site in sites_of(model) for _ in range(2)
@@ -113,7 +115,7 @@ def words(of: MultimodalInputs) -> list[Tensor]:
 @torch.no_grad()
 def test_traces(gpus: None, seed: int, corrupt: Any) -> None:
     """Of prompts that were prepared there, or by a model on the CPU."""
-    model = worded_model(seed, n_layers=2)
+    model = worded_model(seed, n_layers=2).double()
     there = on_gpu(model)
     inputs = prompt(random.Random(seed).choice([there, model]))
     corrupted = corrupt(there, inputs)
@@ -124,7 +126,7 @@ def test_traces(gpus: None, seed: int, corrupt: Any) -> None:
 
 @torch.no_grad()
 def test_other_ways_to_trace(gpus: None, seed: int) -> None:
-    model = worded_model(seed, n_layers=2)
+    model = worded_model(seed, n_layers=2).double()
     there, inputs = on_gpu(model), prompt(model)
     corrupted = swap_span(model, inputs, "constraint", "Paris")
     expected = causal_trace(model, inputs, corrupted, positions=words(inputs))
@@ -140,7 +142,7 @@ def test_cells_do_not_wait_for_the_gpu(
     gpus: None, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """A trace of many cells moves no more to or from it, and waits, than one of a few."""
-    model = worded_model(seed, n_layers=3)
+    model = worded_model(seed, n_layers=3).double()
     there, inputs = on_gpu(model), prompt(model)
     corrupted = swap_span(model, inputs, "constraint", "Paris")
     waits, run = [], pretend_gpu.on_devices
@@ -185,12 +187,12 @@ def small(model: HookedMultimodalTransformer) -> MultimodalInputs:
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
 @torch.no_grad()
 def test_uses(gpus: None, seed: int, use: Any) -> None:
-    model = worded_model(seed, n_layers=3)
+    model = worded_model(seed, n_layers=3).double()
     assert_same(use(on_gpu(model), prompt(model)), use(model, prompt(model)))
 
 
 def test_text(gpus: None, seed: int) -> None:
-    model = worded_model(seed, n_layers=3)
+    model = worded_model(seed, n_layers=3).double()
     inputs = prompt(model)
     assert on_gpu(model).generate(inputs, max_new_tokens=5) == model.generate(
         inputs, max_new_tokens=5
@@ -200,7 +202,7 @@ def test_text(gpus: None, seed: int) -> None:
 def over_two_gpus(model: HookedMultimodalTransformer) -> HookedMultimodalTransformer:
     """The same model of four layers, spread by accelerate."""
     with torch.device("meta"):
-        split = HookedMultimodalTransformer(model.cfg)
+        split = HookedMultimodalTransformer(copy.deepcopy(model.cfg)).double()
     end = 0 if model.cfg.tie_word_embeddings else 1
     places = {"vision": 0, "projector": 1, "embed": 0, "ln_final": 1, "unembed": end}
     allocate(split, torch.device("cuda"), places | {f"blocks.{i}": int(i > 1) for i in range(4)})
@@ -214,14 +216,14 @@ def over_two_gpus(model: HookedMultimodalTransformer) -> HookedMultimodalTransfo
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
 @torch.no_grad()
 def test_uses_over_two_gpus(gpus: None, seed: int, use: Any) -> None:
-    model = worded_model(seed, n_layers=4)
+    model = worded_model(seed, n_layers=4).double()
     assert_same(use(over_two_gpus(model), prompt(model)), use(model, prompt(model)))
 
 
 @torch.no_grad()
 def test_branches_over_two_gpus(gpus: None, seed: int) -> None:
     """Branches, pictures and reads cross from one to the other."""
-    chance, model = random.Random(seed), any_family(seed, n_layers=4)
+    chance, model = random.Random(seed), any_family(seed, n_layers=4).double()
     split = over_two_gpus(model)
     inputs = small_inputs(model, seed)
     assert_same(split(inputs), model(inputs))
@@ -267,13 +269,13 @@ def test_kernels(
     wide = [x.double().repeat_interleave(3 // x.shape[2], dim=2) for x in (q, k, v)]
     scores = torch.einsum("bqhd,xkhd->bqhk", *wide[:2]) / d_head**0.5
     expected = torch.einsum("bqhk,xkhd->bqhd", scores.softmax(-1), wide[2])
-    error = TOLERANCE if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    error = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     assert (z.cpu() - expected).abs().max() <= error * wide[2].abs().max()
-    assert (lse.cpu() - scores.logsumexp(-1)).abs().max() <= TOLERANCE
+    assert (lse.cpu() - scores.logsumexp(-1)).abs().max() <= 1e-5
 
 
 def test_prompts_on_several_devices_are_refused(gpus: None, seed: int) -> None:
-    inputs = small_inputs(on_gpu(any_family(seed)), seed)
+    inputs = small_inputs(on_gpu(any_family(seed).double()), seed)
     assert inputs.device.type == "cuda"
     with pytest.raises(ValueError, match=r"noise is on cpu, the tokens on cuda:0.*inputs\.to"):
         replace(inputs, noise=torch.zeros(1, inputs.n_pos, 4))

@@ -151,8 +151,9 @@ def reading_direction(
         ids: the token, and maybe one whose logit is subtracted.
     """
     norm: Any = model.ln_final
-    signs = torch.tensor([1.0, -1.0][: len(ids)], device=model.W_U.device)
-    unembedding = float32_or_wider(model.W_U[:, ids]) @ signs
+    columns = float32_or_wider(model.W_U[:, ids])
+    signs = columns.new_tensor([1.0, -1.0][: len(ids)])
+    unembedding = columns @ signs
     constant = float(float32_or_wider(model.b_U[ids]) @ signs)
     unembedding = unembedding.to(norm.w.device)
     direction = float32_or_wider(norm.w) * unembedding
