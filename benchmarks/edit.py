@@ -6,7 +6,7 @@
 
 All take the same number of steps from the same prompt to the same target; none stops early. "Full
 passes" is the same optimisation with the same objective, in which every step runs the whole decoder
-(the picture is encoded once there as well). Nothing else should run meanwhile. Writes to
+(the image is encoded once there as well). Nothing else should run meanwhile. Writes to
 benchmarks/results/.
 """
 
@@ -22,12 +22,12 @@ from measuring import machine, megabytes, seconds, table, write
 from plotly import graph_objects as go
 from shapes import SHAPES, Case, build
 
-from mmlens.answers import given_answer, with_answer
+from mmlens.analyses.targets import given_answer, with_answer
+from mmlens.edit_bench.settings import default_layer
 from mmlens.editing import METHODS, Edit, EditRequest, LowRank, MultEditSettings
-from mmlens.editing.bench_settings import default_layer
 from mmlens.editing.multedit import down_weight
-from mmlens.memory import peak_memory
 from mmlens.plots.style import LINES, layout
+from mmlens.utils.memory import peak_memory
 
 NEVER = 2.0
 """A probability at which no optimisation stops."""
@@ -89,13 +89,17 @@ def full_passes(case: Case, request: EditRequest, layer: int, settings: MultEdit
 
 def programs(case: Case, request: EditRequest, layer: int, steps: int) -> dict[str, Callable]:
     """What is measured, by name; the first is what the others are compared with."""
-    settings = MultEditSettings(steps=steps, stop_at=NEVER, preserve="nothing")
+    one_key = {
+        "settings": MultEditSettings.paper(lr=0.5, clamp=8.0, first_token_only=False),
+        "references": None,
+    }
+    settings = replace(one_key["settings"], steps=steps, stop_at=NEVER)
 
     def method(name: str, **options) -> Callable[[], Edit]:
         return lambda: METHODS[name](case.model, request, steps=steps, stop_at=NEVER, **options)
 
     found = {
-        "multedit, through branches": method("multedit", layer=layer, preserve="nothing"),
+        "multedit, through branches": method("multedit", layer=layer, **one_key),
         "multedit, full passes": lambda: full_passes(case, request, layer, settings),
         "fine_tune, one layer": method("fine_tune", layer=layer),
         "constrained_fine_tune, one layer": method("constrained_fine_tune", layer=layer),

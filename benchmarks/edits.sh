@@ -15,10 +15,9 @@ every=multedit-all@17,multedit@17,rome@17,memit@15-17
 every+=,constrained_fine_tune@17,fine_tune@17,lora@all,fine_tune@all
 methods="${METHODS:-$every}"
 
-# ROME and MEMIT want text for the covariance of their keys; this is what a checkout holds.
-texts=docs/results/edit-bench/texts.txt
-mkdir -p "$(dirname "$texts")"
-[ -s "$texts" ] || cat LICENSE README.md docs/*.md > "$texts"
+# ROME and MEMIT want text for the covariance of their keys: the package's own docstrings will do.
+texts="${TEXTS:-build/corpus.txt}"
+[ -s "$texts" ] || python3 benchmarks/corpus.py "$texts"
 
 settings=()
 # A setting of a method that is not run is an error of mmlens edit-bench's.

@@ -3,7 +3,7 @@
     python benchmarks/forward.py --shape smollm2
     python benchmarks/forward.py --shape llava-7b      # on a GPU
 
-A prompt of words alone, as long as the shape's prompt with its picture, since all four programs
+A prompt of words alone, as long as the shape's prompt with its image, since all four programs
 take that in the same way. The same weights, in one process, in turns; medians. Writes to
 benchmarks/results/.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mmlens import HookedMultimodalTransformer
-from mmlens.memory import peak_memory
+from mmlens.utils.memory import peak_memory
 
 SITES = ("resid_post", "attn_out", "mlp_out")
 PROGRAMS = ("Hugging Face (SDPA)", "mmlens", "TransformerLens bridge", "nnsight")
@@ -91,7 +91,7 @@ def runs(case: Case, tokens: Tensor, n_new: int) -> dict[str, Runs]:
             theirs: lambda: bridge.run_with_cache(tokens, names_filter=names),
             sight: lambda: cached_by_nnsight(wrapped, tokens),
         },
-        f"generate {n_new} tokens behind 64": {
+        f"generate {n_new} tokens after 64": {
             hf: lambda: lm.generate(short, **greedy),
             ours: lambda: model.generate(short, n_new, return_type="tokens", stop_at_eos=False),
         },

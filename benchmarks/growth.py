@@ -3,7 +3,7 @@
     python benchmarks/growth.py [--layers 12] [--repeats 3]
 
 Forward-pass equivalents of `causal_trace` (one position, three sites, all layers; SmolLM2-135M's
-width) for prompts of one picture and a question, beside what counting gives: one pass for the
+width) for prompts of one image and a question, beside what counting gives: one pass for the
 clean run, the suffix for the corrupted one, and for every branch the suffix from the layer where it
 joins. The count knows nothing of attention, which costs more where more keys are looked at, nor
 that the last layer computes only what is read. Writes to benchmarks/results/.
@@ -63,7 +63,7 @@ def measured(case: Case, repeats: int) -> float:
 
 
 def case_of(grid: tuple[int, int], n_layers: int, suffix: int) -> Case:
-    """One picture, 13 words, and the suffix."""
+    """One image, 13 words, and the suffix."""
     cuda = torch.cuda.is_available()
     return random_case(
         "SmolLM2-135M width",
@@ -77,7 +77,7 @@ def case_of(grid: tuple[int, int], n_layers: int, suffix: int) -> Case:
 
 
 def main() -> None:
-    """Measure, print and write tables and pictures."""
+    """Measure, print and write tables and images."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=12, help="where layers are not varied")
     parser.add_argument("--repeats", type=int, default=3)

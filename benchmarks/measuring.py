@@ -1,4 +1,4 @@
-"""Time and memory of a call, and results as a table and a picture."""
+"""Time and memory of a call, and results as a table and an image."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 import transformers
 from plotly import graph_objects as go
 
-from mmlens.files import write_atomically
 from mmlens.plots.save import FigureNotSaved, save_figure
+from mmlens.utils.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -66,14 +66,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(name: str, text: str, figure: go.Figure | None = None) -> None:
-    """The report (and its picture) into `benchmarks/results/`, and onto the screen."""
+    """The report (and its image) into `benchmarks/results/`, and onto the screen."""
     RESULTS.mkdir(exist_ok=True)
     if figure is not None:
         try:
             save_figure(figure, RESULTS / f"{name}.svg")
             text += f"\n![{name}]({name}.svg)\n"
         except FigureNotSaved as error:
-            print(f"no picture: {error}")
+            print(f"no image: {error}")
     write_atomically(RESULTS / f"{name}.md", text)
     print(text)
 

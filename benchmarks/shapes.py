@@ -15,22 +15,32 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, models
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     CLIPVisionConfig,
+    Idefics3ImageProcessor,
     LlamaConfig,
+    LlavaOnevisionImageProcessor,
     PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
     SiglipVisionConfig,
 )
 
 from mmlens import HookedMultimodalTransformer, MultimodalInputs, demo_questions, swap_span
-from mmlens.checkpoints.hf_configs import decoder_fields, vision_config
-from mmlens.checkpoints.names import decoder_names
-from mmlens.config import MultimodalConfig, ProjectorConfig, VisionConfig
+from mmlens.checkpoints.decoders import decoder_fields
+from mmlens.checkpoints.formats import language_model
+from mmlens.checkpoints.hf_configs import vision_config
+from mmlens.config import AnyResConfig, MultimodalConfig, ProjectorConfig, VisionConfig
 from mmlens.demo.language_model import language_model_folder
-from mmlens.passes import free_memory
+from mmlens.inputs.layouts import ProcessedImage, image_layout
+from mmlens.inputs.layouts.row_col import FENCE, WHOLE
+from mmlens.inputs.spans import PLACEHOLDER
+from mmlens.utils.memory import free_memory
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Case:
                 self.hf_config, dtype=self.model.cfg.dtype, attn_implementation="sdpa"
             )
         ours = dict(self.model.named_parameters(remove_duplicate=False))
-        for name, slot in decoder_names(self.model.cfg).items():
+        for name, slot in language_model.FORMAT.table(self.model.cfg).items():
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(slot.of(ours).detach(), requires_grad=False)
             setattr(lm.get_submodule(owner), leaf, value)
@@ -78,6 +88,28 @@ class Case:
         left = [name for name, value in lm.named_parameters() if value.is_meta]
         assert not left, left
         return lm.eval()
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """How a model sees an image in tiles, and the size of the one that is measured."""
+
+    layout: str
+    """Of `mmlens.inputs.layouts`."""
+    projector: dict[str, Any]
+    """What its configuration has beside the sizes."""
+    image_processor: Any
+    """transformers' own."""
+    size: tuple[int, int]
+    """Width and height of the image."""
+    tokenizer: Any = None
+    """Knows the text between the tiles, where there is any."""
+
+    def image(self, cfg: MultimodalConfig) -> ProcessedImage:
+        """Return a grey image of that size as the family's processor makes it."""
+        grey = Image.new("RGB", self.size, (90, 120, 80))
+        (image,) = image_layout(cfg).processed(self.image_processor, self.tokenizer, [grey])
+        return image
 
 
 def random_weights(model: HookedMultimodalTransformer) -> HookedMultimodalTransformer:
@@ -126,15 +158,31 @@ def random_case(
     dtype: torch.dtype,
     before: int,
     suffix: int,
+    tiled: Tiled | None = None,
+    n_layers: int | None = None,
 ) -> Case:
-    """A prompt of BOS, one picture, `before` words, and `suffix` more, the first two swapped."""
+    """A prompt of BOS, one image, `before` words, and `suffix` more, the first two swapped.
+
+    Args:
+        tiled: how images are cut into tiles; by default there is one grid.
+        n_layers: of the decoder, where that is less than the shape has.
+    """
+    if n_layers is not None:
+        name = f"{name}, {n_layers} of its {hf_config.num_hidden_layers} layers"
+        hf_config = type(hf_config)(
+            **hf_config.to_dict() | {"num_hidden_layers": n_layers, "layer_types": None}
+        )
     d_model = hf_config.hidden_size
     cfg = MultimodalConfig(
         **decoder_fields(hf_config),
         image_token_id=hf_config.vocab_size - 1,
+        image_layout=tiled.layout if tiled else "one_grid",
         vision=tower,
         projector=ProjectorConfig(
-            d_in=tower.d_model * len(tower.feature_layers), d_hidden=d_model, d_out=d_model
+            d_in=tower.d_model * len(tower.feature_layers),
+            d_hidden=d_model,
+            d_out=d_model,
+            **(tiled.projector if tiled else {}),
         ),
         model_name=name,
     )
@@ -147,10 +195,10 @@ def random_case(
     model = random_weights(model)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(5, 20_000, (before + suffix,), generator=generator)
-    image = torch.full((tower.n_visual_tokens,), cfg.image_token_id)
-    tokens = torch.cat([torch.tensor([1]), image, words])[None]
-    pixels = torch.randn(1, 3, *tower.image_size, generator=generator)
-    clean = model.inputs_from_tokens(tokens, pixels)
+    image = tiled.image(cfg) if tiled else image_layout(cfg).random_image(generator)
+    model.tokenizer = tiled.tokenizer if tiled else None
+    tokens = torch.cat([torch.tensor([1]), torch.tensor(image.ids), words])[None]
+    clean = model.inputs_from_tokens(tokens, **dict[str, Any](image.visual))
     start = clean.n_pos - suffix
     constraint = tuple(range(start, min(start + 2, clean.n_pos)))
     changed = clean.tokens.clone()
@@ -252,17 +300,94 @@ def bunny_3b(**options: Any) -> Case:
     return random_case("Bunny-3B shape", decoder, vision_config(tower, -1, "full"), **options)
 
 
+def onevision_05b(**options: Any) -> Case:
+    """LLaVA-OneVision 0.5B's decoder with the most visual tokens: 10 x 729, and 81 line ends."""
+    decoder = Qwen2Config(
+        vocab_size=152000,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        tie_word_embeddings=True,
+    )
+    tower = stand_in_tower(27)
+    tiles = AnyResConfig(
+        resolutions=((3 * 378, 3 * 378),), tile_size=378, tile_grid=tower.grid, max_tiles=9
+    )
+    processor = LlavaOnevisionImageProcessor(
+        size={"height": 378, "width": 378}, image_grid_pinpoints=[[3 * 378, 3 * 378]]
+    )
+    tiled = Tiled("anyres", {"anyres": tiles}, processor, (3 * 378, 3 * 378))
+    return random_case("OneVision-0.5B shape", decoder, tower, tiled=tiled, **options)
+
+
+def smolvlm_256m(**options: Any) -> Case:
+    """SmolVLM-256M's decoder (SmolLM2-135M) with its most tokens: 4 x 4 tiles and the whole.
+
+    Each has 32 x 32 patches, of which 64 visual tokens are made, after two tokens of text.
+    """
+    tower = replace(
+        stand_in_tower(32),
+        class_token=False,
+        pre_norm=False,
+        final_norm=True,
+        patch_bias=True,
+        bucketed_positions=True,
+        select="full",
+    )
+    side, n_words = 14 * 32, 49152
+    processor = Idefics3ImageProcessor(
+        size={"longest_edge": 4 * side}, max_image_size={"longest_edge": side}
+    )
+    tiled = Tiled(
+        "row_col",
+        {"pixel_shuffle": 4, "n_layers": 1, "bias": False},
+        processor,
+        (4 * side, 4 * side),
+        tokenizer_of_tags(n_words),
+    )
+    decoder = smollm2_config()
+    decoder.vocab_size = n_words + 128
+    decoder.max_position_embeddings = 8192
+    return random_case("SmolVLM-256M shape", decoder, tower, tiled=tiled, **options)
+
+
+def tokenizer_of_tags(n_words: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of numbered words that knows the tags of SmolVLM's tiles after them.
+
+    The image token has the last id, as everywhere here.
+    """
+    tags = [f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)]
+    named = ["\n", FENCE, WHOLE, *tags]
+    words = [f"<word {i}>" for i in range(n_words + 128)]
+    words[n_words : n_words + len(named)] = named
+    words[-1] = PLACEHOLDER
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_tokens([AddedToken(tag, special=True) for tag in [*named, PLACEHOLDER]])
+    return fast
+
+
 SHAPES: dict[str, Callable[..., Case]] = {
     "demo": demo,
     "smollm2": partial(smollm2, before=13, suffix=22),
     "llava-7b": partial(llava_7b, before=14, suffix=30),
+    "onevision-0.5b": partial(onevision_05b, before=14, suffix=30),
+    "smolvlm-256m": partial(smolvlm_256m, before=14, suffix=30),
     "bunny-3b": partial(bunny_3b, before=14, suffix=30),
 }
 
 
-def build(name: str) -> Case:
-    """A shape by its name, on the GPU (bfloat16) if there is one, else on the CPU (float32)."""
+def build(name: str, **options: Any) -> Case:
+    """A shape by its name, on the GPU (bfloat16) if there is one, else on the CPU (float32).
+
+    Args:
+        options: of the shape, such as `n_layers`.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.bfloat16 if cuda and name != "demo" else torch.float32
-    return SHAPES[name](device=device, dtype=dtype)
+    return SHAPES[name](device=device, dtype=dtype, **options)

@@ -29,7 +29,7 @@ from plotly import graph_objects as go
 from shapes import SHAPES, Case, build
 from tracers import Batched, Branch, Bridge, ByHand, Cell, Naive, NNsightTracer, Released
 
-from mmlens.memory import peak_memory
+from mmlens.utils.memory import peak_memory
 
 PROGRAMS = (ByHand, Batched, Bridge, NNsightTracer, Naive, Branch)
 MAP_PROGRAMS = (ByHand, Released, *PROGRAMS[1:])

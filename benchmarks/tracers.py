@@ -15,7 +15,7 @@ from shapes import Case
 from torch import Tensor
 
 from mmlens import Intervention, causal_trace, hook_name
-from mmlens.hooks import restore
+from mmlens.interventions.functions import restore
 
 
 class Cell(NamedTuple):

@@ -1,4 +1,4 @@
-"""The pictures in docs/images that show results: made by the demo model, taken in Chromium.
+"""The images in docs/images that show results: made by the demo model, taken in Chromium.
 
     python docs/make_images.py
 
@@ -26,11 +26,11 @@ from mmlens.plots import attention, overlay, plot_trace, reported_prompt, write_
 
 IMAGES = Path(__file__).parent / "images"
 HEAD_LAYER = 23
-"""Where the last token reads the picture."""
+"""Where the last token reads the image."""
 
 
 def small(path: Path) -> None:
-    """The same picture in a smaller file."""
+    """The same image in a smaller file."""
     with Image.open(path) as image:
         image.convert("RGB").save(path, optimize=True)
 
@@ -65,9 +65,7 @@ def main() -> None:
         IMAGES / "profile.png", scale=1
     )
     heads = attention_contribution(model, clean, "image", "last", per_head=True)
-    overlay(heads, clean, model, title="received by the last token").save(
-        IMAGES / "overlay.png", scale=1
-    )
+    overlay(heads, clean, title="received by the last token").save(IMAGES / "overlay.png", scale=1)
     logit_lens(model, clean, tokens=[question.answers[0]]).plot().save(IMAGES / "lens.png", scale=1)
     prompt = reported_prompt(model, clean, corrupted, corruption="“this country” replaced by Paris")
     words = [*clean.span("constraint").tolist(), *clean.span("last").tolist()]

@@ -16,9 +16,9 @@ from pathlib import Path
 import pandas as pd
 
 from mmlens import HookedMultimodalTransformer, causal_trace_many, demo_questions, swap_span
-from mmlens.aggregation import AggregatedTraces, aggregate_traces, role_positions
+from mmlens.analyses.aggregation import AggregatedTraces, aggregate_traces, role_positions
 from mmlens.data import VisualQuestion
-from mmlens.plots.profile import plot_layer_profile
+from mmlens.plots.layer_profile import plot_layer_profile
 from mmlens.plots.save import save_figure
 
 

@@ -2,7 +2,7 @@
 
     python examples/planted_circuit.py
 
-"What is the capital of this country ?" is asked about a picture with one coloured patch. Six layers
+"What is the capital of this country ?" is asked about an image with one coloured patch. Six layers
 have random weights of small size, and three parts that do something:
 
 - layer 1, attention: the word "country" looks at patches with a colour, and takes the colour;
@@ -55,7 +55,7 @@ COLOR, SEEN, SAID = range(5, 8), range(8, 11), range(11, 14)
 D_MODEL, SIZE, D_HEAD = 14, 64.0, 6
 
 
-def words_and_pictures() -> tuple[PreTrainedTokenizerFast, Callable[[list[Image.Image]], Tensor]]:
+def words_and_images() -> tuple[PreTrainedTokenizerFast, Callable[[list[Image.Image]], Tensor]]:
     """A tokenizer with a token for each word, and an image processor that does nothing else."""
     tokenizer = Tokenizer(WordLevel(ID, unk_token="<s>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -95,11 +95,12 @@ def blank_model() -> HookedMultimodalTransformer:
         # The first two dimensions of a head know positions; the others are for what is planted.
         rope_parameters={"rope_theta": 10000.0, "partial_rotary_factor": 2 / D_HEAD},
         image_token_id=ID["<image>"],
+        default_prepend_bos=True,  # where attention rests; the tokenizer adds none itself
         vision=vision,
         projector=ProjectorConfig(d_in=3, d_hidden=3, d_out=D_MODEL, n_layers=1),
         **sizes,
     )
-    model = HookedMultimodalTransformer(cfg, *words_and_pictures())
+    model = HookedMultimodalTransformer(cfg, *words_and_images())
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         is_norm = ".ln" in name or name.startswith("ln")
@@ -112,7 +113,7 @@ def blank_model() -> HookedMultimodalTransformer:
 
 
 def plant(model: HookedMultimodalTransformer) -> None:
-    """Write the circuit. Behind a norm every dimension is smaller by 1 / `read`."""
+    """Write the circuit. After a norm every dimension is smaller by 1 / `read`."""
     read = SIZE / D_MODEL**0.5
     model.embed.W_E[:, CONSTANT] = model.projector.linear_1.bias[CONSTANT] = SIZE
     for word, meaning in (("<s>", BEGIN), ("country", ASKS), ("?", LAST)):
@@ -142,7 +143,7 @@ def plant(model: HookedMultimodalTransformer) -> None:
 
 
 def ask(model: HookedMultimodalTransformer, color: str) -> MultimodalInputs:
-    """The question about a picture whose patch in row 1, column 2 has a colour."""
+    """The question about an image whose patch in row 1, column 2 has a colour."""
     picture = Image.new("RGB", (6, 4))
     picture.paste(color, (4, 2, 6, 4))
     return model.prepare(

@@ -7,8 +7,10 @@ Example:
 
 from __future__ import annotations
 
+import ast
 import importlib
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -16,143 +18,87 @@ try:
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0"
 
+# The one table of public names, which type checkers read as it stands. While the program runs, a
+# name is imported when it is first used: torch and TransformerLens take seconds, and
+# `mmlens --help` should not.
 if TYPE_CHECKING:
-    from mmlens.aggregation import AggregatedTraces, aggregate_traces, role_positions
-    from mmlens.attribution import (
-        AttentionContribution,
-        AttentionKnockout,
-        AttributionPatching,
-        DirectLogitAttribution,
-        LogitLens,
-        attention_contribution,
-        attention_knockout,
-        attribution_patching,
-        direct_logit_attribution,
-        logit_lens,
+    from mmlens.analyses.aggregation import (
+        AggregatedTraces as AggregatedTraces,
+        aggregate_traces as aggregate_traces,
+        role_positions as role_positions,
     )
-    from mmlens.branching import Recording
-    from mmlens.checkpoints.errors import CheckpointError
-    from mmlens.components import KeyValueCache
-    from mmlens.config import MultimodalConfig, ProjectorConfig, VisionConfig
-    from mmlens.corruptions import (
-        blur_image,
-        mean_image,
-        noise_image,
-        noise_span,
-        swap_image,
-        swap_span,
+    from mmlens.analyses.attention_contribution import (
+        AttentionContribution as AttentionContribution,
+        attention_contribution as attention_contribution,
     )
-    from mmlens.data import VisualQuestion, demo_questions
-    from mmlens.editing import Edit, EditRequest, multedit, multedit_many
-    from mmlens.hook_points import ActivationCache, HookPoint
-    from mmlens.inputs import MultimodalInputs, collate
-    from mmlens.interventions import Intervention, hook_name, window
-    from mmlens.model import HookedMultimodalTransformer
-    from mmlens.sweeps import Sweep, sweep
-    from mmlens.tracing import CausalTrace, causal_trace, causal_trace_many
+    from mmlens.analyses.attention_knockout import (
+        AttentionKnockout as AttentionKnockout,
+        attention_knockout as attention_knockout,
+    )
+    from mmlens.analyses.attribution_patching import (
+        AttributionPatching as AttributionPatching,
+        attribution_patching as attribution_patching,
+    )
+    from mmlens.analyses.causal_trace import (
+        CausalTrace as CausalTrace,
+        causal_trace as causal_trace,
+        causal_trace_many as causal_trace_many,
+    )
+    from mmlens.analyses.corruptions import (
+        blur_image as blur_image,
+        mean_image as mean_image,
+        noise_image as noise_image,
+        noise_span as noise_span,
+        swap_image as swap_image,
+        swap_span as swap_span,
+    )
+    from mmlens.analyses.direct_logit_attribution import (
+        DirectLogitAttribution as DirectLogitAttribution,
+        direct_logit_attribution as direct_logit_attribution,
+    )
+    from mmlens.analyses.logit_lens import LogitLens as LogitLens, logit_lens as logit_lens
+    from mmlens.branching.recording import Recording as Recording
+    from mmlens.checkpoints.errors import CheckpointError as CheckpointError
+    from mmlens.config import (
+        MultimodalConfig as MultimodalConfig,
+        ProjectorConfig as ProjectorConfig,
+        VisionConfig as VisionConfig,
+    )
+    from mmlens.data import VisualQuestion as VisualQuestion, demo_questions as demo_questions
+    from mmlens.editing import (
+        Edit as Edit,
+        EditRequest as EditRequest,
+        multedit as multedit,
+        multedit_many as multedit_many,
+    )
+    from mmlens.inputs.collation import collate as collate
+    from mmlens.inputs.multimodal_inputs import MultimodalInputs as MultimodalInputs
+    from mmlens.interventions.intervention import (
+        Intervention as Intervention,
+        hook_name as hook_name,
+        window as window,
+    )
+    from mmlens.model.activation_cache import ActivationCache as ActivationCache
+    from mmlens.model.components import KeyValueCache as KeyValueCache
+    from mmlens.model.hook_points import HookPoint as HookPoint
+    from mmlens.model.transformer import HookedMultimodalTransformer as HookedMultimodalTransformer
+    from mmlens.sweeps import Sweep as Sweep, sweep as sweep
 
-# Public names and where they live. They are imported when they are first used: torch and
-# TransformerLens take seconds, which `mmlens --help` should not.
-_PUBLIC = {
-    "ActivationCache": "hook_points",
-    "AggregatedTraces": "aggregation",
-    "AttentionContribution": "attribution",
-    "AttentionKnockout": "attribution",
-    "AttributionPatching": "attribution",
-    "CausalTrace": "tracing",
-    "CheckpointError": "checkpoints.errors",
-    "DirectLogitAttribution": "attribution",
-    "Edit": "editing",
-    "EditRequest": "editing",
-    "HookPoint": "hook_points",
-    "HookedMultimodalTransformer": "model",
-    "Intervention": "interventions",
-    "KeyValueCache": "components",
-    "LogitLens": "attribution",
-    "MultimodalConfig": "config",
-    "MultimodalInputs": "inputs",
-    "ProjectorConfig": "config",
-    "Recording": "branching",
-    "Sweep": "sweeps",
-    "VisionConfig": "config",
-    "VisualQuestion": "data",
-    "aggregate_traces": "aggregation",
-    "attention_contribution": "attribution",
-    "attention_knockout": "attribution",
-    "attribution_patching": "attribution",
-    "blur_image": "corruptions",
-    "causal_trace": "tracing",
-    "causal_trace_many": "tracing",
-    "collate": "inputs",
-    "demo_questions": "data",
-    "direct_logit_attribution": "attribution",
-    "hook_name": "interventions",
-    "logit_lens": "attribution",
-    "mean_image": "corruptions",
-    "multedit": "editing",
-    "multedit_many": "editing",
-    "noise_image": "corruptions",
-    "noise_span": "corruptions",
-    "role_positions": "aggregation",
-    "swap_image": "corruptions",
-    "swap_span": "corruptions",
-    "sweep": "sweeps",
-    "window": "interventions",
+_MODULES = {
+    name.name: statement.module
+    for part in ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+    if isinstance(part, ast.If)
+    for statement in part.body
+    if isinstance(statement, ast.ImportFrom) and statement.module
+    for name in statement.names
 }
-
-__all__ = [
-    "ActivationCache",
-    "AggregatedTraces",
-    "AttentionContribution",
-    "AttentionKnockout",
-    "AttributionPatching",
-    "CausalTrace",
-    "CheckpointError",
-    "DirectLogitAttribution",
-    "Edit",
-    "EditRequest",
-    "HookPoint",
-    "HookedMultimodalTransformer",
-    "Intervention",
-    "KeyValueCache",
-    "LogitLens",
-    "MultimodalConfig",
-    "MultimodalInputs",
-    "ProjectorConfig",
-    "Recording",
-    "Sweep",
-    "VisionConfig",
-    "VisualQuestion",
-    "__version__",
-    "aggregate_traces",
-    "attention_contribution",
-    "attention_knockout",
-    "attribution_patching",
-    "blur_image",
-    "causal_trace",
-    "causal_trace_many",
-    "collate",
-    "demo_questions",
-    "direct_logit_attribution",
-    "hook_name",
-    "logit_lens",
-    "mean_image",
-    "multedit",
-    "multedit_many",
-    "noise_image",
-    "noise_span",
-    "role_positions",
-    "swap_image",
-    "swap_span",
-    "sweep",
-    "window",
-]
+__all__ = sorted([*_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _MODULES:
         raise AttributeError(f"module 'mmlens' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"mmlens.{_PUBLIC[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

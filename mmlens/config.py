@@ -7,14 +7,32 @@ are built from the same components.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mmlens.utils.transformer_lens_names import SameForAll, refused
+
+
+def check_sizes(config: Any, *names: str, least: int = 1) -> None:
+    """Raise a ValueError where a field of a configuration is no whole number from `least` up."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r}; it must be a whole number from {least} up")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number, and neither infinite nor NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(kw_only=True)
-class TransformerConfig:
+class TransformerConfig(SameForAll):
     """A stack of transformer blocks, whichever way it is used."""
 
     n_layers: int
@@ -32,7 +50,9 @@ class TransformerConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     parallel_attn_mlp: bool = False
-    """Attention and MLP read the same normalised stream, side by side (Phi)."""
+    """Attention and MLP read the same stream side by side, through one norm (Phi)."""
+    parallel_ln2: bool = False
+    """In parallel blocks the MLP reads through a norm of its own, `ln2` (GPT-NeoX)."""
     layer_scale: bool = False
     """What attention and MLP add is multiplied by a learnt factor per dimension (a few towers of
     open_clip's; Touvron et al. 2021)."""
@@ -40,10 +60,21 @@ class TransformerConfig:
     """How many positions a query of a "local" layer looks back at, its own included."""
     attn_types: tuple[Literal["global", "local"], ...] | None = None
     """Per layer; None means every layer is "global"."""
-    attn_only: bool = False
-    """Always False: TransformerLens's cache asks for it."""
+    use_attn_result: bool = False
+    """Whether caches hold `attn.hook_result` without being asked by name; as those below."""
+    use_attn_in: bool = False
+    use_split_qkv_input: bool = False
+    use_hook_mlp_in: bool = False
 
     def __post_init__(self) -> None:
+        check_sizes(self, "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp")
+        check_sizes(self, "n_layers", least=0)  # of a tower whose patch embeddings are taken
+        if self.normalization_type not in ("RMS", "LN"):
+            raise ValueError(
+                f"normalization_type is {self.normalization_type!r}; it can be 'RMS' or 'LN'"
+            )
+        if not is_finite(self.eps) or self.eps < 0:
+            raise ValueError(f"eps={self.eps!r}; it must be a finite number, 0 or more")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} is no multiple of n_key_value_heads={self.n_kv_heads}"
@@ -51,18 +82,53 @@ class TransformerConfig:
         types = self.attn_types or ()
         if types and len(types) != self.n_layers:
             raise ValueError(f"attn_types has {len(types)} entries for {self.n_layers} layers")
-        if "local" in types and not self.window_size:
-            raise ValueError(f"local attention needs a window_size, not {self.window_size}")
+        if unknown := set(types) - {"global", "local"}:
+            raise ValueError(f"attn_types has {unknown}; it can have 'global' and 'local'")
+        if "local" in types and self.window_size is None:
+            raise ValueError("local attention needs a window_size, not None")
+        if self.window_size is not None:
+            check_sizes(self, "window_size")
 
     @property
     def n_kv_heads(self) -> int:
         """Heads of keys and values, with or without grouped-query attention."""
-        return self.n_key_value_heads or self.n_heads
+        return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
 
     @property
     def attn_scale(self) -> float:
         """What attention scores are divided by: the square root of `d_head`."""
         return self.d_head**0.5
+
+    @property
+    def n_params(self) -> int:
+        """How many weights the matrices of attention and MLPs have (as Kaplan et al. 2020 count).
+
+        Keys and values are counted once for each query head, as in TransformerLens.
+        """
+        attention = 4 * self.d_model * self.d_head * self.n_heads
+        return self.n_layers * (attention + self.d_model * self.d_mlp * (2 + self.gated_mlp))
+
+    @property
+    def uses_rms_norm(self) -> bool:
+        """Whether norms are RMSNorms."""
+        return self.normalization_type == "RMS"
+
+    @property
+    def use_local_attn(self) -> bool:
+        """Whether some layers look back a few positions only."""
+        return "local" in (self.attn_types or ())
+
+    @property
+    def head_dim(self) -> int:
+        """The same as `d_head`, in transformers' words."""
+        return self.d_head
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by their names."""
+        return dict(vars(self))
+
+    def __getattr__(self, name: str) -> Any:
+        raise refused("config", self, name)
 
     def window(self, layer: int) -> int | None:
         """The window of a layer's attention; None where it sees everything before it."""
@@ -71,10 +137,13 @@ class TransformerConfig:
 
 @dataclass(kw_only=True)
 class VisionConfig(TransformerConfig):
-    """A CLIP or SigLIP vision tower, up to the layers whose features the projector takes.
+    """A CLIP, SigLIP or Idefics3 vision tower, up to the layers whose features the projector takes.
 
-    Blocks behind the last feature layer are not built: nothing would depend on them.
+    Blocks after the last feature layer are not built: nothing would depend on them.
     """
+
+    attention_dir: ClassVar[str] = "bidirectional"
+    positional_embedding_type: ClassVar[str] = "standard"
 
     image_size: tuple[int, int]
     """Height and width in pixels."""
@@ -89,25 +158,84 @@ class VisionConfig(TransformerConfig):
     """CLIP has one, at position 0; SigLIP has none."""
     pre_norm: bool = True
     """CLIP normalises what enters its first block; SigLIP does not."""
+    final_norm: bool = False
+    """Whether what leaves the last block is normalised (Idefics3)."""
+    bucketed_positions: bool = False
+    """An image of another grid than the tower's has the nearest of its learnt positions (Idefics3;
+    Dehghani et al. 2023, "Patch n' Pack"); otherwise they are interpolated."""
     n_channels: int = 3
     patch_bias: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, "patch_size", "n_channels")
+        if len(self.image_size) != 2 or not all(type(side) is int for side in self.image_size):
+            raise ValueError(f"image_size={self.image_size!r}; it must be (height, width)")
+        if min(self.image_size) < self.patch_size:
+            raise ValueError(f"patches of {self.patch_size} pixels do not fit {self.image_size}")
+        if self.select not in ("default", "full"):
+            raise ValueError(f"select={self.select!r}; it can be 'default' or 'full'")
+        if not self.feature_layers or not all(
+            type(layer) is int and 0 <= layer <= self.n_layers for layer in self.feature_layers
+        ):
+            raise ValueError(
+                f"feature_layers={self.feature_layers!r}; a tower of {self.n_layers} layers has "
+                f"features 0 ... {self.n_layers}"
+            )
+
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches of one picture: rows, columns."""
+        """Patches of one image: rows, columns."""
         height, width = self.image_size
         return height // self.patch_size, width // self.patch_size
 
     @property
     def n_patches(self) -> int:
-        """Patches of one picture."""
+        """Patches of one image."""
         rows, columns = self.grid
         return rows * columns
 
     @property
     def n_visual_tokens(self) -> int:
-        """Visual tokens of one picture, as the language model gets them."""
+        """Features of one image or tile, as the projector gets them."""
         return self.n_patches + self.class_token - (self.select == "default")
+
+
+MOST_TILES = 256
+"""Of an image: far above every published model's, and little enough to fit into memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyResConfig:
+    """Tiles of images of any resolution (LLaVA-NeXT, LLaVA-OneVision)."""
+
+    resolutions: tuple[tuple[int, int], ...]
+    """Heights and widths that an image may be scaled into ("grid pinpoints"), in pixels."""
+    tile_size: int
+    """Pixels of a tile's side: what the tower takes."""
+    tile_grid: tuple[int, int]
+    """Patches of a tile: rows, columns."""
+    max_tiles: int | None = None
+    """Visual tokens of the tiles are shrunk to about as many as this many tiles have."""
+    one_tile_of_several: bool = False
+    """Whether an image of a prompt with several is seen whole only."""
+    rounded: bool = True
+    """Whether the patches of a side are rounded to seven digits before they are cut off to a whole
+    number: transformers does so, LLaVA's own code does not."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "tile_size")
+        if self.max_tiles is not None:
+            check_sizes(self, "max_tiles")
+        sizes = [side for pair in self.resolutions for side in pair]
+        if not sizes or any(type(n) is not int or n < 1 or n % self.tile_size for n in sizes):
+            raise ValueError(
+                f"resolutions={self.resolutions!r}; they must be pairs (height, width) of whole "
+                f"tiles of {self.tile_size} pixels"
+            )
+        most = max(height * width for height, width in self.resolutions) // self.tile_size**2
+        if most > MOST_TILES:
+            raise ValueError(f"resolutions of {most:,} tiles; an image may have {MOST_TILES}")
 
 
 @dataclass(kw_only=True)
@@ -121,6 +249,13 @@ class ProjectorConfig:
     """Linear layers, with the activation in between; 1 is a single linear map."""
     act_fn: str = "gelu"
     bias: bool = True
+    pixel_shuffle: int = 1
+    """Rows and columns of features that are put together to one visual token (Idefics3)."""
+    anyres: AnyResConfig | None = None
+    """How the tiles of an image are put together; None where an image is one tile."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "d_in", "d_hidden", "d_out", "n_layers", "pixel_shuffle")
 
 
 @dataclass(kw_only=True)
@@ -129,11 +264,15 @@ class MultimodalConfig(TransformerConfig):
 
     d_vocab: int
     n_ctx: int
+    decoder_type: str = "llama"
+    """transformers' `model_type`: by it `checkpoints.decoders` finds the names of a decoder."""
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10000.0})
     """Hugging Face's own description of the rotary embedding: `rope_theta`, `rope_type`, ..."""
     tie_word_embeddings: bool = False
     unembed_bias: bool = False
     image_token_id: int | None = None
+    image_layout: Literal["one_grid", "anyres", "row_col"] = "one_grid"
+    """How an image becomes visual tokens; see `mmlens.inputs.layouts`."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -143,16 +282,114 @@ class MultimodalConfig(TransformerConfig):
     original_architecture: str = ""
     default_template: str | None = None
     """What `template="auto"` means; None leaves the choice to the tokenizer's chat template."""
-    default_prepend_bos: bool = True
-    """Whether prompts begin with BOS unless the caller says otherwise."""
+    default_prepend_bos: bool | None = None
+    """Whether prompts begin with BOS unless the caller says otherwise; None: if the tokenizer
+    itself puts one there, as transformers' does."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where the model is, and below in which dtype: kept by the model itself."""
     dtype: torch.dtype = torch.float32
-    positional_embedding_type: str = "rotary"
-    final_rms: bool = False
-    """Always False: TransformerLens's cache asks for it, for models that mix kinds of norm."""
+
+    @property
+    def architecture(self) -> str:
+        """The same as `original_architecture`."""
+        return self.original_architecture
+
+    @property
+    def d_vocab_out(self) -> int:
+        """How many logits a position has."""
+        return self.d_vocab
+
+    @property
+    def rotary_base(self) -> float:
+        """The base of the rotary angles' periods."""
+        return self.rope_parameters.get("rope_theta", 10000.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, "n_layers", "d_vocab", "n_ctx")
+        ids = [self.image_token_id, self.bos_token_id, self.pad_token_id, *self.eos_token_ids]
+        if not all(token is None or type(token) is int for token in ids):
+            raise ValueError(f"token ids {ids} are not all whole numbers")
+        if self.image_token_id is not None:
+            check_sizes(self, "image_token_id", least=0)
+            if self.image_token_id >= 2**32:  # as tokenizers number their tokens
+                raise ValueError(f"image_token_id={self.image_token_id}; it must be below 2**32")
+        theta: Any = self.rope_parameters.get("rope_theta")
+        if not (is_finite(theta) and theta > 0):
+            raise ValueError(f"rope_theta={theta!r}; it must be a finite number above 0")
+        share: Any = self.rope_parameters.get("partial_rotary_factor", 1.0)
+        if not (is_finite(share) and 0 < share <= 1):
+            raise ValueError(f"partial_rotary_factor={share!r}; it must be above 0 and at most 1")
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            raise ValueError(
+                f"{self.rotary_dim} of {self.d_head} dimensions of a head are rotated; these must "
+                "be pairs"
+            )
 
     @property
     def rotary_dim(self) -> int:
         """How many dimensions of a head are rotated."""
         return int(self.d_head * self.rope_parameters.get("partial_rotary_factor", 1.0))
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the model has a vision tower."""
+        return self.vision is not None
+
+    @property
+    def vision_hidden_size(self) -> int | None:
+        """The tower's `d_model`."""
+        return self.vision.d_model if self.vision else None
+
+    @property
+    def vision_num_layers(self) -> int | None:
+        """The tower's `n_layers`."""
+        return self.vision.n_layers if self.vision else None
+
+    @property
+    def vision_num_heads(self) -> int | None:
+        """The tower's `n_heads`."""
+        return self.vision.n_heads if self.vision else None
+
+    @property
+    def mm_tokens_per_image(self) -> int | None:
+        """How many visual tokens an image of the tower's size has."""
+        if self.vision is None:
+            return None
+        merged = self.projector.pixel_shuffle**2 if self.projector else 1
+        return self.vision.n_visual_tokens // merged
+
+    @property
+    def longest_input(self) -> int:
+        """The most positions that a run may have: `n_ctx`, or what rotary scaling makes of it.
+
+        With `linear` and `yarn` scaling, many checkpoints keep the length from before in
+        `max_position_embeddings`; others write the longer one, and then `yarn` says from which.
+        """
+        rope = self.rope_parameters
+        kind, factor = rope.get("rope_type", "default"), rope.get("factor") or 1.0
+        if kind == "linear":
+            return int(self.n_ctx * max(factor, 1.0))
+        if kind == "yarn":
+            before = rope.get("original_max_position_embeddings") or self.n_ctx
+            return max(self.n_ctx, int(before * factor))
+        return self.n_ctx
+
+    def check_length(self, n_pos: int, mask: Bool[Tensor, "batch pos"] | None = None) -> None:
+        """Look whether a run is no longer than the model was made for; before it takes memory.
+
+        Args:
+            n_pos: positions of a row, those in a cache of keys and values included.
+            mask: False at padding, which does not count.
+
+        Raises:
+            ValueError: it is longer.
+        """
+        if n_pos > self.longest_input and mask is not None:
+            n_pos = int(mask.sum(dim=1).max())
+        if n_pos > self.longest_input:
+            raise ValueError(
+                f"a run of {n_pos:,} tokens, but this model was made for {self.longest_input:,}: "
+                "shorten the prompt or the answer; or set model.cfg.n_ctx to the length that you "
+                "want, if you know what the model does there"
+            )

@@ -14,7 +14,7 @@ import os
 import random
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -35,8 +35,10 @@ calls: Counter[CodeType] = Counter()
 check_all = jaxtyping.jaxtyped
 
 
-def check_first_calls(made: Any = None, *, typechecker: Any) -> Any:
+def check_first_calls(made: Any = None, *, typechecker: Any = None) -> Any:
     """As `jaxtyping.jaxtyped`, but a function's later calls are its own."""
+    if made == "context":
+        return check_all(made)
     if made is None:
         return functools.partial(check_first_calls, typechecker=typechecker)
     if isinstance(made, type):
@@ -56,9 +58,13 @@ def check_first_calls(made: Any = None, *, typechecker: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def check_again() -> None:
-    """Each test counts calls from 0."""
+def check_again() -> Iterator[None]:
+    """Each test counts calls from 0, and has gradients on at its end, too."""
     calls.clear()
+    yield
+    on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert on, "gradients are off after the test"
 
 
 jaxtyping.jaxtyped = check_first_calls

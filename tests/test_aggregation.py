@@ -13,8 +13,8 @@ from scipy import stats
 from small_models import picture, small_inputs, small_model, worded_model
 
 from mmlens import CausalTrace, causal_trace, swap_span
-from mmlens.aggregation import AggregatedTraces, aggregate_traces, role_positions
-from mmlens.resampling import bootstrap_mean, sign_flip_test
+from mmlens.analyses.aggregation import AggregatedTraces, aggregate_traces, role_positions
+from mmlens.utils.statistics import bootstrap_mean, sign_flip_test
 
 
 def made_trace(groups, n_layers=3, sites=("attn_out", "mlp_out"), window=1):

@@ -18,15 +18,14 @@ from random_models import random_prompts as prompts_for
 from small_models import KINDS, picture, small_inputs, small_model, worded_model
 
 from mmlens import collate, noise_span
-from mmlens.attribution import (
+from mmlens.analyses import attention_contribution as contributions_module
+from mmlens.analyses.attention_contribution import (
     AttentionContribution,
-    AttentionKnockout,
     attention_contribution,
-    attention_knockout,
     attention_vectors,
 )
-from mmlens.attribution import contributions as contributions_module
-from mmlens.hooks import scale, zero
+from mmlens.analyses.attention_knockout import AttentionKnockout, attention_knockout
+from mmlens.interventions.functions import scale, zero
 
 # As elsewhere: activations of order 1 in float32, against which any mistake is off by 0.1 or more.
 TOLERANCE = 1e-4
@@ -146,13 +145,13 @@ def test_only_the_asked_layers_write_their_pattern_down(seed, monkeypatch):
     inputs = small_inputs(model, seed)
     opened = []
     for layer, block in enumerate(model.blocks):
-        pattern = block.attn.pattern
+        pattern = block.attn.edited_pattern
 
         def counted(scores, mask, layer=layer, pattern=pattern):
             opened.append((layer, scores.shape[2]))
             return pattern(scores, mask)
 
-        monkeypatch.setattr(block.attn, "pattern", counted)
+        monkeypatch.setattr(block.attn, "edited_pattern", counted)
     attention_contribution(model, inputs, "image", "last", layers=[1])
     assert opened == [(1, 1)]  # one layer, one query
 
@@ -192,7 +191,7 @@ class TestContributionResult:
     def test_the_grid(self, contribution):
         model, inputs, found = contribution
         grid = found.image_grid()
-        rows, columns = inputs.grid_size
+        rows, columns = inputs.images[0].grids[0]
         assert grid.shape == (*found.shape[:2], rows, columns)
         for row in range(rows):
             for column in range(columns):

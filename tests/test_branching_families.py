@@ -10,30 +10,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import SHAPES, Shape, hooked, llava_config, random_llava, random_prompts
-from small_models import any_family, plain_run, small_inputs
+from small_models import SITES_WITHOUT_LAYERS, any_family, plain_run, small_inputs
 from test_branching import assert_equal_to_plain_runs, decoder_edit, probabilities
 
 from mmlens import Intervention, window
-from mmlens.hooks import add, noise, scale, zero
-from mmlens.interventions import LAYERED_SITES, MODEL_SITES, hook_name
+from mmlens.interventions.functions import add, noise, scale, zero
+from mmlens.interventions.intervention import LAYERED_SITES, hook_name
 
 SEEDS = st.integers(0, 2**31)
 
 
 def has(model, site):
     """Whether the model has a site: parallel blocks and towers lack some."""
-    name = hook_name(site) if site in MODEL_SITES else hook_name(site, 0)
+    name = hook_name(site) if site in SITES_WITHOUT_LAYERS else hook_name(site, 0)
     return name in model.hook_dict
 
 
 def any_edit(model, inputs, chance):
     """A random intervention anywhere: decoder, embeddings, projector or tower."""
-    below = [site for site in MODEL_SITES if has(model, site)]
+    below = [site for site in SITES_WITHOUT_LAYERS if has(model, site)]
     below += [f"vision.{site}" for site in LAYERED_SITES if has(model, f"vision.{site}")]
     site = chance.choice(below)
     if chance.random() < 0.6:
         return decoder_edit(model, inputs, chance)
-    if site in MODEL_SITES:
+    if site in SITES_WITHOUT_LAYERS:
         layers = None
     else:
         n_layers = model.cfg.vision.n_layers

@@ -22,7 +22,15 @@ from checkpoint_folders import (
     same,
     second_layout,
 )
-from random_models import SHAPES, Shape, hooked, random_llama, random_llava, random_prompts
+from random_models import (
+    SHAPES,
+    Shape,
+    hooked,
+    random_language_model,
+    random_llama,
+    random_llava,
+    random_prompts,
+)
 from safetensors.torch import load_file
 from tiny_checkpoint import tiny_tokenizer, write_tiny_llava
 from torch import Tensor
@@ -34,9 +42,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-from mmlens.checkpoints import CheckpointError, hf_llava
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.formats.hf_llava import FORMAT
 from mmlens.checkpoints.loader import unreachable
-from mmlens.model import HookedMultimodalTransformer
+from mmlens.model.transformer import HookedMultimodalTransformer
 
 
 @pytest.fixture
@@ -255,7 +264,7 @@ def test_any_missing_tensor_is_told(part: str, folder: Path) -> None:
 
 
 def test_a_tensor_that_the_tower_does_not_know(folder: Path) -> None:
-    """In the blocks that are used; those behind the feature layer are left out on purpose."""
+    """In the blocks that are used; those after the feature layer are left out on purpose."""
     extra = {"vision_tower.vision_model.encoder.layers.0.self_attn.q_norm.weight": torch.ones(7)}
     edit_weights(folder, lambda tensors: tensors | extra)
     refused(folder, "unknown tensor", "q_norm")
@@ -312,7 +321,7 @@ def test_published_sizes_fit_name_by_name(size: str, tmp_path: Path) -> None:
         "vision_feature_select_strategy": "default",
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    cfg = hf_llava.config(tmp_path)
+    cfg = FORMAT.config(tmp_path, None)
     assert cfg.vision is not None and cfg.vision.n_visual_tokens == 576
     assert cfg.vision.n_layers == 23
     hf_config = AutoConfig.from_pretrained(tmp_path)
@@ -320,17 +329,17 @@ def test_published_sizes_fit_name_by_name(size: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         theirs = LlavaForConditionalGeneration(hf_config).state_dict()
         model = HookedMultimodalTransformer(cfg)
-    table, parameters = hf_llava.table(cfg), dict(model.named_parameters())
+    table, parameters = FORMAT.table(cfg), dict(model.named_parameters())
     assert not unreachable(parameters, table)
     for layout in LAYOUTS:
         unused = []
         found = set()
         for name, tensor in theirs.items():
-            slot = table.get(hf_llava.rename(layout(name)))
+            slot = table.get(FORMAT.rename(layout(name)))
             if slot is None:
                 unused.append(bare(name))
                 continue
-            found.add(hf_llava.rename(layout(name)))
+            found.add(FORMAT.rename(layout(name)))
             assert parameters[slot.parameter][slot.start : slot.stop].shape == tensor.shape, name
         assert found == set(table)
         last = ("vision_tower.encoder.layers.23.", "vision_tower.post_layernorm.")
@@ -357,3 +366,14 @@ def test_choices_reach_the_config(name: str, seed: int, tmp_path: Path) -> None:
     assert projector.d_in == shape.vision_width * len(layers)
     assert projector.bias == shape.projector_bias
     assert (model.projector.linear_1.bias is None) == (not shape.projector_bias)
+
+
+def test_layers_with_a_window_need_one(seed: int, tmp_path: Path) -> None:
+    """transformers runs such a configuration without a window, and `generate` crashes there."""
+    random_language_model(SHAPES["qwen2, some windows"]).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["use_sliding_window"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="layer_types has sliding_attention"):
+        HookedMultimodalTransformer.from_pretrained(tmp_path)

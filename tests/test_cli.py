@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,14 +15,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import typer
 from PIL import Image
 from tiny_checkpoint import write_tiny_llava
 
 import mmlens
-from mmlens.cli import console, main
+from mmlens.__main__ import main as mmlens_main
+from mmlens.cli import main
 from mmlens.cli.options import template_of
 from mmlens.cli.show import bar
 from mmlens.plots import save
+from mmlens.utils import progress
 
 QUESTION = "the capital of this country is the city of"
 
@@ -39,7 +45,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_browser(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures cannot be drawn (and the test does not wait for Chromium)."""
+    """Images cannot be drawn (and the test does not wait for Chromium)."""
 
     def fail(*_: object) -> bytes:
         raise save.FigureNotSaved("no browser here")
@@ -90,7 +96,7 @@ class TestBadInput:
     def test_not_an_image(self, rejected, tmp_path):
         (tmp_path / "text.png").write_text("hello")
         line = rejected("trace", tmp_path / "text.png", QUESTION, "--constraint", "this country")
-        assert "not a picture" in line
+        assert "not an image" in line
 
     def test_a_damaged_image(self, rejected, tmp_path, picture, checkpoint):
         cut = tmp_path / "cut.png"
@@ -256,9 +262,7 @@ class TestTrace:
         assert outs[0] == outs[1]
 
     def test_an_answer_and_a_template(self, run, picture, checkpoint):
-        common = self.options(
-            checkpoint, "--answer", "Rome", "--template", "a picture . {question}"
-        )
+        common = self.options(checkpoint, "--answer", "Rome", "--template", "an image . {question}")
         code, out, err = run("trace", picture, QUESTION, *common)
         assert code == 0, err
         assert "P(Rome)" in out
@@ -357,8 +361,8 @@ class TestDemo:
 
 def test_progress_in_a_log_file_is_a_line_now_and_then(monkeypatch, capsys):
     clock = iter([0, 30, 75, 80, 3700])
-    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with console.progress_bar("editing") as moved:
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress.progress_bar("editing") as moved:
         for done in range(1, 5):
             moved(done, 8)
     said = capsys.readouterr().err.splitlines()
@@ -371,3 +375,71 @@ def test_bars_are_as_long_as_their_numbers():
     assert bar(0.5, cells=4) == "██"
     assert bar(0.5 + 1 / 32, cells=4) == "██▏"
     assert bar(7.0, cells=4) == "████"
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, typer.Abort])
+def test_ctrl_c_is_one_line(run, picture, monkeypatch, error):
+    def interrupted(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(mmlens.HookedMultimodalTransformer, "from_pretrained", interrupted)
+    code, out, err = run("trace", picture, QUESTION, "--constraint", "this country")
+    assert (code, out, err) == (130, "", "mmlens: interrupted\n")
+
+
+@pytest.mark.parametrize("pressed", [True, False])
+def test_what_follows_an_interruption_is_the_interruptions(monkeypatch, capsys, pressed):
+    """A library that is interrupted in the middle of an import may raise any error."""
+
+    def command(*arguments, **options):
+        try:
+            if pressed:
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+        raise RecursionError("a module is half imported")
+
+    monkeypatch.setattr(sys.modules["mmlens.cli.app"], "app", command)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            mmlens_main()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().err
+    assert ended.value.code == (130 if pressed else 1)
+    assert said.endswith("mmlens: interrupted\n") == pressed
+    assert ("RecursionError" in said) == (not pressed)
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(15, marks=pytest.mark.slow)])
+def test_a_signal_at_a_random_moment_is_one_line(checkpoint, picture, tmp_path, times):
+    """From the first import to the last file; what is there is complete."""
+    # A shell's background job ignores Ctrl-C, and so would this.
+    begin = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    begin += "from mmlens.__main__ import main; print('begun', flush=True); main()"
+    command = [sys.executable, "-c", begin, "trace", picture, QUESTION, "--out", tmp_path]
+    command += ["--constraint", "this country", "--model", checkpoint]
+    seconds, interrupted = 4.0, 0
+    for _ in range(times):
+        with subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == "begun\n"
+            began = time.monotonic()
+            time.sleep(random.uniform(0, seconds))
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate()
+        assert process.returncode in (0, 130)
+        if process.returncode == 130:
+            assert err.strip().splitlines()[-1] == "mmlens: interrupted"
+            assert "Traceback" not in err
+            interrupted += 1
+        else:
+            seconds = time.monotonic() - began
+        assert not list(tmp_path.glob(".*"))
+    assert interrupted or times == 1

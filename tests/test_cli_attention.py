@@ -12,12 +12,8 @@ from PIL import Image
 from tiny_checkpoint import write_tiny_llava
 
 import mmlens
-from mmlens.attribution import (
-    AttentionContribution,
-    AttentionKnockout,
-    attention_contribution,
-    attention_knockout,
-)
+from mmlens.analyses.attention_contribution import AttentionContribution, attention_contribution
+from mmlens.analyses.attention_knockout import AttentionKnockout, attention_knockout
 from mmlens.cli import main
 from mmlens.cli.errors import UserError
 from mmlens.cli.options import layer_list

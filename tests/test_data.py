@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from question_files import write_mmmu, write_okvqa
+from question_files import write_gqa, write_mmmu, write_okvqa
 from small_tokenizers import KINDS
 from small_tokenizers import small_tokenizer as tokenizer_of
 
@@ -21,16 +21,18 @@ from mmlens.data import (
     demo_questions,
     encyclopedic_vqa,
     exact_match,
+    gqa,
     local_questions,
     mmmu,
     normalise_vqa_answer,
     okvqa,
+    open_questions,
     parse_choice,
     soft_accuracy,
     vqa_constraints,
 )
 from mmlens.data.report import how_found
-from mmlens.spans import SpanNotFoundError, encode
+from mmlens.inputs.spans import SpanNotFoundError, encode
 
 DATA = Path(__file__).parent / "data"
 
@@ -129,7 +131,7 @@ class TestVQAConstraints:
         for folder in folders:
             for index in range(8):
                 draw(folder / f"{index}.jpg")
-            (folder / "readme.txt").write_text("no picture")
+            (folder / "readme.txt").write_text("no image")
         questions = vqa_constraints(path, tmp_path, seed=seed)
         again = vqa_constraints(path, tmp_path, seed=seed)
         for question, same, folder in zip(questions, again, folders, strict=True):
@@ -205,7 +207,7 @@ def test_the_demo_questions_are_as_they_should_be():
 
 
 class TestOKVQA:
-    def test_questions_answers_and_pictures(self, tmp_path):
+    def test_questions_answers_and_images(self, tmp_path):
         files = write_okvqa(tmp_path, [("What is this?", 297147), ("Who is that?", 339761)])
         draw(tmp_path / "val2014" / "COCO_val2014_000000297147.jpg")
         questions = okvqa(*files, tmp_path)
@@ -229,6 +231,37 @@ class TestOKVQA:
             okvqa(annotated)
         with pytest.raises(ValueError, match="lacks 'annotations'"):
             okvqa(asked, asked)
+
+
+class TestGQA:
+    def test_questions_answers_and_images(self, tmp_path, seed):
+        asked = {
+            str(20 * n): (f"Is it {n}?", f"n{n}", random.choice(["no", "ice cream"]))
+            for n in range(5)
+        }
+        path = write_gqa(tmp_path, asked)
+        draw(tmp_path / "images" / "n3.jpg")
+        questions = open_questions(f"gqa:{path}", tmp_path / "images")
+        assert [(q.question, q.image.stem, *q.answers) for q in questions] == list(asked.values())
+        assert questions[3].open_image().mode == "RGB" and questions[3].source == "gqa/60"
+        assert questions[3].extra["fullAnswer"] == f"It is {asked['60'][2]}."
+        assert {(q.relation, q.split) for q in questions} == {("attr", "testdev")}
+        assert questions.report().counts == {("image", "missing"): 4}
+        assert gqa(path, tmp_path)[0].image == tmp_path / "n0.jpg"
+
+    def test_a_test_split_has_no_answers(self, tmp_path):
+        path = tmp_path / "test_balanced_questions.json"
+        path.write_text(json.dumps({"1": {"question": "Why?", "imageId": "7", "isBalanced": True}}))
+        [question] = gqa(path)
+        assert question.answers == () and question.relation == "" and question.split == "test"
+
+    def test_another_json_is_refused(self, tmp_path):
+        asked, _ = write_okvqa(tmp_path, [("What is this?", 1)])
+        with pytest.raises(ValueError, match="none of 4 rows can be used"):
+            gqa(asked)
+        asked.write_text("[]")
+        with pytest.raises(ValueError, match=r"q\.json is no object of GQA's questions: \[\]"):
+            gqa(asked)
 
 
 EVQA = {
@@ -298,7 +331,7 @@ class TestEncyclopedicVQA:
             encyclopedic_vqa(path, tmp_path)
         index = tmp_path / "val.json"
         index.write_text(json.dumps({"images": []}))
-        with pytest.raises(ValueError, match="lacks 1 of 1 pictures: .'18'"):
+        with pytest.raises(ValueError, match="lacks its image '18'"):
             encyclopedic_vqa(path, tmp_path, inaturalist=index)
         with pytest.raises(ValueError, match="it lacks"):
             encyclopedic_vqa(DATA / "okvqa.csv", tmp_path)
@@ -313,14 +346,14 @@ class TestMMMU:
     def shades(self, question):
         return [picture.getpixel((0, 0))[0] for picture in question.open_images()]
 
-    def test_options_and_pictures_in_order(self, mmmu_folder):
+    def test_options_and_images_in_order(self, mmmu_folder):
         one, several, open_question, hidden = mmmu("Art", path=mmmu_folder)
         assert one.question == "Who painted <image>?" and self.shades(one) == [10]
         assert one.options == ("Goya", "El Greco") and one.answers == ("El Greco",)
         assert one.expected == replace(one, choice="").expected == ("B",)
         assert one.is_right("(B)") and not one.is_right("A")
         assert "(B) El Greco" in one.prompt() and one.prompt().startswith(one.question)
-        # Picture 3 is mentioned nowhere, 2 is twice.
+        # Image 3 is mentioned nowhere, 2 is twice.
         assert several.prompt().count("<image>") == 4
         assert self.shades(several) == [40, 30, 20, 30]
         assert several.answers == ("<image>",) and several.expected == ("A",)
@@ -355,19 +388,25 @@ class TestLocal:
         assert len(both.open_images()) == 2 and both.source == "mine"
         assert none.images == () and len(questions[1:3]) == 2
         assert questions[1:3][0] == chosen and questions[-1] == none
-        with pytest.raises(ValueError, match="2 pictures"):
+        with pytest.raises(ValueError, match="2 images"):
             both.open_image()
 
     def test_bad_lines_have_numbers(self, tmp_path):
         path = tmp_path / "mine.jsonl"
-        good = '{"question": "x"}\n'
         for bad, why in (
-            ("{", "line 2 is no json"),
-            ("[1]", "line 2 is no object"),
-            ('{"question": "x", "answers": "y"}', "line 2: answers must be a list, not 'y'"),
+            ("{", "line 2: no json"),
+            ("[1]", "line 2: no object"),
+            (
+                '{"question": "x", "answers": "y"}',
+                "line 2: answers must be a list of texts, not 'y'",
+            ),
         ):
-            path.write_text(good + bad)
-            with pytest.raises(ValueError, match=why):
+            path.write_text('{"question": "x"}\n' + bad)
+            questions = local_questions(path)
+            assert len(questions) == 1
+            assert why in questions.refused[0].why
+            path.write_text("\n" + bad)
+            with pytest.raises(ValueError, match=f"mine.jsonl: none of 1 rows.*{why}"):
                 local_questions(path)
         with pytest.raises(FileNotFoundError):
             local_questions(tmp_path / "none.jsonl")

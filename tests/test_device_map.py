@@ -10,9 +10,9 @@ import torch
 from checkpoint_folders import load
 from random_models import SHAPES, hooked, random_llama, random_llava, random_prompts
 
-from mmlens.checkpoints import CheckpointError
 from mmlens.checkpoints.devices import PLANS, planned
-from mmlens.model import HookedMultimodalTransformer
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.model.transformer import HookedMultimodalTransformer
 
 PARTS = ("vision", "projector", "embed", "blocks.0", "blocks.1", "blocks.2", "ln_final", "unembed")
 MAPS = {"whole": {"": "cpu"}, "in parts": dict.fromkeys(PARTS, "cpu")}

@@ -1,8 +1,8 @@
 """Every code block of the README and of docs/, and every notebook, runs on the demo model.
 
 Python blocks of a page share one namespace; of the other blocks, commands that begin with `mmlens`
-are run. A block behind `<!-- tested with: this -> that; ... -->` is run with words replaced: with
-fewer questions, say. One behind `<!-- not run: reason -->` is only parsed. Pages are run in a
+are run. A block after `<!-- tested with: this -> that; ... -->` is run with words replaced: with
+fewer questions, say. One after `<!-- not run: reason -->` is only parsed. Pages are run in a
 folder with `flag.png` (Italy's) and the files that `PREPARED` writes for them.
 """
 
@@ -62,7 +62,7 @@ def commands(code: str) -> list[list[str]]:
 
 
 def okvqa_files(folder: Path) -> None:
-    """One question of OK-VQA, its annotation and its picture."""
+    """One question of OK-VQA, its annotation and its image."""
     (folder / "coco" / "val2014").mkdir(parents=True)
     picture = "COCO_val2014_000000000042.jpg"
     Image.new("RGB", (8, 8)).save(folder / "coco" / "val2014" / picture)
@@ -89,16 +89,40 @@ def answered(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def mmedit_file(folder: Path) -> None:
-    """A record of MMEdit and its picture."""
+    """A record of MMEdit and its image."""
     (folder / "editing-data" / "vqa").mkdir(parents=True)
     shutil.copy(folder / "flag.png", folder / "editing-data" / "flag.png")
     record = {"src": "What is this country?", "alt": "Oslo", "image": "flag.png"}
     (folder / "editing-data" / "vqa" / "vqa_eval.json").write_text(json.dumps([record]))
 
 
+def pairs_and_regions(folder: Path) -> None:
+    """A pair of images, and a question of GQA with its scene graph."""
+    (folder / "images").mkdir()
+    shutil.copy(folder / "flag.png", folder / "images" / "red.png")
+    Image.new("RGB", (50, 70), "blue").save(folder / "images" / "blue.png")
+    Image.open(folder / "flag.png").convert("RGB").save(folder / "images" / "7.jpg")
+    row = {"question": "The capital of this country is", "image": "red.png",
+           "counterfactual_image": "blue.png", "answers": ["Rome"],
+           "counterfactual_answers": ["Paris"]}  # fmt: skip
+    (folder / "pairs.jsonl").write_text(json.dumps(row))
+    asked = {"question": "What is on the wall?", "imageId": "7", "answer": "flag",
+             "annotations": {"question": {"4": "1"}, "answer": {"0": "2"}}}  # fmt: skip
+    width, height = Image.open(folder / "flag.png").size
+    boxes = {"1": ("wall", width, height), "2": ("flag", width // 2, height // 2)}
+    objects = {
+        key: {"name": name, "x": 0, "y": 0, "w": wide, "h": high}
+        for key, (name, wide, high) in boxes.items()
+    }
+    (folder / "val_balanced_questions.json").write_text(json.dumps({"1": asked}))
+    (folder / "val_sceneGraphs.json").write_text(json.dumps({"7": {"objects": objects}}))
+
+
 PREPARED: dict[str, Callable[[Path], dict[str, torch.Tensor] | None]] = {
     "attention": answered,
     "editing": mmedit_file,
+    "sweeps": pairs_and_regions,
+    "tracing": pairs_and_regions,
 }
 
 
@@ -117,9 +141,14 @@ load = HookedMultimodalTransformer.from_pretrained
 
 
 @lru_cache(maxsize=2)
-def demo_model(name: str, **options: object) -> HookedMultimodalTransformer:
+def embedded_model(name: str, **options: object) -> HookedMultimodalTransformer:
     assert name.startswith("demo"), f"{name} cannot be loaded in a test"
     return load(name, **options)
+
+
+def demo_model(name: str, **options: object) -> HookedMultimodalTransformer:
+    """The embedded models, each loaded once, and folders that a page has written itself."""
+    return load(name, **options) if Path(name).is_dir() else embedded_model(name, **options)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -138,10 +167,20 @@ def test_every_block_runs(page: Path, folder: Path) -> None:
                 assert result.exit_code == 0, f"{where}: mmlens {command}\n{result.output}"
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+LONG = {"edit_a_fact", "reproduce_the_paper"}
+"""Notebooks that take most of a minute."""
+
+
+@pytest.mark.parametrize(
+    "notebook",
+    [
+        pytest.param(each, id=each.stem, marks=[pytest.mark.slow] * (each.stem in LONG))
+        for each in NOTEBOOKS
+    ],
+)
 def test_every_notebook_runs(notebook: Path, folder: Path, monkeypatch) -> None:
     monkeypatch.setenv("MMLENS_CHECK", "1")  # where a larger model is meant
-    with torch.enable_grad():  # and behind it as it was, whatever the notebook sets
+    with torch.enable_grad():  # and after it as it was, whatever the notebook sets
         exec(compile(notebook.read_text(encoding="utf-8"), str(notebook), "exec"), {})
 
 

@@ -1,5 +1,6 @@
 """Edits: on and off to the last bit, several at once, in a file, for the right model only."""
 
+import json
 import random
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import hooked, random_llava
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_models import small_inputs, small_model
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from mmlens import Edit, HookedMultimodalTransformer
 from mmlens.editing import LowRank
-from mmlens.editing.edit import fingerprint
+from mmlens.editing.fingerprints import fingerprint
 
 SEEDS = st.integers(0, 2**31 - 1)
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -90,18 +92,16 @@ def test_an_exception_in_the_block_takes_the_edit_off(seed: int) -> None:
     assert_same_bits(model, before)
 
 
-def test_apply_takes_an_edit_or_a_function(seed: int) -> None:
+def test_apply_and_revert(seed: int) -> None:
     model = small_model(seed)
     before, edit = weights(model), random_edit(model)
     inputs = small_inputs(model, seed)
     logits = model(inputs)
-    assert model.apply(edit) is model and edit.is_applied(model)
+    edit.apply(model)
+    assert edit.is_applied(model)
     edit.revert(model)
     assert torch.equal(model(inputs), logits)
     assert_same_bits(model, before)
-    seen = []
-    assert model.apply(lambda module: seen.append(module)) is model
-    assert set(seen) == set(model.modules())
 
 
 @settings(max_examples=10)
@@ -194,7 +194,7 @@ def test_the_sum_of_edits(seed):
 
 def sum_of(model: Model, one: LowRank, other: LowRank) -> Tensor | LowRank:
     """The sum of edits that were made for some weight of that shape."""
-    edits = [Edit({"w": delta}, {"w": "hash"}) for delta in (one, other)]
+    edits = [Edit({"w": delta}, {"w": {"float32": "hash"}}) for delta in (one, other)]
     delta = (edits[0] + edits[1]).deltas["w"]
     torch.testing.assert_close(dense(delta), dense(one) + dense(other))
     return delta
@@ -243,6 +243,115 @@ def test_another_model_is_refused(seed: int, tmp_path: Path) -> None:
         _ = edit + random_edit(other, names)
     assert_same_bits(other, before)
     assert Edit.load(path).base == edit.base  # without a model there is nothing to compare with
+
+
+@settings(max_examples=12)
+@given(SEEDS, DTYPES, DTYPES)
+def test_the_same_weights_in_another_dtype(tmp_path_factory, seed, made_in, applied_to):
+    """One checkpoint in two dtypes: what is added is the same, rounded to the model's own dtype."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    checkpoint = small_model(seed).state_dict()
+    model, other = small_model(seed).to(made_in), small_model(seed).to(applied_to)
+    for each in (model, other):
+        each.load_state_dict(checkpoint)  # rounded from float32, as a loader does it
+    edit = random_edit(model)
+    loaded = Edit.load(edit.save(tmp_path_factory.mktemp("edit") / "it.safetensors"))
+    halves = {torch.bfloat16, torch.float16}
+    if {made_in, applied_to} == halves:
+        # Neither is the other's rounding: nobody can tell whether they were one checkpoint's.
+        with pytest.raises(ValueError, match=r"made for another model: .* is b?float16 there and"):
+            loaded.apply(other)
+        return
+    before = weights(other)
+    with loaded.applied(other):
+        for name, delta in edit.deltas.items():
+            wide = torch.promote_types(applied_to, torch.float32)
+            expected = (before[name].to(wide) + dense(delta, wide)).to(applied_to)
+            # Both are rounded once, from sums that differ by float32's or float64's rounding.
+            torch.testing.assert_close(other.get_parameter(name).detach(), expected)
+            assert not torch.equal(other.get_parameter(name), before[name])
+    assert_same_bits(other, before)
+    both = loaded + random_edit(other, list(edit.deltas))
+    both.check_weights(model)
+    both.check_weights(other)
+
+
+def test_a_bfloat16_checkpoint_is_known_in_float32_and_float16(seed: int) -> None:
+    """Whose values are bfloat16's in each of them."""
+    model = small_model(seed).to(torch.bfloat16)
+    edit = random_edit(model)
+    for dtype in (torch.float32, torch.float16):
+        edit.check_weights(small_model(seed).to(torch.bfloat16).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_other_weights_are_refused_in_any_dtype(seed: int, dtype: torch.dtype) -> None:
+    model, other = small_model(seed), small_model(seed)
+    edit = random_edit(model)
+    name = random.choice(list(edit.deltas))
+    with torch.no_grad():
+        changed = other.get_parameter(name).view(-1)
+        index = int(changed.abs().argmax())
+        changed[index] *= 1 + 2**-6  # twice the distance between neighbours in bfloat16
+    with pytest.raises(ValueError, match="made for another model") as error:
+        edit.apply(other.to(dtype))
+    shown = str(dtype).removeprefix("torch.")
+    assert dtype == torch.float32 or f"float32 there and {shown} here" in str(error.value)
+    with pytest.raises(ValueError, match=rf"different models: .* \({shown}\)"):
+        _ = edit + random_edit(other, [name])
+
+
+def test_less_than_the_coarser_dtype_can_tell_is_refused_in_the_finer(seed: int) -> None:
+    """What bfloat16 rounds away is a difference between two float32 models all the same."""
+    model, other = small_model(seed), small_model(seed)
+    with torch.no_grad():
+        for each in other.parameters():
+            each.copy_(each.bfloat16())
+    edit = random_edit(model)
+    edit.check_weights(other.to(torch.bfloat16))
+    with pytest.raises(ValueError, match="made for another model"):
+        edit.check_weights(other.float())
+    with pytest.raises(ValueError, match="different models"):
+        _ = edit + random_edit(other, list(edit.deltas))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_file_that_is_not_finite_is_refused(seed: int, tmp_path: Path, bad: float) -> None:
+    model = small_model(seed)
+    edit = random_edit(model)
+    delta = edit.deltas[random.choice(list(edit.deltas))]
+    parts = [delta.left, delta.right] if isinstance(delta, LowRank) else [delta]
+    random.choice(parts).view(-1)[0] = bad
+    path = edit.save(tmp_path / "edit.safetensors")
+    with pytest.raises(ValueError, match=r"edit\.safetensors: the edit of .* is not finite"):
+        Edit.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda rest, tensors: rest.pop("base"), "its fields are not base and metadata"),
+        (lambda rest, tensors: rest.update(more=1), "its fields are not base and metadata"),
+        (lambda rest, tensors: rest.update(metadata=[]), "its fields are not base and metadata"),
+        (lambda rest, tensors: rest.update(base={"w": "h"}), "its fields are not"),
+        (lambda rest, tensors: rest["base"].update(w={"float32": "h"}), "w has no factors"),
+        (lambda rest, tensors: rest["base"].update(w={}), "w has no hash"),
+        (lambda rest, tensors: rest["base"].update(w={"abacus": "h"}), "w has no hash of a dtype"),
+        (lambda rest, tensors: tensors.update(w=torch.ones(2)), "w belong to no weight"),
+        (lambda rest, tensors: tensors.pop(min(tensors)), "no factors that fit"),
+    ],
+)
+def test_files_that_hold_no_edit(seed: int, tmp_path: Path, change, why: str) -> None:
+    model = small_model(seed)
+    edit = random_edit(model)
+    path = edit.save(tmp_path / "edit.safetensors")
+    with safe_open(path, framework="pt") as file:
+        rest, tensors = json.loads(file.metadata()["Edit"]), load_file(path)
+    change(rest, tensors)
+    save_file(tensors, path, {"Edit": json.dumps(rest)})
+    with pytest.raises(ValueError, match=rf"edit\.safetensors holds no Edit: .*{why}"):
+        Edit.load(path)
 
 
 def test_a_later_edit_knows_the_weights_below_the_applied_ones(seed: int) -> None:

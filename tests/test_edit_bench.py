@@ -16,13 +16,15 @@ from tiny_checkpoint import write_tiny_llava
 from mmlens import HookedMultimodalTransformer
 from mmlens.cli import main
 from mmlens.data import edit_cases, local_questions, mmmu, okvqa, soft_accuracy
+from mmlens.data.open import open_cases
+from mmlens.edit_bench.bench import EditBench
+from mmlens.edit_bench.settings import BenchSettings, Variant, default_layer
 from mmlens.editing import METHODS, Edit, multedit
-from mmlens.editing.asking import Examiner
-from mmlens.editing.bench import EditBench
-from mmlens.editing.bench_settings import BenchSettings, Variant, default_layer, open_cases
 from mmlens.editing.evaluation import Examination, evaluate, request_of
+from mmlens.editing.examiner import Examiner
 from mmlens.editing.multedit import keys_of
 from mmlens.plots import save
+from mmlens.utils.resumable import FolderInUse
 
 QUESTION, CONSTRAINT = "the capital of this country is", "this country"
 OTHER = "the river near this country is"
@@ -31,7 +33,7 @@ FAST = ("--set", "multedit.steps=2")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint, and questions about three pictures; one picture is missing."""
+    """A checkpoint, and questions about three images; one image is missing."""
     folder = tmp_path_factory.mktemp("edit-bench")
     write_tiny_llava(folder / "model")
     rows = []
@@ -100,7 +102,14 @@ def test_a_benchmark_is_the_evaluation_of_each_edit(bench_run, folder, tmp_path)
     cases = [edit_cases(local_questions(folder))[row] for row in (0, 2, 3)]
     by_hand = evaluate(
         model,
-        lambda case: multedit(model, request_of(model, case), layer=1, steps=2),
+        lambda case: multedit(
+            model,
+            request_of(model, case),
+            layer=1,
+            steps=2,
+            positions="last",
+            references=None,
+        ),
         cases,
     ).to_dataframe()
     raw = pd.read_parquet(written / "raw.parquet")
@@ -118,7 +127,7 @@ def test_a_run_goes_on_where_another_stopped(folder, tmp_path, monkeypatch):
         made.append(settings)
         if len(made) == 2:
             raise KeyboardInterrupt
-        return multedit(*arguments, **settings)
+        return multedit(*arguments, references=None, **settings)
 
     monkeypatch.setitem(METHODS, "multedit", counted)
     model = HookedMultimodalTransformer.from_pretrained(folder / "model")
@@ -140,6 +149,32 @@ def test_a_run_goes_on_where_another_stopped(folder, tmp_path, monkeypatch):
     assert set(run(limit=3)["case"]) > set(first["case"]) and len(made) == 6
     run(method_settings={"multedit": {"steps": 2}})
     assert len(made) == 8  # other settings: nothing of it is known
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_two_benchmarks_of_one_method_cannot_write_to_one_folder(
+    folder, tmp_path, monkeypatch, sequential
+):
+    model = HookedMultimodalTransformer.from_pretrained(folder / "model")
+    cases = edit_cases(local_questions(folder), n_neighbours=1)
+    made = []
+
+    def bench(name):
+        chosen = BenchSettings(methods=(name,), layers=(1,), limit=1, sequential=sequential)
+        return EditBench(chosen, model, cases, {}).evaluations(tmp_path)
+
+    def nested(*arguments, **settings):
+        with pytest.raises(FolderInUse, match="another edit benchmark is writing"):
+            bench("multedit")
+        bench("other")
+        made.append(multedit(*arguments, layer=1, steps=1, references=None))
+        return made[-1]
+
+    monkeypatch.setitem(METHODS, "multedit", nested)
+    monkeypatch.setitem(
+        METHODS, "other", lambda *given, layer: multedit(*given, layer=1, steps=1, references=None)
+    )
+    assert len(bench("multedit")) == len(made) == 1
 
 
 def test_layers_and_sequences(bench_run, tmp_path, monkeypatch):
@@ -172,7 +207,7 @@ def test_an_edit_that_cannot_be_made_counts_as_none(folder, tmp_path, monkeypatc
 
 
 def preserved_file(folder):
-    """The questions whose pictures are there, and a file of them."""
+    """The questions whose images are there, and a file of them."""
     questions = [each for each in local_questions(folder) if "missing" not in str(each.image)]
     rows = [
         {"question": q.question, "image": q.image.name, "visual_constraint": CONSTRAINT}
@@ -188,7 +223,7 @@ def test_preserved_questions_are_none_that_is_asked(folder, monkeypatch, tmp_pat
 
     def watched(*arguments, kept, **settings):
         given.append(kept)
-        return multedit(*arguments, kept=kept, **settings)
+        return multedit(*arguments, kept=kept, references=None, **settings)
 
     monkeypatch.setitem(METHODS, "multedit", watched)
     questions, path = preserved_file(folder)
@@ -212,7 +247,7 @@ def test_methods_are_told_how_targets_end(folder, tmp_path, monkeypatch):
 
     def watched(model, request, **settings):
         told.append(request.target)
-        return multedit(model, request, **settings)
+        return multedit(model, request, references=None, **settings)
 
     monkeypatch.setitem(METHODS, "multedit", watched)
     questions, _ = preserved_file(folder)
@@ -327,17 +362,19 @@ def test_variants():
     assert (
         Variant.parsed("multedit-last", [5]) == Variant.parsed("multedit-last@5", [0]) == [at_last]
     )
-    assert at_last.label == "multedit-last@5" and at_last.arguments == {}
+    assert at_last.label == "multedit-last@5" and at_last.arguments == {"positions": "last"}
     [everywhere] = Variant.parsed("multedit-all@5", [0])
     assert (everywhere.label, everywhere.span) == ("multedit-all@5", None)
     assert everywhere.arguments == {"positions": "all"}
+    [words] = Variant.parsed("multedit-words@5", [0])
+    assert (words.span, words.arguments) == (None, {"positions": "words"})
     with pytest.raises(ValueError, match="only multedit"):
         Variant.parsed("rome-all@5", [0])
 
 
 def test_cases_by_their_name(folder, tmp_path):
     def named(data, images=None):
-        return open_cases(BenchSettings(data=data, images=images))
+        return open_cases(data, images)
 
     assert named("demo").name == "demo-correct"
     assert named("demo:invented").name == "demo-invented"
@@ -411,7 +448,7 @@ class TestBadInput:
         common = ("edit-bench", "--out", tmp_path, "--model", folder / "model")
         assert "'magic'" in rejected(*common, "--methods", "magic")
         assert "one layer" in rejected(*common, "--methods", "multedit@all")
-        assert "behind the @" in rejected(*common, "--methods", "lora@early")
+        assert "after the @" in rejected(*common, "--methods", "lora@early")
         assert "'easy'" in rejected(*common, "--data", "demo:easy")
         assert "no.json" in rejected(*common, "--data", f"mmedit:{tmp_path / 'no.json'}")
         assert "neither 'demo'" in rejected(*common, "--data", "questions.txt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,6 +38,21 @@ PORTABILITY = [
 ]
 
 
+def test_the_same_pixels_are_the_same_image(seed):
+    """Whichever object holds them: a reader opens an image anew for each of its questions."""
+    noise = np.random.default_rng(seed).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    words = ("What is this?", "Where is this?")
+    shown = [
+        VisualQuestion(text, Image.fromarray(pixels), answers=("x",), subject=str(index))
+        for index, pixels in enumerate(noise)
+        for text in words
+    ]
+    near = Neighbourhood(shown).of(shown[0], n=4)
+    assert near[SAME_IMAGE] == (shown[1],)
+    assert near[SAME_QUESTION] == (shown[2],)
+    assert shown[0].image_keys() == replace(shown[0], image=noise[0]).image_keys()
+
+
 def test_a_record_of_mmedit(tmp_path):
     path = tmp_path / "vqa_eval.json"
     path.write_text(json.dumps([RECORD, {**RECORD, "alt": ""}, {**RECORD, "alt": ["a", "b"]}]))
@@ -48,14 +64,14 @@ def test_a_record_of_mmedit(tmp_path):
     assert case.question.visual_constraint == "this man"
     assert case.question.image == tmp_path / "coco" / "val2014" / "one.jpg"
     groups = case.groups()
-    assert list(groups) == ["efficacy", "paraphrases", "other images", "text", "other picture"]
+    assert list(groups) == ["efficacy", "paraphrases", "other images", "text", "unrelated image"]
     assert groups["paraphrases"][0].question == RECORD["rephrase"]
     assert groups["paraphrases"][0].visual_constraint == "this man"
     assert groups["other images"][0].image == tmp_path / "drawn" / RECORD["image_rephrase"]
     for name in ("efficacy", "paraphrases", "other images"):
         assert groups[name][0].answers == ("tennis",)
     assert groups["text"][0].images == () and groups["text"][0].answers == ("Nobody",)
-    other = groups["other picture"][0]
+    other = groups["unrelated image"][0]
     assert (other.question, other.answers) == ("What breed is the dog?", ("poodle",))
     assert other.image == tmp_path / "coco" / "val2014" / "other.jpg"
     assert cases.report().counts["image", "missing"] == 2 * 4
@@ -77,9 +93,10 @@ def test_vlkeb_by_the_line_adds_portability(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "neither a json list nor lines"),
+        ("{", "none of 1 rows can be used; the first: line 1: no json"),
+        ("[{]", "no json"),
         ('[{"src": "?", "alt": "x"}]', "record 0: lacks image"),
-        ("[1]", "record 0: lacks alt, image, src"),
+        ("[1]", "record 0: must be an object, not 1"),
     ],
 )
 def test_files_of_something_else(tmp_path, content, message):
@@ -105,7 +122,7 @@ def questions_of(n_things, words=("Who built this house?", "How old is this hous
     ]
 
 
-def test_neighbours_share_the_picture_or_the_words(seed):
+def test_neighbours_share_the_image_or_the_words(seed):
     questions = questions_of(6)
     near = Neighbourhood(questions)
     found = near.of(questions[0], 3, seed)
@@ -131,7 +148,7 @@ def test_questions_of_any_reader_become_edits(seed):
     assert (case.target, case.truth) == ("Adam", "answer 0 0")
     assert [each.visual_constraint for each in case.paraphrases] == ["this house", ""]
     assert case.other_images[0].image == "elsewhere.jpg"
-    assert cases[1].target == "answer 0 1" and cases[1].other_images == ()  # the same picture
+    assert cases[1].target == "answer 0 1" and cases[1].other_images == ()  # the same image
     asked = {each.source for group in case.neighbours.values() for each in group}
     assert asked and not asked & {each.source for each in case.kept}
     with pytest.raises(ValueError, match="10, 3"):

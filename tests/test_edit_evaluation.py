@@ -12,10 +12,10 @@ import torch
 from planted_edits import PlantedEdits
 from planted_models import N_ENTITIES
 from small_models import picture, worded_model
+from transformers import GenerationConfig
 
 from mmlens.data import EditCase, VisualQuestion
 from mmlens.editing import Edit, LowRank, SequentialEditor
-from mmlens.editing.asking import PICTURES_KEPT, Examiner, score
 from mmlens.editing.edit_evaluation import EditEvaluation
 from mmlens.editing.evaluation import (
     Examination,
@@ -24,6 +24,7 @@ from mmlens.editing.evaluation import (
     evaluate_sequence,
     request_of,
 )
+from mmlens.editing.examiner import IMAGES_KEPT, Examiner, score
 
 TEXTS = (
     "The capital of this country is the city of",
@@ -38,9 +39,9 @@ def model(seed):
     return worded_model(seed).double()
 
 
-def some_questions(seed, n_pictures=2):
+def some_questions(seed, n_images=2):
     chance = random.Random(seed)
-    images = [picture(seed + i) for i in range(n_pictures)] + [None]
+    images = [picture(seed + i) for i in range(n_images)] + [None]
     return [
         VisualQuestion(
             text,
@@ -89,24 +90,42 @@ def test_replies_are_those_of_plain_runs(seed, model):
     for question, reply, other in zip(questions, replies, again, strict=True):
         tokens, probability, log_probs = by_hand(model, examiner, question)
         assert reply.tokens == other.tokens == tokens
-        assert reply.said == model.to_string(tokens)
+        assert reply.said == model.to_string(tokens, skip_special_tokens=True)
         assert reply.probability == pytest.approx(probability, rel=1e-6)
         assert reply.score == float(question.is_right(reply.said))
         torch.testing.assert_close(reply.log_probs, log_probs, rtol=1e-6, atol=1e-9)
         assert reply.drift(reply) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_pictures_are_encoded_once(seed, model, monkeypatch):
+def test_replies_are_greedy_under_the_checkpoints_settings(seed, model):
+    """A penalty on what the row holds depends on what came before each token."""
+    examiner, questions = Examiner(model), some_questions(seed)
+    plain = examiner.ask(questions)
+    settings = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 2, "do_sample": True}
+    model.generation_config = GenerationConfig(**settings)
+    replies = examiner.ask(questions, plain)
+    assert [reply.tokens for reply in replies] != [reply.tokens for reply in plain]
+    for question, reply in zip(questions, replies, strict=True):
+        inputs = examiner.prepared(question)
+        tokens = model.generate(
+            inputs, len(reply.tokens), do_sample=False, return_type="tokens", stop_at_eos=False
+        )
+        assert list(reply.tokens) == tokens[0, inputs.n_pos :].tolist()
+
+
+def test_images_are_encoded_once(seed, model, monkeypatch):
     encoded = []
     forward = model.vision.forward
     monkeypatch.setattr(
-        model.vision, "forward", lambda pixels: encoded.append(len(pixels)) or forward(pixels)
+        model.vision,
+        "forward",
+        lambda pixels, *more: encoded.append(len(pixels)) or forward(pixels, *more),
     )
     examiner, questions = Examiner(model), some_questions(seed)
     before = examiner.ask(questions)
     with random_edit(model, 1).applied(model):
         examiner.ask(questions, before)
-    assert sum(encoded) == 2 < PICTURES_KEPT
+    assert sum(encoded) == 2 < IMAGES_KEPT
 
 
 def test_scores():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +20,10 @@ from random_models import (
 from rounding import assert_same, rounded_otherwise
 from torch import Tensor
 
-from mmlens.components import MLP, KeyValueCache
-from mmlens.hook_points import HookPoint
-from mmlens.inputs import MultimodalInputs
-from mmlens.model import HookedMultimodalTransformer
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.model.components import MLP, KeyValueCache
+from mmlens.model.hook_points import HookPoint
+from mmlens.model.transformer import HookedMultimodalTransformer
 
 TOLERANCE = 1e-9
 """Of a model in float64, which computes the same in two ways."""
@@ -40,7 +39,7 @@ class Case(NamedTuple):
 
 @pytest.fixture
 def hf_case(seed: int, tmp_path: Path) -> Case:
-    """Two rows, one with two pictures, the other padded on the left."""
+    """Two rows, one with two images, the other padded on the left."""
     hf = random_llava(Shape(n_layers=4))
     model = hooked(hf, tmp_path)
     prompts = random_prompts(hf.config, images=[2, 1], words=[7, 5])
@@ -54,7 +53,7 @@ def case(hf_case: Case) -> Case:
     """The same in float64; but for transformers' own model, whose norms are float32 always."""
     model, inputs = hf_case.model.double(), hf_case.inputs
     assert inputs.pixel_values is not None
-    inputs = replace(inputs, pixel_values=inputs.pixel_values.double())
+    inputs = inputs.with_pixels(inputs.pixel_values.double())
     with torch.no_grad():
         return hf_case._replace(model=model, inputs=inputs, logits=model(inputs))
 
@@ -151,7 +150,7 @@ def test_dead_hooks_are_found(case: Case) -> None:
     assert sorted(model.verify_hooks(case.inputs)) == dead
 
 
-def test_hooks_of_pictures_are_dead_without_pictures(case: Case) -> None:
+def test_hooks_of_images_are_dead_without_images(case: Case) -> None:
     text = case.model.inputs_from_tokens(torch.tensor([[1, 8, 9, 10]]))
     dead = case.model.verify_hooks(text)
     assert dead and all(name.startswith(("vision.", "projector.")) for name in dead)
@@ -230,7 +229,7 @@ def test_hooks_stay_until_they_are_reset(case: Case) -> None:
     assert torch.equal(model(case.inputs), case.logits)
 
 
-# Fused unless something listens
+# Fused unless a hook may edit
 
 
 @pytest.fixture
@@ -253,7 +252,7 @@ def calls_of_a_run(model: Any, inputs: Any, calls: list[int], **hooks: Any) -> i
     return len(calls)
 
 
-def test_attention_is_fused_unless_something_listens(case: Case, fused_calls: list[int]) -> None:
+def test_attention_is_fused_unless_a_hook_may_edit(case: Case, fused_calls: list[int]) -> None:
     model, inputs = case.model, case.inputs
     everywhere = model.cfg.n_layers + model.cfg.vision.n_layers
     elsewhere = [
@@ -276,13 +275,16 @@ def test_attention_is_fused_unless_something_listens(case: Case, fused_calls: li
     assert count() == everywhere, "and fused again when nobody listens any more"
     fused_calls.clear()
     model.run_with_cache(inputs)
-    assert not fused_calls
+    assert len(fused_calls) == everywhere, "a cache only reads"
     backward = [("blocks.1.attn.hook_pattern", nothing)]
     assert calls_of_a_run(model, inputs, fused_calls, bwd_hooks=backward) == everywhere - 1
 
 
 def test_listening_changes_nothing(case: Case) -> None:
     logits, _ = case.model.run_with_cache(case.inputs, names_filter=lambda name: True)
+    assert torch.equal(logits, case.logits)
+    pairs = [(lambda name: True, nothing)]
+    logits = case.model.run_with_hooks(case.inputs, fwd_hooks=pairs)
     assert far(logits, case.logits, case.prompts.real) < TOLERANCE
 
 
@@ -391,7 +393,7 @@ def test_chunks_equal_the_whole(listening: bool, case: Case) -> None:
     assert far(torch.cat(parts, dim=1), case.logits, case.prompts.real) < TOLERANCE
 
 
-def test_tokens_after_a_prompt_with_pictures(case: Case) -> None:
+def test_tokens_after_a_prompt_with_images(case: Case) -> None:
     model = case.model
     cache = KeyValueCache(model.cfg.n_layers)
     more = torch.randint(4, 60, (2, 5))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_folders import load, refused
 from gguf import GGUFWriter, TokenType
+from limits import time_limit
 from random_models import Shape, random_llama
 from rounding import assert_same, rounded_otherwise
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from mmlens.checkpoints import CheckpointError
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.formats import gguf as gguf_files
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -44,7 +49,9 @@ def interleaved(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(hf: LlamaForCausalLM, path: Path, half: bool = False) -> Path:
+def write_gguf(
+    hf: LlamaForCausalLM, path: Path, half: bool = False, chat_template: str = ""
+) -> Path:
     """The model with a small tokenizer, in 16 bits (all but norms) or 32."""
     config = hf.config
     writer = GGUFWriter(str(path), "llama")
@@ -68,6 +75,8 @@ def write_gguf(hf: LlamaForCausalLM, path: Path, half: bool = False) -> Path:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+    if chat_template:
+        writer.add_chat_template(chat_template)
     for name, tensor in hf.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -98,7 +107,8 @@ def test_it_equals_transformers_own_reading(
     model = load(path)
     assert model.vision is None and model.cfg.tie_word_embeddings == tied
     assert model.cfg.model_name == str(path)
-    tokens = torch.randint(0, hf.config.vocab_size, (2, 11))
+    # No special ones: an end token in front counts as padding where there is no other.
+    tokens = torch.randint(3, hf.config.vocab_size, (2, 11))
     logits = model(tokens)
     # Not half, also what was written: the file is a real one.
     for reference in (theirs,) if half else (theirs, hf):
@@ -126,3 +136,84 @@ def test_a_damaged_file(seed: int, tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     refused(tmp_path / "no.gguf", "no.gguf", "not a folder")
+
+
+CHAT = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_the_chat_template_in_the_file_is_the_models(seed: int, tmp_path: Path) -> None:
+    hf = random_llama(Shape(d_head=8, d_model=48))
+    path = write_gguf(hf, tmp_path / "tiny.gguf", chat_template=CHAT)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    turn = [{"role": "user", "content": "the capital of the country"}]
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)
+    inputs = load(path).prepare("the capital of the country")
+    assert inputs.tokens[0].tolist() == ids["input_ids"]
+    assert len(ids["input_ids"]) > len(tokenizer("the capital of the country")["input_ids"])
+
+
+def test_tensors_that_are_missing_are_not_made_up(seed: int, tmp_path: Path) -> None:
+    path = write_gguf(random_llama(Shape(d_head=8, d_model=48)), tmp_path / "tiny.gguf")
+    path.write_bytes(path.read_bytes().replace(b"blk.1.attn_q", b"blk.1.attn_x"))
+    refused(path, str(path), "lacks", "model.layers.1.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"block_count": 10**9}, "block_count is 1,000,000,000"),
+        ({"architecture": "qwen2", "block_count": 10**9}, "block_count is 1,000,000,000"),
+        ({"embedding_length": 2**19}, "describes a model of"),
+        ({"list": 2**60}, "ends before"),
+        ({"tensors": 2**62}, "ends before"),
+        ({"fields": 2**62}, "cannot read it"),
+        ({"entries": 100}, "its lists have more than 100 entries"),
+        ({"place": 0}, "its tensors have"),
+    ],
+    ids=str,
+)
+def test_counts_are_compared_with_the_file_first(
+    fields: dict[str, Any], said: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    if "entries" in fields:
+        monkeypatch.setattr(gguf_files, "MOST_ENTRIES", fields["entries"])
+    writer = GGUFWriter(str(path), fields.get("architecture", "llama"))
+    writer.add_block_count(fields.get("block_count", 1))
+    writer.add_embedding_length(fields.get("embedding_length", 8))
+    for add in (writer.add_feed_forward_length, writer.add_head_count, writer.add_context_length):
+        add(8)
+    writer.add_array("general.list", [7] * 99)
+    for name in ("token_embd.weight", "output.weight", "more.weight"):
+        writer.add_tensor(name, np.full((99, 8), 0.5, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    content = bytearray(path.read_bytes())
+    if "list" in fields:
+        at = content.index(np.full(99, 7, np.int32).tobytes()) - 8
+        content[at - 4 : at + 8] = struct.pack("<IQ", 0, fields["list"])  # of bytes
+    if "tensors" in fields:
+        content[8:16] = struct.pack("<Q", fields["tensors"])
+    if "fields" in fields:
+        content[16:24] = struct.pack("<Q", fields["fields"])
+    if "place" in fields:
+        for index, name in enumerate((b"token_embd.weight", b"output.weight", b"more.weight")):
+            at = content.index(name) + len(name) + 4 + 2 * 8 + 4
+            assert struct.unpack("<Q", content[at : at + 8]) == (index * 99 * 8 * 4,)
+            content[at : at + 8] = bytes(8)
+        del content[-2 * 99 * 8 * 4 :]
+    path.write_bytes(content)
+    with time_limit():
+        refused(path, str(path), said)
+
+
+def test_a_text_and_a_folder_of_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_text("not of this kind at all, " * 100)
+    refused(path, f"{path}: transformers cannot read it", "magic")
+    refused(tmp_path, f"{tmp_path} has no config.json", f"{path} is a checkpoint by itself")

@@ -37,7 +37,7 @@ from mmlens import (
     swap_span,
 )
 from mmlens.checkpoints.devices import allocate
-from mmlens.components import partial_attention
+from mmlens.model.components import partial_attention
 
 TOLERANCE = 1e-9  # in float64: other kernels round otherwise, and a model can make much of that
 QUESTION = "What is the capital of this country?"
@@ -100,7 +100,7 @@ def test_branches(gpus: None, seed: int) -> None:
 CORRUPTIONS = {
     "words": lambda model, inputs: swap_span(model, inputs, "constraint", "Paris"),
     "noise": lambda model, inputs: noise_span(model, inputs, ["constraint", "image"], samples=2),
-    "another picture": lambda model, inputs: swap_image(model, inputs, picture(1)),
+    "another image": lambda model, inputs: swap_image(model, inputs, picture(1)),
     "blur": lambda model, inputs: blur_image(model, inputs, sigma=1.0),
     "mean": lambda model, inputs: mean_image(model, inputs, level="embeddings"),
     "pixels": lambda model, inputs: noise_image(model, inputs, samples=2),
@@ -133,7 +133,7 @@ def test_other_ways_to_trace(gpus: None, seed: int) -> None:
     naive = causal_trace(there, inputs, corrupted, positions=words(inputs), method="naive")
     assert_same(naive, expected)
     pairs = [(inputs, corrupted)]
-    [of_many] = causal_trace_many(there, pairs, positions=words, progress=False)
+    [of_many] = causal_trace_many(there, pairs, positions=words)
     assert_same(of_many, expected)
 
 
@@ -176,8 +176,21 @@ USES = {
     "knockout": lambda model, inputs: attention_knockout(model, inputs, "image", "last"),
     "lens": lambda model, inputs: logit_lens(model, inputs),
     "decomposition": lambda model, inputs: model.run_with_cache(inputs)[1].decompose_resid(),
+    "whole decomposition": lambda model, inputs: decomposed(model, inputs),
+    "circuits": lambda model, inputs: model.all_composition_scores("K"),
     "logit attribution": lambda model, inputs: direct_logit_attribution(model, inputs),
 }
+
+
+def decomposed(model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> Any:
+    """Heads and neurons, and what each adds to a logit."""
+    _, cache = model.run_with_cache(inputs)
+    parts = cache.get_full_resid_decomposition(pos_slice=-1)
+    normalized = cache.apply_ln_to_stack(parts, pos_slice=-1)
+    logits = normalized @ model.tokens_to_residual_directions(5)
+    attributed = cache.logit_attrs(parts, 5, pos_slice=-1)
+    heads = cache.stack_head_results(pos_slice=-1, apply_ln=True)
+    return torch.cat([each.flatten() for each in (parts, logits, attributed, heads)])
 
 
 def small(model: HookedMultimodalTransformer) -> MultimodalInputs:
@@ -222,7 +235,7 @@ def test_uses_over_two_gpus(gpus: None, seed: int, use: Any) -> None:
 
 @torch.no_grad()
 def test_branches_over_two_gpus(gpus: None, seed: int) -> None:
-    """Branches, pictures and reads cross from one to the other."""
+    """Branches, images and reads cross from one to the other."""
     chance, model = random.Random(seed), any_family(seed, n_layers=4).double()
     split = over_two_gpus(model)
     inputs = small_inputs(model, seed)
@@ -283,7 +296,7 @@ def test_prompts_on_several_devices_are_refused(gpus: None, seed: int) -> None:
 
 def test_gradients(seed: int) -> None:
     """Edits and attribution patching; PyTorch has no gradients on GPUs that are not there."""
-    script = Path(__file__).parent / "gradients_on_a_device.py"
+    script = Path(__file__).parent / "support" / "gradients_on_a_device.py"
     done = subprocess.run(
         [sys.executable, str(script), str(seed)], capture_output=True, text=True, check=False
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -9,7 +10,16 @@ import torch
 from small_models import plain_run, small_inputs, small_model
 
 from mmlens import Intervention, hook_name
-from mmlens.hooks import add, knockout, noise, replace, restore, scale, zero
+from mmlens.interventions.functions import (
+    add,
+    clamp,
+    knockout,
+    noise,
+    replace,
+    restore,
+    scale,
+    zero,
+)
 
 NAME = hook_name("mlp_out", 1)
 
@@ -54,6 +64,25 @@ def test_replace_add_scale_zero(model, inputs):
         assert torch.equal(after[:, [4, 1]], expected(before[:, [4, 1]]))
         others = [p for p in range(inputs.n_pos) if p not in (1, 4)]
         assert torch.equal(after[:, others], before[:, others])
+
+
+def test_clamp_is_the_formula(model, inputs):
+    for low, high in [(-0.3, 0.2), (0.0, math.inf), (-math.inf, 0.1), (0.5, 0.5)]:
+        before, after = edited(model, inputs, clamp(low, high))
+        assert torch.equal(
+            after, torch.where(before < low, low, before.where(before <= high, high))
+        )
+        assert int((after != before).sum()) > 0
+        before, after = edited(model, inputs, clamp(low, high), positions=[4, 1])
+        assert torch.equal(after[:, [1, 4]], before[:, [1, 4]].clip(low, high))
+        others = [p for p in range(inputs.n_pos) if p not in (1, 4)]
+        assert torch.equal(after[:, others], before[:, others])
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.1), (math.nan, 1.0), (0.0, math.nan)])
+def test_clamp_refuses_a_range_without_numbers(low, high):
+    with pytest.raises(ValueError, match="low must be at most high"):
+        clamp(low, high)
 
 
 def test_values_of_other_types_are_converted(model, inputs):
@@ -182,7 +211,9 @@ def test_knockout_refuses_what_it_cannot_do(model, inputs):
             edited(model, inputs, knockout(keys), name=hook_name("pattern", 0))
 
 
-@pytest.mark.parametrize("hook", [zero(), scale(-2.0), scale(0.0), add(3.0), noise(1.0)])
+@pytest.mark.parametrize(
+    "hook", [zero(), scale(-2.0), scale(0.0), add(3.0), noise(1.0), clamp(-0.5, 1.0)]
+)
 def test_masked_scores_stay_masked(model, inputs, hook):
     for positions in (None, [2, 5]):
         name = hook_name("attn_scores", 1)

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from grid_inputs import grid_images
 
-from mmlens.inputs import MultimodalInputs, UnknownSpanError, collate
-from mmlens.layout import check_mask, check_noise, standard_spans
+from mmlens.inputs.checks import check_mask, check_noise, standard_spans
+from mmlens.inputs.collation import collate
+from mmlens.inputs.multimodal_inputs import MultimodalInputs, UnknownSpanError
 
 IMAGE, BOS, PAD = 50, 1, 0
 V = IMAGE
@@ -21,19 +23,14 @@ def build(
     tokens = torch.tensor([[PAD] * (n_pos - len(row)) + row for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(n_pos) >= n_pos - lengths[:, None]
-    n_visual = 6 + n_class
-    if n_images is None:
-        n_images = int((tokens == IMAGE).sum()) // n_visual
-    spans = fields.pop("spans", None) or standard_spans(
-        tokens, mask, image_token_id=IMAGE, n_visual_tokens=n_visual, bos_token_id=BOS
-    )
+    visual, images = grid_images(tokens, mask, IMAGE, fields.pop("grid", (2, 3)), n_class, n_images)
+    spans = fields.pop("spans", None) or standard_spans(tokens, mask, images, bos_token_id=BOS)
     return MultimodalInputs(
         tokens=tokens,
         attention_mask=fields.pop("attention_mask", mask),
-        pixel_values=torch.randn(n_images, 3, 4, 6) if n_images else None,
+        visual=visual,
         spans=spans,
-        grid_size=(2, 3),
-        n_visual_tokens=n_visual,
+        images=images,
         image_token_id=IMAGE,
         **fields,
     )
@@ -89,7 +86,7 @@ def test_patches_and_grid_are_inverse(n_class: int) -> None:
             for row in range(2):
                 for col in range(3):
                     position = inputs.patch(row, col, image=image, batch=batch)
-                    assert inputs.grid[batch, position].tolist() == [image, row, col]
+                    assert inputs.grid[batch, position].tolist() == [image, 0, row, col]
                     assert inputs.is_image[batch, position]
                     seen.add((batch, position))
     assert len(seen) == 18
@@ -97,8 +94,8 @@ def test_patches_and_grid_are_inverse(n_class: int) -> None:
     assert (inputs.grid[~inputs.is_image] == -1).all()
     assert inputs.labels(1)[1 + n_class] == "<img0 0,0>"
     if n_class:
-        assert inputs.labels(0)[inputs.image_starts[0][0]] == "<img cls>"
-    assert inputs.patches((0, 1, 2, 3), image=1, batch=1).tolist() == [
+        assert inputs.labels(0)[inputs.images[0].start] == "<img cls>"
+    assert inputs.block((0, 1, 2, 3), image=1, batch=1).tolist() == [
         inputs.patch(row, col, image=1, batch=1) for row in (0, 1) for col in (1, 2)
     ]
 
@@ -106,14 +103,16 @@ def test_patches_and_grid_are_inverse(n_class: int) -> None:
 @pytest.mark.parametrize("box", [(0, 0, 3, 1), (0, -1, 1, 1), (1, 1, 1, 2), (0, 0, 1, 4)])
 def test_patches_outside_of_the_grid(box: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match="grid of 2 rows x 3 columns"):
-        build([ONE]).patches(box)
+        build([ONE]).block(box)
 
 
 def test_no_such_image() -> None:
     with pytest.raises(ValueError, match=r"row 0 has 1 image\(s\); there is no image 1"):
         build([ONE]).patch(0, 0, image=1)
-    with pytest.raises(ValueError, match="patch|no image"):
-        replace(build([TEXT]), grid_size=None).patch(0, 0)
+    with pytest.raises(ValueError, match=r"row 0 has 0 image\(s\)"):
+        build([TEXT]).patch(0, 0)
+    with pytest.raises(ValueError, match=r"view=1; this image has 1 view"):
+        build([ONE]).patch(0, 0, view=1)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +166,9 @@ def test_other_fields_must_have_the_right_length() -> None:
     for fields, message in [
         ({"texts": ("a",)}, "texts has 1 entries"),
         ({"str_tokens": (["a"], ["b"])}, "row of 1 texts for 10 positions"),
-        ({"images": ()}, "0 pictures, but pixel values of 2"),
-        ({"grid_size": (2, 2)}, "do not fit a grid of 2 x 2"),
+        ({"images": ()}, "position 1 of row 0 is an image token of no image"),
+        ({"images": inputs.images[:1]}, "position 1 of row 1 is an image token of no image"),
+        ({"visual": None}, r"pixels of 0 image\(s\), but tokens of 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             replace(inputs, **fields)
@@ -227,10 +227,8 @@ def test_collate_errors() -> None:
         collate([], PAD)
     with pytest.raises(ValueError, match="would be images"):
         collate([build([ONE])], IMAGE)
-    with pytest.raises(ValueError, match="share their grid_size"):
-        collate([build([ONE]), replace(build([ONE]), grid_size=(3, 2))], PAD)
     with pytest.raises(ValueError, match="share their image shape"):
-        collate([build([ONE]), replace(build([ONE]), pixel_values=torch.zeros(1, 3, 8, 8))], PAD)
+        collate([build([ONE]), build([ONE], grid=(3, 2))], PAD)
 
 
 def test_labels_repr_and_device() -> None:

@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import language_model, small_inputs, small_model
+from small_models import SITES_WITHOUT_LAYERS, language_model, small_inputs, small_model
 
 from mmlens import Intervention, hook_name, window
-from mmlens.hooks import add, replace, scale, zero
-from mmlens.interventions import LAYERED_SITES, MODEL_SITES
+from mmlens.interventions.functions import add, replace, scale, zero
+from mmlens.interventions.intervention import LAYERED_SITES
 
 
 def all_names(model):
     """Every hook point that a short name can say."""
-    names = {hook_name(site) for site in MODEL_SITES}
+    names = {hook_name(site) for site in SITES_WITHOUT_LAYERS}
     for layer in range(model.cfg.n_layers):
         names |= {hook_name(site, layer) for site in LAYERED_SITES}
     for layer in range(model.cfg.vision.n_layers):

@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PhiConfig
 
-from mmlens.checkpoints import CheckpointError, format_of
-from mmlens.checkpoints.hf_configs import decoder_fields
-from mmlens.checkpoints.llava_phi_msft import phi_config
-from mmlens.images import as_image_processor
-from mmlens.model import HookedMultimodalTransformer
+from mmlens.checkpoints.decoders import decoder_fields
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.formats.llava_phi_msft import phi_config
+from mmlens.checkpoints.load import format_of
+from mmlens.inputs.images import as_image_processor
+from mmlens.model.transformer import HookedMultimodalTransformer
 
 Writer = Callable[[Parts], Checkpoint]
 CASES: dict[str, tuple[Writer, str, dict]] = {
@@ -99,12 +100,12 @@ def test_logits_and_every_block_equal_the_parts(case: str, tmp_path: Path) -> No
         )
         streams = {f"resid_{i}": resid[real] for i, resid in enumerate(out.hidden_states)}
         visual = these.visual_tokens(prompts.pixel_values)
-        return {"logits": out.logits[real], "visual": visual, **streams}
+        return {"logits": out.logits[real], "visual": visual.flatten(0, 1)[None], **streams}
 
     n_layers = model.cfg.n_layers
     ours = {"logits": logits[real], "visual": cache["projector.hook_out"]}
     ours |= {f"resid_{i}": cache["resid_pre", i][real] for i in range(n_layers)}
-    # Transformers' last hidden state is behind the last norm.
+    # Transformers' last hidden state is after the last norm.
     ours[f"resid_{n_layers}"] = model.ln_final(cache["resid_post", n_layers - 1])[real]
     assert_same(ours, reference(these), lambda: reference(these.rounded_otherwise()))
 
@@ -135,12 +136,9 @@ def test_greedy_generation_equals_the_decoders(name: str, seed: int, tmp_path: P
 
 
 def test_each_format_recognises_its_own(tmp_path: Path) -> None:
-    from mmlens.checkpoints import FORMATS
-
     for name in CASES:
         write(tmp_path / name, made(name)[1])
-        found = [key for key, form in FORMATS.items() if form is format_of(tmp_path / name)]
-        assert found == [CASES[name][1]]
+        assert format_of(tmp_path / name).name == CASES[name][1]
 
 
 def test_any_number_of_rotated_dimensions(tmp_path: Path) -> None:
@@ -210,13 +208,48 @@ def whole_clip(these: Parts) -> CLIPModel:
 def test_the_towers_own_checkpoint(name: str, seed: int, tmp_path: Path) -> None:
     these, checkpoint = made(name)
     expected = load(write(tmp_path / "whole", checkpoint))
-    write_tower(tmp_path / "models" / "tower", these)
-    bare = write(tmp_path / "bare", without_tower(checkpoint, mm_vision_tower="../models/tower"))
+    tower = write_tower(tmp_path / "models" / "tower", these)
+    write_tower(tmp_path / "bare" / "models" / "tower", these)
+    bare = write(tmp_path / "bare", without_tower(checkpoint, mm_vision_tower="models/tower"))
     assert same(load(bare), expected)
-    absolute = without_tower(checkpoint, mm_vision_tower=str(tmp_path / "models" / "tower"))
-    assert same(load(write(tmp_path / "absolute", absolute)), expected)
     lost = write(tmp_path / "lost", without_tower(checkpoint, mm_vision_tower="/nowhere/tower"))
-    assert same(load(lost, vision_tower=tmp_path / "models" / "tower"), expected)
+    assert same(load(lost, vision_tower=tower), expected)
+
+
+def test_a_tower_out_of_the_checkpoints_folder(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever wrote config.json cannot know what lies there; the caller can."""
+    these, checkpoint = made("LLaVA")
+    expected = load(write(tmp_path / "whole", checkpoint))
+    tower = write_tower(tmp_path / "models" / "tower", these)
+    monkeypatch.setenv("HOME", str(tmp_path / "models"))
+    for index, name in enumerate(
+        ["../models/tower", str(tower), "~/tower", "a/../../models/tower"]
+    ):
+        bare = write(tmp_path / str(index), without_tower(checkpoint, mm_vision_tower=name))
+        refused(bare, f"vision_tower={name!r}", "out of its folder")
+        assert same(load(bare, vision_tower=tower), expected)
+    linked = write(tmp_path / "linked", without_tower(checkpoint, mm_vision_tower="link"))
+    (linked / "link").symlink_to(tower)
+    refused(linked, "link out of the checkpoint's folder", f"vision_tower={str(tower)!r}")
+    monkeypatch.chdir(tmp_path)  # where "models/tower" is a folder
+    here = write(tmp_path / "here", without_tower(checkpoint, mm_vision_tower="models/tower"))
+    refused(here, "models/tower", "vision_tower=...")
+
+
+@pytest.mark.parametrize("name", ["file", "link", "folder's file"])
+def test_weights_of_open_clip_out_of_the_checkpoints_folder(
+    name: str, seed: int, tmp_path: Path
+) -> None:
+    """What the caller says as `model:file` names published weights where a checkpoint says it."""
+    _, checkpoint = made("LLaVA")
+    (tmp_path / "weights.pt").write_bytes(b"somebody's")
+    paths = {"file": tmp_path / "weights.pt", "link": "weights.pt", "folder's file": "./weights.pt"}
+    tower = f"ViT-B-32:{paths[name]}"
+    folder = write(tmp_path / "model", without_tower(checkpoint, mm_vision_tower=tower))
+    (folder / "weights.pt").symlink_to(tmp_path / "weights.pt")
+    refused(folder, "one of open_clip's tags")
 
 
 def test_a_tower_in_the_hubs_cache(
@@ -294,8 +327,8 @@ def test_an_open_clip_folder_as_tower(pickled: bool, seed: int, tmp_path: Path) 
     }
     clip = open_clip.CLIP(**model_cfg)
     clip.visual.load_state_dict(open_clip_tensors(these) | {"proj": clip.visual.proj})
-    folder = tmp_path / "open_clip"
-    folder.mkdir()
+    folder = tmp_path / "bare" / "open_clip"
+    folder.mkdir(parents=True)
     preprocess = {"mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear"}
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -304,10 +337,10 @@ def test_an_open_clip_folder_as_tower(pickled: bool, seed: int, tmp_path: Path) 
     else:
         tensors = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
         save_file(tensors, folder / "open_clip_model.safetensors")
-    bare = write(tmp_path / "bare", without_tower(checkpoint, mm_vision_tower="../open_clip"))
+    bare = write(tmp_path / "bare", without_tower(checkpoint, mm_vision_tower="open_clip"))
     for model in (load(bare), load(tmp_path / "whole", vision_tower=folder)):
         assert same(model, expected)
-        # open_clip's own transform, of the picture in the middle of a square in the mean colour.
+        # open_clip's own transform, of the image in the middle of a square in the mean colour.
         picture = Image.effect_noise((29, 18), 60).convert("RGB")
         square = Image.new("RGB", (29, 29), (51, 76, 102))
         square.paste(picture, (0, 5))

@@ -1,7 +1,7 @@
-"""Prompts and pictures of the formats of LLaVA's code, from a question and a file to the logits.
+"""Prompts and images of the formats of LLaVA's code, from a question and a file to the logits.
 
 The references: the published conversations, written out; the untouched tokenizer, used piece by
-piece as LLaVA's `tokenizer_image_token` does it; and Pillow for the pictures.
+piece as LLaVA's `tokenizer_image_token` does it; and Pillow for the images.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CodeGenTokenizer, LlamaTokenizer
 
-from mmlens.checkpoints.llava_code import template
+from mmlens.checkpoints.formats.llava_code import template
 from mmlens.checkpoints.processors import add_image_token
-from mmlens.checkpoints.towers import KNOWN, find_tower
-from mmlens.model import HookedMultimodalTransformer
+from mmlens.checkpoints.towers.named_towers import KNOWN, find_tower
+from mmlens.model.transformer import HookedMultimodalTransformer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -172,18 +172,18 @@ def test_patches_are_where_the_tower_puts_them(seed: int, tmp_path: Path) -> Non
         assert len(inputs.span("image")) == these.n_visual
         lost = name == "TinyLLaVA"
         assert inputs.patch(1, 2) == start + 1 * 3 + 2 - lost
-        assert inputs.grid[0, inputs.patch(2, 1)].tolist() == [0, 2, 1]
-        assert inputs.patches((1, 1, 3, 2)).tolist() == [inputs.patch(1, 1), inputs.patch(2, 1)]
+        assert inputs.grid[0, inputs.patch(2, 1)].tolist() == [0, 0, 2, 1]
+        assert inputs.block((1, 1, 3, 2)).tolist() == [inputs.patch(1, 1), inputs.patch(2, 1)]
         if not lost:
             assert inputs.patch(0, 0) == start
             continue
         assert inputs.patch(0, 1) == start
         for box in [(0, 0, 1, 1), (0, 0, 2, 2)]:
             with pytest.raises(ValueError, match=r"patch \(0, 0\) has no visual token"):
-                inputs.patches(box)
+                inputs.block(box)
 
 
-def test_several_pictures_and_a_batch(seed: int, tmp_path: Path) -> None:
+def test_several_images_and_a_batch(seed: int, tmp_path: Path) -> None:
     for name in ("LLaVA", "Bunny"):
         these, model, tokenizer = opened(name, tmp_path / name)
         texts = ["<image>\nWhat is this?", "Where <image> is the <image><image> city?"]
@@ -206,12 +206,12 @@ def test_bos_as_the_model_was_trained(seed: int, tmp_path: Path) -> None:
         assert int(model.prepare(QUESTION, prepend_bos=True).tokens[0, 0]) == bos
 
 
-def test_without_a_picture_the_prompt_has_no_place_for_one(seed: int, tmp_path: Path) -> None:
+def test_without_an_image_the_prompt_has_no_place_for_one(seed: int, tmp_path: Path) -> None:
     _, model, _ = opened("LLaVA", tmp_path)
     assert model.prepare(QUESTION).texts == (PROMPT.replace("<image>\n", ""),)
 
 
-def test_marks_around_the_picture() -> None:
+def test_marks_around_the_image() -> None:
     assert template({}) == f"{SYSTEM} USER: <image>\n{{question}} ASSISTANT:"
     marked = template({"mm_use_im_start_end": True})
     assert marked == f"{SYSTEM} USER: <im_start><image><im_end>\n{{question}} ASSISTANT:"

@@ -21,15 +21,13 @@ from small_models import (
 )
 
 from mmlens import causal_trace, noise_span
-from mmlens.attribution import (
-    AttributionPatching,
+from mmlens.analyses.attribution_patching import AttributionPatching, attribution_patching
+from mmlens.analyses.direct_logit_attribution import (
     DirectLogitAttribution,
-    LogitLens,
-    attribution_patching,
     direct_logit_attribution,
-    logit_lens,
 )
-from mmlens.hooks import replace as put
+from mmlens.analyses.logit_lens import LogitLens, logit_lens
+from mmlens.interventions.functions import replace as put
 
 # As elsewhere: logits of order 1 to 10 in float32.
 TOLERANCE = 1e-4
@@ -173,7 +171,7 @@ def test_attribution_patching_is_the_derivative(seed):
     """
     model = small_model(seed, n_layers=2).double()
     clean, corrupted = (
-        replace(inputs, pixel_values=inputs.pixel_values.double()) for inputs in pair(model, seed)
+        inputs.with_pixels(inputs.pixel_values.double()) for inputs in pair(model, seed)
     )
     answer = random.randrange(D_VOCAB)
 
@@ -204,7 +202,7 @@ def test_attribution_patching_is_exact_where_the_model_is_linear(seed):
     """The last layer's sites, the final norm's scale held: the logit is linear in them."""
     model = small_model(seed, normalization_type="RMS").double()
     clean, corrupted = (
-        replace(inputs, pixel_values=inputs.pixel_values.double()) for inputs in pair(model, seed)
+        inputs.with_pixels(inputs.pixel_values.double()) for inputs in pair(model, seed)
     )
     answer = random.randrange(D_VOCAB)
     last = model.cfg.n_layers - 1

@@ -12,11 +12,12 @@ from tiny_checkpoint import tiny_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mmlens.checkpoints import CheckpointError, demo, language_model
-from mmlens.checkpoints.loader import build
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.formats import demo, language_model
+from mmlens.checkpoints.loader import Weights, build
 from mmlens.checkpoints.low_rank import read_updates, with_update
 from mmlens.checkpoints.weight_files import weight_files
-from mmlens.model import HookedMultimodalTransformer
+from mmlens.model.transformer import HookedMultimodalTransformer
 
 EPSILON = torch.finfo(torch.float32).eps
 Factors = dict[str, Tensor]
@@ -61,8 +62,8 @@ def test_updated_weights_are_base_plus_scale_times_b_a(seed: int, tmp_path: Path
     cfg = language_model.config(tmp_path)
     files = with_update(weight_files(tmp_path), file)
     options = {"dtype": torch.float32, "device": torch.device("cpu")}
-    table, ignored = language_model.table(cfg), language_model.IGNORED
-    hooked = build(cfg, files, table, ignored=ignored, **options)
+    table, ignored = language_model.FORMAT.table(cfg), language_model.FORMAT.ignored
+    hooked = build(cfg, Weights(files, table, ignored), **options)
     ours = dict(hooked.named_parameters(remove_duplicate=False))
     theirs = model.state_dict()
     for name, slot in table.items():

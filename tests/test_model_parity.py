@@ -64,7 +64,7 @@ def compare_everything(hf: nn.Module, model: Any, prompts: Prompts) -> None:
     """Logits, loss and all hooks; the two sets of hooks must be the same."""
     tower_layers = model.cfg.vision.n_layers if model.vision else 0
     output, theirs = hf_activations(hf, prompts, tower_layers)
-    names = set(model.hook_dict) - {n for n in model.hook_dict if n.endswith("hook_result")}
+    names = {name for name, point in model.hook_dict.items() if not point.site.needs}
     if prompts.pixel_values is None:
         names = {name for name in names if not name.startswith(("vision.", "projector."))}
     assert set(theirs) == names
@@ -121,7 +121,7 @@ def test_logits_and_every_hook_equal_hugging_face(shape: Shape, seed: int, tmp_p
 
 
 @pytest.mark.parametrize("images", [[1], [3], [2, 2], [0, 1, 3, 1]], ids=str)
-def test_any_number_of_pictures_in_a_row(images: list[int], seed: int, tmp_path: Path) -> None:
+def test_any_number_of_images_in_a_row(images: list[int], seed: int, tmp_path: Path) -> None:
     hf = random_llava()
     compare_everything(hf, hooked(hf, tmp_path), random_prompts(hf.config, images))
 
@@ -134,14 +134,14 @@ def test_a_language_model_alone_equals_hugging_face(name: str, seed: int, tmp_pa
     compare_everything(hf, model, random_prompts(hf.config, images=[0, 0]))
 
 
-def test_a_llava_without_a_picture_is_its_language_model(seed: int, tmp_path: Path) -> None:
+def test_a_llava_without_an_image_is_its_language_model(seed: int, tmp_path: Path) -> None:
     hf = random_llava()
     compare_everything(hf, hooked(hf, tmp_path), random_prompts(hf.config, images=[0, 0]))
 
 
 @pytest.mark.parametrize("grid", [(2, 5), (4, 4), (3, 1)], ids=str)
 @pytest.mark.parametrize("select", ["default", "full"])
-def test_pictures_of_another_size_than_the_towers(
+def test_images_of_another_size_than_the_towers(
     grid: tuple[int, int], select: str, seed: int, tmp_path: Path
 ) -> None:
     hf = random_llava(select=select)
@@ -151,7 +151,7 @@ def test_pictures_of_another_size_than_the_towers(
     pixels = torch.randn(2, 3, grid[0] * patch, grid[1] * patch)
     tokens = torch.tensor([[1, 9, *[IMAGE] * n_visual, 11, *[IMAGE] * n_visual, 5, 8]])
     inputs = model.inputs_from_tokens(tokens, pixels)
-    assert inputs.grid_size == grid
+    assert inputs.images[0].grids == (grid,)
     with torch.no_grad():
         logits, cache = model.run_with_cache(inputs)
 
@@ -165,7 +165,7 @@ def test_pictures_of_another_size_than_the_towers(
             return_dict=True,
         )
         expected = hf(tokens, mm_encoder_outputs={"image": features}).logits
-        return {"visual": torch.stack(list(features.pooler_output)), "logits": expected}
+        return {"visual": torch.cat(list(features.pooler_output))[None], "logits": expected}
 
     ours = {"visual": cache["projector.hook_out"], "logits": logits}
     assert_same(ours, reference(hf), lambda: reference(rounded_otherwise(hf)))

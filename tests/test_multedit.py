@@ -16,10 +16,12 @@ from mmlens.editing import MultEditSettings, SequentialEditor, augmented
 from mmlens.editing.multedit import down_weight, keyed, keys_of, value_of
 from mmlens.editing.solve import LeastSquares, unlike
 from mmlens.editing.value import ValueSettings, find_value, record_prompts, value_objective
-from mmlens.hooks import add
-from mmlens.inputs import MultimodalInputs
-from mmlens.interventions import hook_name
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.interventions.functions import add
+from mmlens.interventions.intervention import hook_name
 
+ONE_KEY = MultEditSettings(positions="last", through_update=False, uses_references=False, lr=0.5)
+"""One key of each prompt, and nothing else: what is tested here piece by piece."""
 SEEDS = st.integers(0, 2**31 - 1)
 LAMBDAS = st.sampled_from([1e-3, 0.01, 0.5, 4.0, 300.0])
 
@@ -266,7 +268,7 @@ def test_every_position_may_get_a_value_of_its_own(seed):
     request = request_for(model, seed)
     layer = random.Random(seed).randrange(model.cfg.n_layers)
     begin = len(request.inputs.spans[0].get("bos", ()))
-    [prompt] = record_prompts(model, request, names(layer), everywhere=True)
+    [prompt] = record_prompts(model, request, names(layer), everywhere="all")
     assert prompt.positions == list(range(begin, request.inputs.n_pos))
     start = torch.randn(len(prompt.positions), model.cfg.d_model, dtype=torch.float64)
     chosen = ValueSettings(weight_decay=0.3)
@@ -282,14 +284,16 @@ def test_every_position_may_get_a_value_of_its_own(seed):
     )
     assert float((gradient - wanted).norm()) <= 1e-9 * max(1.0, float(wanted.norm()))
 
-    part = keyed(model, request, layer, MultEditSettings(positions="all"))
+    part = keyed(model, request, layer, replace(ONE_KEY, positions="all"))
     assert [keys.shape[1] for keys in part.of_values] == [1] * len(prompt.positions)
     steps, lam = 2, 0.01
-    edit = multedit(model, request, layer=layer, positions="all", steps=steps, lam=lam)
+    edit = multedit(
+        model, request, layer=layer, positions="all", steps=steps, lam=lam, settings=ONE_KEY
+    )
     update = edit.deltas[down_weight(layer)]
     assert update.left.shape[1] == len(prompt.positions)
     system = LeastSquares(part.of_values, lam, part.kept)
-    value = value_of(model, part, system, layer, MultEditSettings(positions="all", steps=steps))
+    value = value_of(model, part, system, layer, replace(ONE_KEY, positions="all", steps=steps))
     # |K W - Z|^2 + lam |W|^2, where a kept key's value is zero, as one system of equations.
     keys = torch.cat([part.keys, part.kept], dim=1).T
     values = torch.nn.functional.pad(value.delta, (0, 0, 0, part.kept.shape[1]))
@@ -320,7 +324,9 @@ def test_a_search_through_the_update_finds_what_the_edited_model_gives(
     request = request_for(model, seed, n_prompts=n_prompts, n_neighbours=1)
     kept = keys_of(model, [small_inputs(model, seed + 50)], layer, span=None)
     options = {**options, "steps": 4, "lam": 0.3, "weight": 2.0}
-    edit = multedit(model, request, layer=layer, kept=kept, through_update=True, **options)
+    edit = multedit(
+        model, request, layer=layer, kept=kept, through_update=True, **options, settings=ONE_KEY
+    )
 
     def probability() -> float:
         found = [model(each)[0, -1].softmax(-1)[request.target] for each in request.prompts]
@@ -328,14 +334,14 @@ def test_a_search_through_the_update_finds_what_the_edited_model_gives(
 
     with torch.no_grad(), edit.applied(model):
         assert edit.metadata["probability"] == [pytest.approx(probability(), rel=1e-6)]
-    plain = multedit(model, request, layer=layer, kept=kept, **options)
+    plain = multedit(model, request, layer=layer, kept=kept, **options, settings=ONE_KEY)
     # The values at their keys alone give something else (where they reach the answer at all).
     with torch.no_grad(), plain.applied(model):
         assert not plain.deltas[down_weight(layer)].left.any() or plain.metadata["probability"] != [
             pytest.approx(probability(), rel=1e-6)
         ]
 
-    chosen = MultEditSettings(**options)
+    chosen = replace(ONE_KEY, **options)
     part = keyed(model, request, layer, chosen)
     rows = LeastSquares(part.of_values, chosen.lam, kept, chosen.weight).rows
     shares = [prompt.keys(layer).T @ rows.T for prompt in part.prompts]
@@ -355,16 +361,35 @@ def test_a_search_through_the_update_finds_what_the_edited_model_gives(
     assert float((gradient - wanted).norm()) <= 1e-9 * max(1.0, float(wanted.norm()))
 
 
-def test_values_everywhere_are_of_one_prompt(seed: int) -> None:
-    model = any_family(seed)
-    with pytest.raises(ValueError, match="this request has 2"):
-        multedit(model, request_for(model, seed, n_prompts=2), layer=0, positions="all")
+def test_values_everywhere_are_of_each_prompt(seed: int) -> None:
+    """Both prompts get values of their own, and the edited model gives what the search found."""
+    model = any_family(seed, n_layers=3).double()
+    request = request_for(model, seed, n_prompts=2)
+    begins = [len(each.spans[0].get("bos", ())) for each in request.prompts]
+    n_keys = sum(each.n_pos - n for each, n in zip(request.prompts, begins, strict=True))
+    for through_update in (False, True):
+        edit = multedit(
+            model,
+            request,
+            layer=0,
+            settings=ONE_KEY,
+            positions="all",
+            through_update=through_update,
+            steps=2,
+            lam=1e-9,
+        )
+        assert edit.deltas[down_weight(0)].left.shape[1] == n_keys
+        assert edit.keys[down_weight(0)].shape == (model.cfg.d_mlp, n_keys)
+    with torch.no_grad(), edit.applied(model):
+        found = [model(each)[0, -1].softmax(-1)[request.target] for each in request.prompts]
+    mean = float(torch.stack(found).mean())
+    assert edit.metadata["probability"] == [pytest.approx(mean, rel=1e-6)]
 
 
 def test_gradients_of_the_model_are_as_before(seed: int) -> None:
     model = any_family(seed)
     model.blocks[0].mlp.up.weight.requires_grad_(True)
-    multedit(model, request_for(model, seed), layer=0, steps=2)
+    multedit(model, request_for(model, seed), layer=0, steps=2, settings=ONE_KEY)
     wanted = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert wanted == ["blocks.0.mlp.up.weight"]
     assert all(weight.grad is None for weight in model.parameters())
@@ -385,10 +410,10 @@ def test_every_position_gets_its_share_of_delta(seed):
     request = request_for(model, seed, n_prompts=2, n_neighbours=1)
     options = {"steps": 3, "key": "each", "preserve": "both", "kl_weight": 0.2, "lam": 0.3}
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    edit = multedit(model, request, layer=layer, **options)
+    edit = multedit(model, request, layer=layer, **options, settings=ONE_KEY)
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name])
-    chosen = MultEditSettings(**options)
+    chosen = replace(ONE_KEY, **options)
     part = keyed(model, request, layer, chosen)
     system = LeastSquares([part.keys], chosen.lam, part.kept)
     value = value_of(model, part, system, layer, chosen)
@@ -416,7 +441,7 @@ def test_every_family_edits(seed: int, tmp_path, name: str) -> None:
         prompts.tokens, prompts.pixel_values, spans={"constraint": last}
     )
     options = {"lam": 0.0, "steps": 4, "stop_at": 2.0, "preserve": "nothing"}
-    edit = multedit(model, inputs, 9, layer=layer, **options)
+    edit = multedit(model, inputs, 9, layer=layer, **options, settings=ONE_KEY)
     site = hook_name("mlp_out", layer)
     _, before = model.run_with_cache(inputs, names_filter=site)
     with edit.applied(model):
@@ -436,16 +461,16 @@ def test_many_edits_are_solved_together(seed: int) -> None:
     model = small_model(seed, d_mlp=29, n_layers=3).double()
     requests = different_requests(model, seed, 3)
     options = {"layer": 1, "lam": 1e-12, "steps": 2, "stop_at": 2.0, "preserve": "nothing"}
-    edit = multedit_many(model, requests, **options)
+    edit = multedit_many(model, requests, **options, settings=ONE_KEY)
     delta = edit.deltas["blocks.1.mlp.down.weight"]
     assert delta.left.shape[1] == 3
     assert edit.metadata["target"] == [5, 6, 7] and len(edit.metadata["requests"]) == 3
     for index, request in enumerate(requests):
-        alone = multedit(model, request, **options)
+        alone = multedit(model, request, **options, settings=ONE_KEY)
         torch.testing.assert_close(
             alone.deltas["blocks.1.mlp.down.weight"].left[:, 0], delta.left[:, index]
         )
-    keys = torch.cat([keyed(model, r, 1, MultEditSettings()).keys for r in requests], dim=1)
+    keys = torch.cat([keyed(model, r, 1, ONE_KEY).keys for r in requests], dim=1)
     # The error of a solve with lam = 1e-12 is relative to the smallest eigenvalue of K^T K.
     weakest = float(torch.linalg.eigvalsh(keys.T @ keys).min())
     off = float((delta.dense() @ keys - delta.left).norm())
@@ -458,11 +483,11 @@ def test_sequential_edits_keep_what_the_earlier_keys_give(seed: int) -> None:
     requests = different_requests(model, seed, 3)
     options = {"layer": 1, "lam": 1e-12, "steps": 2, "stop_at": 2.0, "preserve": "nothing"}
     weight = model.blocks[1].mlp.down.weight
-    with SequentialEditor(model, **options) as editor:
+    with SequentialEditor(model, **options, settings=ONE_KEY) as editor:
         told = []
         for request in requests:
             edit = editor.add(request)
-            key = keyed(model, request, 1, MultEditSettings()).keys
+            key = keyed(model, request, 1, ONE_KEY).keys
             told.append((key, weight @ key))
             assert editor.edits[-1] is edit and editor.edit.is_applied(model)
             keys = torch.cat([k for k, _ in told], dim=1)
@@ -481,16 +506,16 @@ def test_a_fact_that_is_edited_again_gets_the_new_answer(seed: int) -> None:
     model = small_model(seed, n_layers=3)
     request = request_for(model, seed, target=5)
     options = {"layer": 1, "steps": 2, "stop_at": 2.0}
-    with SequentialEditor(model, **options) as editor:
+    with SequentialEditor(model, **options, settings=ONE_KEY) as editor:
         editor.add(request)
         second = editor.add(replace(request, target=6))
-    with SequentialEditor(model, history=False, **options) as editor:
+    with SequentialEditor(model, history=False, **options, settings=ONE_KEY) as editor:
         editor.add(request)
         alone = editor.add(replace(request, target=6))
     name = "blocks.1.mlp.down.weight"
     torch.testing.assert_close(second.deltas[name].dense(), alone.deltas[name].dense())
     with pytest.raises(ValueError, match="only multedit"):
-        SequentialEditor(model, multedit_many, history=True, layer=1)
+        SequentialEditor(model, multedit_many, history=True, layer=1, settings=ONE_KEY)
 
 
 def test_reference_keys_keep_their_values(seed: int) -> None:
@@ -500,9 +525,11 @@ def test_reference_keys_keep_their_values(seed: int) -> None:
     others = [each.inputs for each in rest]
     kept = keys_of(model, others, 1)
     assert kept.shape == (29, 3)
-    edit = multedit(model, request, layer=1, kept=kept, lam=1e-9, steps=2, preserve="nothing")
+    edit = multedit(
+        model, request, layer=1, kept=kept, lam=1e-9, steps=2, preserve="nothing", settings=ONE_KEY
+    )
     delta = next(iter(edit.deltas.values()))
-    key = keyed(model, request, 1, MultEditSettings(preserve="nothing")).keys
+    key = keyed(model, request, 1, replace(ONE_KEY, preserve="nothing")).keys
     both = torch.cat([key, kept], dim=1)
     weakest = float(torch.linalg.eigvalsh(both.T @ both).min())
     slack = 1e-6 / weakest * (1 + float(both.norm() ** 2))
@@ -518,7 +545,7 @@ def test_reference_keys_keep_their_values(seed: int) -> None:
 # Requests
 
 
-def test_augmented_pictures_are_a_little_different(seed: int) -> None:
+def test_augmented_images_are_a_little_different(seed: int) -> None:
     model = small_model(seed)
     inputs = small_inputs(model, seed, images=(2,), spans={"constraint": [0]})
     changed = augmented(inputs, 3, seed=seed)
@@ -532,7 +559,7 @@ def test_augmented_pictures_are_a_little_different(seed: int) -> None:
     assert not torch.equal(changed[0].pixel_values, changed[1].pixel_values)
     [kept] = augmented(inputs, 1, crop=0.0, light=0.0)
     torch.testing.assert_close(kept.pixel_values, inputs.pixel_values)
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         augmented(small_inputs(model, seed, images=(0,)), 1)
     with pytest.raises(ValueError, match="crop=1"):
         augmented(inputs, 1, crop=1.0)
@@ -543,18 +570,18 @@ def test_what_cannot_be_edited_is_said(seed: int) -> None:
     inputs = small_inputs(model, seed, spans={"constraint": [1]})
     request = EditRequest(inputs, 5)
     with pytest.raises(ValueError, match="give the target"):
-        multedit(model, inputs, layer=0)
+        multedit(model, inputs, layer=0, settings=ONE_KEY)
     with pytest.raises(ValueError, match="hold their own targets"):
-        multedit(model, request, 4, layer=0)
+        multedit(model, request, 4, layer=0, settings=ONE_KEY)
     with pytest.raises(ValueError, match="nothing to edit"):
-        multedit_many(model, [], layer=0)
+        multedit_many(model, [], layer=0, settings=ONE_KEY)
     with pytest.raises(ValueError, match=r"layers \[3\]: they must be among 0 ... 2"):
-        multedit(model, request, layer=3)
+        multedit(model, request, layer=3, settings=ONE_KEY)
     with pytest.raises(TypeError, match="momentum"):
-        multedit(model, request, layer=0, momentum=0.9)
+        multedit(model, request, layer=0, momentum=0.9, settings=ONE_KEY)
     for wrong in ({"lam": -1.0}, {"steps": 0}, {"lr": 0.0}, {"clamp": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            multedit(model, request, layer=0, **wrong)
+            multedit(model, request, layer=0, **wrong, settings=ONE_KEY)
     with pytest.raises(KeyError, match="no span is called 'subject'"):
         EditRequest(inputs, 5, span="subject")
     with pytest.raises(ValueError, match="one prompt at a time"):
@@ -562,4 +589,4 @@ def test_what_cannot_be_edited_is_said(seed: int) -> None:
     with pytest.raises(ValueError, match="target is empty"):
         EditRequest(inputs, "")
     with pytest.raises(ValueError, match="no tokenizer"):
-        multedit(model, EditRequest(inputs, "Rome"), layer=0)
+        multedit(model, EditRequest(inputs, "Rome"), layer=0, settings=ONE_KEY)

@@ -20,7 +20,8 @@ from open_clip_models import (
 from safetensors.torch import save_file
 from torch import nn
 
-from mmlens.checkpoints import CheckpointError, open_clip_config
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.towers import open_clip_config
 
 
 @pytest.mark.parametrize("said", ODD_TIMM)
@@ -91,9 +92,10 @@ def test_folders_that_do_not_fit(seed: int, tmp_path: Path) -> None:
     (folder / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="holds no weights"):
         load(folder)
-    for text in ("{", "[]", '{"model": 1}'):
+    texts = {"{": "not JSON", "[]": "not a JSON object", '{"model": 1}': "no model_cfg"}
+    for text, said in texts.items():
         (folder / "open_clip_config.json").write_text(text)
-        with pytest.raises(CheckpointError, match="no model_cfg"):
+        with pytest.raises(CheckpointError, match=f"open_clip_config.json is .*{said}"):
             load(folder)
 
 

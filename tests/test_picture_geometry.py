@@ -1,4 +1,4 @@
-"""Where patches lie in the original picture, against what the image processors really do."""
+"""Where patches lie in the original image, against what the image processors really do."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaImageProcessorPil, SiglipImageProcessor
 
-from mmlens.checkpoints.open_clip import image_transform
-from mmlens.images import as_image_processor
-from mmlens.plots.geometry import measured_frame
+from mmlens.checkpoints.towers.open_clip import image_transform
+from mmlens.inputs.image_frame import measured_frame
+from mmlens.inputs.images import as_image_processor
 
 PATCH, GRID = 14, 4
 SIDE = PATCH * GRID
@@ -83,7 +83,7 @@ def test_the_frame_is_what_the_settings_say(seed: int, name: str) -> None:
         pixel = length / SIDE
     else:
         expected, pixel = (0, 0, width, height), max(width, height) / SIDE
-    # Sizes and offsets are whole pixels of the output (or of the picture), each rounded once.
+    # Sizes and offsets are whole pixels of the output (or of the image), each rounded once.
     off = 1.5
     if name == "open_clip longest":
         # The short side may be scaled by half an output pixel too much or too little, and the
@@ -101,12 +101,12 @@ def test_pixels_that_no_patch_covers_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (3, 2), (7, 4)])
-def test_tiny_pictures(size: tuple[int, int]) -> None:
+def test_tiny_images(size: tuple[int, int]) -> None:
     frame = measured_frame(PROCESSORS["siglip"](), size)
     assert frame == pytest.approx((0, 0, *size), abs=0.5)
 
 
-def test_large_pictures() -> None:
+def test_large_images() -> None:
     frame = measured_frame(PROCESSORS["clip"](), (3001, 1999))
     assert frame == pytest.approx((501, 0, 2500, 1999), abs=1999 / SIDE)
 

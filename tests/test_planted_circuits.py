@@ -99,13 +99,13 @@ def test_one_head_of_each_layer(seed):
                 assert probability <= planted.most
 
 
-# The picture
+# The image
 
 
 def test_a_trace_finds_the_patches(seed):
-    """Against a picture of nothing every patch that shows the entity is enough by itself."""
+    """Against an image of nothing every patch that shows the entity is enough by itself."""
     case = one_hop_case(seed)
-    corrupted = case.with_picture(None, seed + 1)
+    corrupted = case.with_image(None, seed + 1)
     trace = causal_trace(case.planted.model, case.inputs, corrupted, positions=everywhere(case))
     check(case, trace, shown_to(case).cells(SITES, everywhere(case)))
 
@@ -114,7 +114,7 @@ def test_a_trace_against_another_entity(seed):
     """All patches that show it together; the others, even together, have no part in it."""
     case = one_hop_case(seed)
     model = case.planted.model
-    corrupted = case.with_picture((case.entity + 1) % N_ENTITIES, seed)
+    corrupted = case.with_image((case.entity + 1) % N_ENTITIES, seed)
     others = sorted(set(case.inputs.span("image").tolist()) - set(case.patches))
     groups = [case.patches, others, *(case.inputs.span(role).tolist() for role in ("asks", "last"))]
     trace = causal_trace(model, case.inputs, corrupted, positions=groups)
@@ -129,7 +129,7 @@ def test_a_trace_of_the_tower(seed):
     trace = causal_trace(
         case.planted.model,
         case.inputs,
-        case.with_picture(None, seed + 1),
+        case.with_image(None, seed + 1),
         sites=("vision.resid_post", "vision.attn_out", "vision.mlp_out"),
         positions=range(n_pos),
     )
@@ -271,7 +271,7 @@ def test_attribution_patching_against_another_entity(seed):
     found = attribution_patching(
         case.planted.model,
         case.inputs,
-        case.with_picture(other, seed),
+        case.with_image(other, seed),
         positions=groups,
         answer=case.answer,
         metric=difference,
@@ -290,7 +290,7 @@ def test_attribution_patching_against_another_entity(seed):
 def check_nothing(case: Case, least: float, most: float) -> None:
     """No analysis finds anything: P(answer) stays between `least` and `most` whatever is done."""
     model, answer = case.planted.model, case.answer
-    corruptions = [case.swapped(constraint=PARIS), case.with_picture(None, 1)]
+    corruptions = [case.swapped(constraint=PARIS), case.with_image(None, 1)]
     for corrupted in corruptions:
         trace = causal_trace(
             model, case.inputs, corrupted, positions=everywhere(case), answer=answer, window=2

@@ -1,10 +1,15 @@
 """Edits of a model whose facts are known to be in one layer's MLP, at one word."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from planted_cases import Case, one_hop_case
-from planted_models import ASKS, FIRST_ANSWER, N_ANSWERS, N_ENTITIES
+from planted_edits import PlantedEdits
+from planted_models import ASKS, FIRST_ANSWER, N_ANSWERS, N_ENTITIES, Planted
 
 from mmlens import EditRequest, multedit
+from mmlens.editing import MultEditSettings, References, evaluate
 
 LOOKS, KNOWS, TELLS, N_LAYERS = 1, 2, 3, 5
 
@@ -17,17 +22,23 @@ def planted_case(seed: int) -> Case:
     this size; then it would look away, for good. So it gets length 9.
     """
     case = one_hop_case(seed, layers=[LOOKS, KNOWS, TELLS], n_layers=N_LAYERS)
-    model = case.planted.model
-    tells, block = case.planted.steps["tells"], model.blocks[TELLS]
-    group = tells.head // (model.cfg.n_heads // model.cfg.n_kv_heads)
-    looked_for = block.attn.W_K[group][:, model.cfg.rotary_dim] * block.ln1.w
-    model.embed.W_E[ASKS] += 8 * looked_for / looked_for.norm()
+    hold(case.planted, TELLS)
     return case
 
 
+@torch.no_grad()
+def hold(planted: Planted, layer: int) -> None:
+    """Let the last word attend to the one that asks whatever is added to that."""
+    model = planted.model
+    tells, block = planted.steps["tells"], model.blocks[layer]
+    group = tells.head // (model.cfg.n_heads // model.cfg.n_kv_heads)
+    looked_for = block.attn.W_K[group][:, model.cfg.rotary_dim] * block.ln1.w
+    model.embed.W_E[ASKS] += 8 * looked_for / looked_for.norm()
+
+
 def probabilities(case: Case) -> torch.Tensor:
-    """[entity, token]: what the model says of each entity's picture."""
-    pictures = [case.with_picture(entity, 7) for entity in range(N_ENTITIES)]
+    """[entity, token]: what the model says of each entity's image."""
+    pictures = [case.with_image(entity, 7) for entity in range(N_ENTITIES)]
     return torch.stack([case.planted.model(inputs)[0, -1].softmax(-1) for inputs in pictures])
 
 
@@ -47,7 +58,8 @@ def test_the_fact_is_edited_where_it_is(seed: int) -> None:
     assert before[others, right].min() >= 0.99 and before[case.entity, target] <= 0.01
     for layer in range(N_LAYERS):
         request = EditRequest(case.inputs, target, span="asks")
-        edit = multedit(case.planted.model, request, layer=layer, lr=0.1, steps=40, clamp=4.0)
+        settings = MultEditSettings.paper(steps=40, clamp=4.0, preserve="both")
+        edit = multedit(case.planted.model, request, layer=layer, settings=settings)
         with edit.applied(case.planted.model):
             after = probabilities(case)
         if layer == KNOWS:
@@ -55,3 +67,36 @@ def test_the_fact_is_edited_where_it_is(seed: int) -> None:
             assert after[others, right].min() >= 0.9
         else:
             assert after[case.entity, target] <= 0.5
+
+
+def first_words(answers: list[str]) -> list[str]:
+    """The answers; what these models say after them is by chance."""
+    return [answer.split()[0] for answer in answers]
+
+
+def test_the_default_edit_changes_that_fact_alone(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the layer of the fact: other images and words get it, and no other entity's does."""
+    monkeypatch.setenv("MMLENS_CACHE", str(tmp_path))
+    world = PlantedEdits(seed)
+    hold(world.planted, world.planted.steps["tells"].layer)
+    model, entity = world.model, world.chance.randrange(N_ENTITIES)
+    others = [each for each in range(N_ENTITIES) if each != entity]
+    case = world.case(entity)
+    # Of three images of each entity two are kept; the third is asked by the check.
+    images = tuple(world.picture(other) for other in others for _ in range(3))
+    references = References(images)
+    asked = case.question
+    inputs = model.prepare(asked.question, asked.image, spans=asked.spans())
+    layer = world.planted.steps["knows"].layer
+    edit = multedit(model, inputs, case.target, layer=layer, references=references)
+    check = edit.check().to_dataframe()
+    about_others = check[check["image"] != ""]
+    assert len(about_others) == len(others)
+    assert first_words(about_others["before"]) == first_words(about_others["after"])
+    assert check["states_target"][0]
+    found = evaluate(model, [edit], [case]).to_dataframe()
+    about = found["group"].isin(["efficacy", "paraphrases", "other images"])
+    assert (found["probability"][about] >= 0.9).all()
+    assert (found["probability"][~about] >= 0.9).all()

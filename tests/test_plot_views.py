@@ -4,52 +4,55 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from grid_inputs import grid_images
 from PIL import Image
 from small_models import small_inputs, small_model
 
-from mmlens.attribution import AttentionContribution
-from mmlens.inputs import MultimodalInputs
-from mmlens.model import HookedMultimodalTransformer
-from mmlens.plots import Frame, attention, heatmap, overlay, tokens
-from mmlens.plots.circuits import HtmlView
-from mmlens.plots.picture import encoded
-from mmlens.plots.positions import patch_of, views
+from mmlens.analyses.attention_contribution import AttentionContribution
+from mmlens.inputs.image_tokens import Box
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.model.transformer import HookedMultimodalTransformer
+from mmlens.plots import attention, heatmap, overlay, tokens
+from mmlens.plots.circuitsvis import HtmlView
+from mmlens.plots.folding import foldings
+from mmlens.plots.overlay import encoded
 from mmlens.plots.save import still
 
 
 def labels_of(rows: int, columns: int, words: int = 5, class_token: bool = False) -> list[str]:
-    """BOS, a picture, words."""
+    """BOS, an image, words."""
     patches = [f"<img {r},{c}>" for r in range(rows) for c in range(columns)]
     return ["<s>", *["<img cls>"] * class_token, *patches, *(f" w{i}" for i in range(words))]
 
 
-def inputs_with_picture(
+def inputs_with_image(
     rows: int = 3, columns: int = 4, size: tuple[int, int] = (80, 60)
 ) -> MultimodalInputs:
-    """Two words, a picture, three words; no model."""
+    """Two words, an image, three words; no model."""
     n = rows * columns
     ids = torch.tensor([[1, 5, *[60] * n, 6, 7, 8]])
     pixels = np.random.default_rng(random.randrange(2**31)).integers(0, 255, (*size[::-1], 3))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    visual, (image,) = grid_images(ids, mask, 60, (rows, columns))
     return MultimodalInputs(
         tokens=ids,
-        attention_mask=torch.ones_like(ids, dtype=torch.bool),
-        pixel_values=torch.zeros(1, 3, rows * 2, columns * 2),
+        attention_mask=mask,
+        visual=visual,
         spans=({"image": torch.arange(2, 2 + n), "last": torch.tensor([n + 4])},),
-        grid_size=(rows, columns),
-        n_visual_tokens=n,
+        images=(replace(image, image=Image.fromarray(pixels.astype(np.uint8))),),
         image_token_id=60,
         str_tokens=(["<s>", " look", *["<image>"] * n, " at", " the", " flag"],),
-        images=(Image.fromarray(pixels.astype(np.uint8)),),
     )
 
 
 class TestViews:
-    def test_a_picture_is_one_row_its_rows_and_its_patches(self) -> None:
-        found = views(labels_of(3, 4))
+    def test_an_image_is_one_row_its_rows_and_its_patches(self) -> None:
+        found = foldings(labels_of(3, 4))
         assert [view.name for view in found] == ["folded", "rows", "tokens"]
         assert [len(view.rows) for view in found] == [7, 9, 18]
         assert found[0].rows[1].label == "image (12 tokens)"
@@ -57,30 +60,30 @@ class TestViews:
         assert [row.label for row in found[1].rows[1:4]] == [f"image row {i}" for i in range(3)]
         assert found[2].rows[1].label == "‹img 0,0›"
 
-    def test_a_class_token_stands_with_its_picture(self) -> None:
-        found = views(labels_of(2, 3, class_token=True))
+    def test_a_class_token_stands_with_its_image(self) -> None:
+        found = foldings(labels_of(2, 3, class_token=True))
         assert found[0].rows[1].members == tuple(range(1, 8))
         assert found[1].rows[1].label == "‹img cls›"
 
-    def test_two_pictures_are_two_rows(self) -> None:
+    def test_two_images_are_two_rows(self) -> None:
         labels = [*labels_of(2, 2), *(f"<img1 {i},0>" for i in range(3))]
-        assert [row.label for row in views(labels)[0].rows if row.visual] == [
+        assert [row.label for row in foldings(labels)[0].rows if row.visual] == [
             "image 0 (4 tokens)", "image 1 (3 tokens)",
         ]  # fmt: skip
 
     def test_nothing_to_fold(self) -> None:
-        assert [view.name for view in views([" a", " b", " a"])] == ["tokens"]
-        assert [view.name for view in views([" a", "<img 3,2>"])] == ["tokens"]
+        assert [view.name for view in foldings([" a", " b", " a"])] == ["tokens"]
+        assert [view.name for view in foldings([" a", "<img 3,2>"])] == ["tokens"]
 
     def test_every_position_is_in_one_row(self, seed: int) -> None:
         labels = labels_of(random.randint(1, 5), random.randint(1, 5), random.randint(0, 4))
-        for view in views(labels):
+        for view in foldings(labels):
             members = [member for row in view.rows for member in row.members]
             assert members == list(range(len(labels)))
 
     def test_folding(self, seed: int) -> None:
         values = np.random.randn(2, 18, 3).astype(np.float32)
-        view = views(labels_of(3, 4))[0]
+        view = foldings(labels_of(3, 4))[0]
         peak, largest = view.fold(values, "peak")
         assert peak.shape == (2, 7, 3)
         picture = values[:, 1:13]
@@ -91,12 +94,35 @@ class TestViews:
         assert np.allclose(view.fold(values, "mean")[0][:, 1], picture.mean(axis=1), atol=1e-6)
         assert np.array_equal(peak[:, 2:], values[:, 13:])
 
-    def test_labels_tell_patches(self) -> None:
-        assert patch_of("<img 3,15>") == (0, 3, 15)
-        assert patch_of("<img2 0,1>") == (2, 0, 1)
-        assert patch_of("<patch 4,5>") == (0, 4, 5)
-        assert patch_of("<img cls>") == (0, -1, -1)
-        assert patch_of(" img") is None
+    def test_views_and_the_ends_of_lines(self) -> None:
+        """Rows are those of a view; what is no patch has one row of its own kind."""
+        base = [f"<img 0:{r},{c}>" for r in range(2) for c in range(2)]
+        lines = [[*(f"<img 1:{r},{c}>" for c in range(3)), "<img newline>"] for r in range(2)]
+        found = foldings(["<s>", *base, *lines[0], *lines[1], " w"])
+        assert [row.label for row in found[0].rows] == ["‹s›", "image (12 tokens)", " w"]
+        rows = {row.label: row.members for row in found[1].rows if row.visual}
+        assert rows == {
+            "image view 0 row 0": (1, 2),
+            "image view 0 row 1": (3, 4),
+            "image view 1 row 0": (5, 6, 7),
+            "image view 1 row 1": (9, 10, 11),
+            "image newline (2)": (8, 12),
+        }
+        assert list(rows)[-1] == "image newline (2)"
+        assert [row.label for row in found[2].rows[8:10]] == ["‹img newline›", "‹img 1:1,0›"]
+
+    def test_separators_between_tiles_stand_with_their_image(self) -> None:
+        labels = ["<img row_1_col_1>", "<img 1:0,0>", "<img 1:0,1>", "<img row_1_col_2>",
+                  "<img 2:0,0>", "<img 2:0,1>", " w"]  # fmt: skip
+        found = foldings(labels)
+        assert [row.label for row in found[0].rows] == ["image (6 tokens)", " w"]
+        assert [row.label for row in found[1].rows] == [
+            "‹img row_1_col_1›", "image view 1 row 0", "‹img row_1_col_2›", "image view 2 row 0",
+            " w",
+        ]  # fmt: skip
+
+    def test_a_region_is_a_row_of_its_own(self) -> None:
+        assert [way.name for way in foldings(["<img 0-1,2-3>", "<img 2-3,0-1>"])] == ["tokens"]
 
 
 class TestHeatmap:
@@ -107,7 +133,7 @@ class TestHeatmap:
         assert [trace.visible for trace in figure.data] == [True, True] + [False] * 4
         (menu,) = figure.layout.updatemenus
         assert [button.label for button in menu.buttons] == [
-            "picture in one row", "rows of the picture", "every patch",
+            "image in one row", "rows of the image", "every patch",
         ]  # fmt: skip
         for index, button in enumerate(menu.buttons):
             seen, changes = button.args
@@ -146,10 +172,10 @@ class TestHeatmap:
 
 
 class TestOverlay:
-    frame = Frame(0.0, -10.0, 80.0, 70.0)
+    frame = Box(0.0, -10.0, 80.0, 70.0)
 
     def test_patches_lie_in_the_frame(self, seed: int) -> None:
-        inputs = inputs_with_picture()
+        inputs = inputs_with_image()
         values = torch.rand(12)
         figure = overlay(values, inputs, frame=self.frame)
         (patches,) = figure.data
@@ -163,7 +189,7 @@ class TestOverlay:
 
     def test_sliders_over_layers_and_heads(self, seed: int) -> None:
         values = torch.rand(3, 2, 12)
-        figure = overlay(values, inputs_with_picture(), frame=self.frame, layers=[4, 5, 9])
+        figure = overlay(values, inputs_with_image(), frame=self.frame, layers=[4, 5, 9])
         layers, heads = figure.layout.sliders
         assert [step.label for step in layers.steps] == ["4", "5", "9"]
         assert [step.label for step in heads.steps] == ["0", "1"]
@@ -178,12 +204,12 @@ class TestOverlay:
 
     def test_both_signs_have_both_colours(self) -> None:
         values = torch.linspace(-1, 0.5, 12)
-        (patches,) = overlay(values, inputs_with_picture(), frame=self.frame).data
+        (patches,) = overlay(values, inputs_with_image(), frame=self.frame).data
         assert (patches.zmin, patches.zmax) == (-1, 1)
         assert patches.colorscale[1][1].endswith(",0)")  # zero is clear
 
     def test_a_contribution(self, seed: int) -> None:
-        inputs = inputs_with_picture()
+        inputs = inputs_with_image()
         contribution = AttentionContribution(
             values=torch.rand(2, 3, 1, 12),
             layers=(1, 6),
@@ -191,8 +217,8 @@ class TestOverlay:
             destination=(16,),
             source_labels=tuple(inputs.labels()[2:14]),
             destination_labels=(" flag",),
-            source_patches=tuple((0, i // 4, i % 4) for i in range(12)),
-            grid_size=(3, 4),
+            source_patches=tuple((0, 0, i // 4, i % 4) for i in range(12)),
+            grids=(((3, 4),),),
         )
         figure = overlay(contribution, inputs, frame=self.frame)
         assert [step.label for step in figure.layout.sliders[0].steps] == ["1", "6"]
@@ -200,17 +226,17 @@ class TestOverlay:
         assert torch.equal(torch.tensor(grid), contribution.values[1, 2, 0].view(3, 4))
 
     def test_what_cannot_be_drawn_is_an_error(self) -> None:
-        inputs = inputs_with_picture()
+        inputs = inputs_with_image()
         with pytest.raises(ValueError, match="12 visual tokens"):
             overlay(torch.rand(11), inputs, frame=self.frame)
-        with pytest.raises(ValueError, match="give the model"):
+        with pytest.raises(ValueError, match="give frame="):
             overlay(torch.rand(12), inputs)
         with pytest.raises(ValueError, match="image 1 of 1"):
             overlay(torch.rand(12), inputs, frame=self.frame, image=1)
         with pytest.raises(ValueError, match="names"):
             overlay(torch.rand(2, 12), inputs, frame=self.frame, layers=[1])
 
-    def test_pictures_are_small_files(self, seed: int) -> None:
+    def test_images_are_small_files(self, seed: int) -> None:
         noise = np.random.default_rng(0).integers(0, 255, (900, 2000, 3), dtype=np.uint8)
         content, kind = encoded(Image.fromarray(noise))
         assert kind == "jpeg"
@@ -219,7 +245,7 @@ class TestOverlay:
 
 
 def props_of(html: str) -> str:
-    """What circuitsvis is given, behind its script."""
+    """What circuitsvis is given, after its script."""
     return html[html.rindex("CircuitsVis.render(") :]
 
 
@@ -229,12 +255,12 @@ class TestCircuits:
         model = small_model(seed)
         return model, small_inputs(model, seed)
 
-    def test_a_picture_is_one_token_and_rows_still_sum_to_one(self, run) -> None:
+    def test_an_image_is_one_token_and_rows_still_sum_to_one(self, run) -> None:
         model, inputs = run
         _, cache = model.run_with_cache(inputs)
         view = attention(cache, 1, inputs)
         props = props_of(view.html)
-        n_rows = len(views(inputs.labels())[0].rows)
+        n_rows = len(foldings(inputs.labels())[0].rows)
         assert props.count("[[") >= 1
         numbers = re.search(r'"attention": (\[.*?\]\]\])', props)
         assert numbers is not None
@@ -250,7 +276,7 @@ class TestCircuits:
             return re.sub(r"circuits-vis-[\w-]+", "", props_of(view.html))  # a name by chance
 
         assert drawn(attention(cache, 1)) == drawn(attention(cache, 1, inputs))
-        _, unknown = model.run_with_cache(inputs.tokens, pixel_values=inputs.pixel_values)
+        _, unknown = model.run_with_cache(cache["resid_pre", 0], start_at_layer=0)
         assert unknown.inputs is None
         with pytest.raises(ValueError, match="which words"):
             attention(unknown, 1)
@@ -265,15 +291,15 @@ class TestCircuits:
         assert len(html) > 1_000_000  # the script is inside
 
     def test_tokens_and_their_numbers(self, tmp_path) -> None:
-        inputs = inputs_with_picture()
+        inputs = inputs_with_image()
         values = torch.arange(17.0)
         props = props_of(tokens(values, inputs).html)
-        assert '"values": [0.0, 1.0, 13.0, 14.0, 15.0, 16.0]' in props  # the picture's largest
+        assert '"values": [0.0, 1.0, 13.0, 14.0, 15.0, 16.0]' in props  # the image's largest
         several = tokens(torch.stack([values, -values], dim=1), inputs, names=["<a>", "b"])
         assert "\\u2039a\\u203a" in several.save(tmp_path / "t.html").read_text()
 
     def test_what_does_not_fit_is_an_error(self) -> None:
-        inputs = inputs_with_picture(30, 30)
+        inputs = inputs_with_image(30, 30)
         with pytest.raises(ValueError, match="5 values"):
             tokens(torch.zeros(5), inputs)
         with pytest.raises(ValueError, match="folded"):

@@ -16,14 +16,14 @@ import torch
 from plotly import io as pio
 from rich.console import Console
 
-from mmlens.files import write_atomically
+from mmlens.analyses.trace_result import CausalTrace
 from mmlens.plots import save
 from mmlens.plots.labels import shorten, visible
-from mmlens.plots.profile import plot_layer_profile
+from mmlens.plots.layer_profile import plot_layer_profile
 from mmlens.plots.style import heat_scale
 from mmlens.plots.terminal import TerminalHeatmap
 from mmlens.plots.trace import plot_trace
-from mmlens.trace_result import CausalTrace
+from mmlens.utils.files import write_atomically
 
 SITES = ("resid_post", "attn_out", "mlp_out")
 TOKENS = ("<img 2,2>", "\n", "The", " capital", " of", " this", " country")
@@ -223,7 +223,7 @@ class TestTerminal:
         for line in lines_of(trace, width):
             assert len(line) <= width
 
-    def test_a_picture_is_one_row(self, seed):
+    def test_an_image_is_one_row(self, seed):
         patches = tuple(f"<img {i // 4},{i % 4}>" for i in range(12))
         lines = lines_of(make_trace((*patches, " a", " b", " c")))
         assert sum("image (12 tokens)" in line for line in lines) == len(SITES)
@@ -253,7 +253,7 @@ class TestSaving:
         assert "Plotly.newPlot" in page
 
     @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
-    def test_a_picture(self, tmp_path, require, suffix, magic):
+    def test_an_image(self, tmp_path, require, suffix, magic):
         found = any(map(shutil.which, ("chromium", "google-chrome", "chrome")))
         require(found, "no Chromium for kaleido")
         path = save.save_figure(plot_trace(make_trace()), tmp_path / f"trace.{suffix}")

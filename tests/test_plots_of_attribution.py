@@ -7,13 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmlens.attribution import (
-    AttentionContribution,
-    AttributionPatching,
-    DirectLogitAttribution,
-    LogitLens,
-)
-from mmlens.plots.contributions import plot_grid
+from mmlens.analyses.attention_contribution import AttentionContribution
+from mmlens.analyses.attribution_patching import AttributionPatching
+from mmlens.analyses.direct_logit_attribution import DirectLogitAttribution
+from mmlens.analyses.logit_lens import LogitLens
 
 
 class TestContributions:
@@ -26,8 +23,8 @@ class TestContributions:
             destination=(11, 12),
             source_labels=(*(f"<img {i // 3},{i % 3}>" for i in range(6)), " of"),
             destination_labels=(" this", " country"),
-            source_patches=(*((0, i // 3, i % 3) for i in range(6)), (-1, -1, -1)),
-            grid_size=(2, 3),
+            source_patches=(*((0, 0, i // 3, i % 3) for i in range(6)), (-1, -1, -1, -1)),
+            grids=(((2, 3),),),
         )
 
     @pytest.mark.parametrize("per_head", [False, True])
@@ -53,20 +50,6 @@ class TestContributions:
         )
         figure = only.plot()
         assert [trace.visible for trace in figure.data] == [False, True, False]
-
-    def test_the_grid_of_a_layer(self, seed: int) -> None:
-        contribution = self.make()
-        grids = contribution.values.mean(dim=1)[:, :6].view(4, 2, 3)
-        figure = plot_grid(contribution, layer=5)
-        for layer, shown in enumerate(figure.data):
-            assert torch.allclose(torch.tensor(shown.z), grids[layer])
-        assert [shown.visible for shown in figure.data] == [False, False, False, True]
-        sums = grids.sum(dim=(1, 2))
-        assert torch.isclose(sums[plot_grid(contribution).layout.sliders[0].active], sums.max())
-        with pytest.raises(ValueError, match="layer 3 is not among"):
-            plot_grid(contribution, layer=3)
-        with pytest.raises(ValueError, match="image 1"):
-            plot_grid(contribution, image=1)
 
 
 class TestReadings:

@@ -1,4 +1,4 @@
-"""Questions and pictures to inputs, next to Hugging Face's LlavaProcessor."""
+"""Questions and images to inputs, next to Hugging Face's LlavaProcessor."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +11,10 @@ from PIL import Image
 from small_tokenizers import KINDS, small_tokenizer
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from mmlens.images import EachImage, as_image_processor, load_image
-from mmlens.inputs import MultimodalInputs
-from mmlens.prompts import inputs_from_tokens, prepare
-from mmlens.spans import SpanNotFoundError
+from mmlens.inputs.images import EachImage, as_image_processor, load_image
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.processor import Processor
+from mmlens.inputs.spans import SpanNotFoundError
 
 QUESTION = "What is the capital of this country?"
 TEMPLATE = "<image>\nUSER: {question}? Answer in a few words.\nASSISTANT:"
@@ -30,6 +30,8 @@ def config(kind: str = "bytes", select: str = "default", vision: bool = True) ->
         image_token_id=small_tokenizer(kind).convert_tokens_to_ids("<image>"),
         bos_token_id=1,
         d_vocab=len(small_tokenizer(kind)),
+        default_template=None,
+        default_prepend_bos=None,
         vision=tower if vision else None,
     )
 
@@ -37,6 +39,15 @@ def config(kind: str = "bytes", select: str = "default", vision: bool = True) ->
 def picture(seed: int = 0, size: tuple[int, int] = (50, 40)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def prepare(tokenizer: Any, images: Any, cfg: Any, *given: Any, **options: Any) -> Any:
+    cfg.default_template = options.pop("default_template", None)
+    return Processor(cfg, tokenizer, images)(*given, **options)
+
+
+def inputs_from_tokens(cfg: Any, *given: Any, tokenizer: Any = None, **options: Any) -> Any:
+    return Processor(cfg, tokenizer).from_tokens(*given, **options)
 
 
 def ask(
@@ -101,7 +112,7 @@ def test_text_as_it_is_gets_bos_and_images_in_front(kind: str) -> None:
     assert inputs.texts == ("<image><image>" + QUESTION,)
     assert tokenizer.decode(inputs.tokens[0, 13:]).strip() == QUESTION
     assert words(inputs, "question") == words(inputs, "text") == QUESTION
-    assert inputs.images is not None and inputs.images[1].size == (50, 40)
+    assert inputs.images[1].image.size == (50, 40)
     assert ask("<s>" + QUESTION, kind=kind).tokens[0].tolist().count(1) == 1
     assert ask(QUESTION, kind=kind, prepend_bos=False).tokens[0, 0] != 1
 
@@ -264,15 +275,15 @@ def test_load_image(tmp_path: Path) -> None:
 def test_load_image_errors_are_one_line(tmp_path: Path) -> None:
     picture().save(tmp_path / "p.png")
     (tmp_path / "short.png").write_bytes((tmp_path / "p.png").read_bytes()[:500])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for given, message in [
         (tmp_path / "none.png", "no such file: .*none.png"),
         (tmp_path, "is a folder"),
-        (tmp_path / "text.png", "not a picture"),
+        (tmp_path / "text.png", "not an image"),
         (tmp_path / "short.png", "damaged"),
         ("https://example.org/a.png", "address, not a file"),
         (np.zeros((2, 3, 4, 5)), r"shape \(2, 3, 4, 5\)"),
-        (np.zeros((0, 3)), "is not one picture"),
+        (np.zeros((0, 3)), "is not one image"),
         (np.full((4, 4, 3), 2.5), "0 ... 1, but this one goes from 2.5"),
         (np.full((4, 4, 3), np.nan), "0 ... 1"),
         (np.full((4, 4, 3), 300), "0 ... 255"),
@@ -303,7 +314,7 @@ def test_inputs_from_tokens() -> None:
     one = inputs_from_tokens(cfg, torch.tensor([1, *[v] * 6, 9]), pixels, spans={"x": 7})
     assert one.tokens.shape == (1, 8) and one.patch(1, 2) == 6 and one.span("x").tolist() == [7]
     tall = inputs_from_tokens(cfg, torch.tensor([1, *[v] * 6, 9]), pixels.mT)
-    assert tall.grid_size == (3, 2) and tall.patch(2, 1) == 6
+    assert tall.images[0].grids == ((3, 2),) and tall.patch(2, 1) == 6
     for given, options, message in [
         (torch.tensor([1, v, 9]), {"pixel_values": pixels}, "hold 1 image tokens"),
         (torch.tensor([1, *[v] * 6]), {}, "no pixel values"),

@@ -20,6 +20,8 @@ import pytest
 import torch
 from published_names import expand, put_under
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     CLIPConfig,
     CLIPModel,
     LlamaConfig,
@@ -30,11 +32,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from mmlens.checkpoints import format_of, tower_of
-from mmlens.checkpoints.loader import check
-from mmlens.checkpoints.towers import KNOWN, OWN, VisionTower, Weights, with_tower
-from mmlens.checkpoints.weight_files import WeightFile
-from mmlens.model import HookedMultimodalTransformer
+from mmlens.checkpoints.load import format_of, tower_of
+from mmlens.checkpoints.loader import Weights, check
+from mmlens.checkpoints.towers.named_towers import KNOWN, OWN, VisionTower, with_tower
+from mmlens.checkpoints.weight_files import WeightFile, all_shapes
+from mmlens.model.transformer import HookedMultimodalTransformer
 
 CLIP_NAME, SIGLIP_NAME = "openai/clip-vit-large-patch14-336", "google/siglip-so400m-patch14-384"
 
@@ -126,6 +128,77 @@ def llava_1_5_hf(size: str) -> dict[str, Any]:
     }
 
 
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+LLAVA_NEXT = {
+    **llava_1_5_hf("7B"),
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "model_type": "llava_next",
+    "image_grid_pinpoints": PINPOINTS,
+    "use_image_newline_parameter": True,
+}
+MISTRAL: dict[str, Any] = {
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32064,
+}
+ONEVISION: dict[str, Any] = {
+    "architectures": ["LlavaOnevisionForConditionalGeneration"],
+    "model_type": "llava_onevision",
+    "image_grid_pinpoints": [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
+    "image_token_index": 151646,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "max_window_layers": 24,
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 152000,
+    },
+    "tie_word_embeddings": False,
+    "video_token_index": 151647,
+    "vision_aspect_ratio": "anyres_max_9",
+    "vision_config": KNOWN[SIGLIP_NAME] | {"num_hidden_layers": 26, "vision_use_head": False},
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+}
+LLAVA_1_6 = llava_1_5("7B") | {
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": PINPOINTS,
+    "mm_patch_merge_type": "spatial_unpad",
+    "unfreeze_mm_vision_tower": True,
+}
+PYTHIA_70M = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "gelu",
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neox",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 6,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+    "vocab_size": 50304,
+}
 BUNNY = PHI_2 | {
     "architectures": ["BunnyPhiForCausalLM"],
     "model_type": "bunny-phi",
@@ -154,6 +227,79 @@ TINYLLAVA = {
     "vision_model_name_or_path": SIGLIP_NAME,
     "vocab_size": 51200,
 }
+
+
+def idefics3(
+    model_type: str, sizes: dict[str, int], tower: dict[str, int], factor: int, image_token: int
+) -> dict[str, Any]:
+    """With the numbers that are not what transformers takes by default."""
+    name = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[model_type]
+    return {
+        "architectures": [f"{name}ForConditionalGeneration"],
+        "model_type": model_type,
+        "image_token_id": image_token,
+        "scale_factor": factor,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "text_config": {
+            "attention_bias": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "max_position_embeddings": 8192,
+            "model_type": "llama",
+            "pad_token_id": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 100000.0,
+            "tie_word_embeddings": False,
+            **sizes,
+        },
+        "vision_config": {
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+            "model_type": f"{model_type}_vision",
+            "num_channels": 3,
+            **tower,
+        },
+    }
+
+
+def text_sizes(
+    width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int
+) -> dict[str, int]:
+    return {
+        "head_dim": width // heads,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+    }
+
+
+SIGLIP_BASE: dict[str, Any] = {
+    "hidden_size": 768,
+    "image_size": 512,
+    "intermediate_size": 3072,
+    "model_type": "siglip_vision_model",  # as published
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "patch_size": 16,
+}
+SO400M = {
+    "hidden_size": 1152,
+    "image_size": 384,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+}
+SMOL_135M = text_sizes(576, 1536, 30, 9, 3, 49280)
+SMOL_360M = text_sizes(960, 2560, 32, 15, 5, 49280)
+SMOL_1_7B = text_sizes(2048, 8192, 24, 32, 32, 49155)
+LLAMA_3 = text_sizes(4096, 14336, 32, 32, 8, 128259)
+
 
 CLIP_LEFT_OUT = [r"{}encoder\.layers\.23\..*", r"{}post_layernorm\..*"]
 SIGLIP_LEFT_OUT = [r"{}encoder\.layers\.26\..*", r"{}post_layernorm\..*", r"{}head\..*"]
@@ -203,6 +349,27 @@ CASES = {
         [p.format(r"vision_tower\.") for p in CLIP_LEFT_OUT],
         576, 13.34,
     ),
+    "LLaVA 1.6 7B": Case(
+        LLAVA_1_6,
+        published.LLAVA_1_6,
+        [p.format(r"model\.vision_tower\.vision_tower\.vision_model\.") for p in CLIP_LEFT_OUT],
+        576, 7.05, WHOLE_CLIP,
+    ),
+    "LLaVA-NeXT, Vicuna": Case(
+        LLAVA_NEXT,
+        published.LLAVA_NEXT_VICUNA,
+        [p.format(r"vision_tower\.") for p in CLIP_LEFT_OUT],
+        576, 7.05,
+    ),
+    "LLaVA-NeXT, Mistral": Case(
+        LLAVA_NEXT | {"text_config": MISTRAL},
+        published.LLAVA_NEXT_MISTRAL,
+        [p.format(r"vision_tower\.") for p in CLIP_LEFT_OUT],
+        576, 7.55,
+    ),
+    "OneVision 0.5B": Case(
+        ONEVISION, published.ONEVISION_05B, [r"vision_tower\.post_layernorm\..*"], 729, 0.89
+    ),
     "Bunny-3B": Case(
         BUNNY, published.BUNNY_3B, [rf"{IN_BUNNY}post_layernorm\..*"], 729, 3.18
     ),
@@ -216,7 +383,39 @@ CASES = {
         TINYLLAVA, published.TINYLLAVA_3B, [p.format(IN_TINYLLAVA) for p in SIGLIP_LEFT_OUT],
         728, 3.19,
     ),
+    "SmolVLM 256M": Case(
+        idefics3("idefics3", SMOL_135M, SIGLIP_BASE, 4, 49190),
+        published.SMOLVLM_256M, [], 64, 0.26,
+    ),
+    "SmolVLM2 256M": Case(
+        idefics3("smolvlm", SMOL_135M, SIGLIP_BASE, 4, 49190),
+        published.SMOLVLM_256M, [], 64, 0.26,
+    ),
+    "SmolVLM2 500M": Case(
+        idefics3("smolvlm", SMOL_360M, SIGLIP_BASE, 4, 49190),
+        published.SMOLVLM_500M, [], 64, 0.51,
+    ),
+    "SmolVLM 2.2B": Case(
+        idefics3("idefics3", SMOL_1_7B, SO400M, 3, 49153), published.SMOLVLM_2B, [], 81, 2.25
+    ),
+    "SmolVLM2 2.2B": Case(
+        idefics3("smolvlm", SMOL_1_7B | {"vocab_size": 49280}, SO400M, 3, 49190),
+        published.SMOLVLM2_2B, [], 81, 2.25,
+    ),
+    "Idefics3 8B": Case(
+        idefics3("idefics3", LLAMA_3, SO400M | {"image_size": 364}, 2, 128257),
+        published.IDEFICS3_8B, [], 169, 8.46,
+    ),
     "Phi-2": Case(PHI_2, published.PHI_2, [], None, 2.78),
+    "Pythia-70M": Case(
+        PYTHIA_70M,
+        published.PYTHIA_70M,
+        [
+            r"gpt_neox\.layers\.\d\.attention\.(masked_)?bias",
+            r"gpt_neox\.layers\.\d\.attention\.rotary_emb\.inv_freq",
+        ],
+        None, 0.07,
+    ),
 }  # fmt: skip
 
 
@@ -239,22 +438,22 @@ def test_every_published_name_has_its_place(
     (tmp_path / "config.json").write_text(json.dumps(case.config))
     form = format_of(tmp_path)
     tower = tower_of(form, tmp_path, None)
-    cfg = form.config(tmp_path)
-    weights = Weights([Listed(case.names)], form.table(cfg), tuple(form.IGNORED), form.rename)
+    cfg = form.config(tmp_path, tower)
+    weights = Weights([Listed(case.names)], form.table(cfg), form.ignored, form.rename)
     if tower is not None and cfg.vision is not None:
         monkeypatch.setattr(VisionTower, "files", lambda self: [Listed(case.tower, OWN)])
         weights = with_tower(weights, tower, cfg.vision)
     with torch.device("meta"):
         model = HookedMultimodalTransformer(cfg)
-    shapes = {key: shape for file in weights.files for key, shape in file.shapes().items()}
+    shapes = dict(all_shapes(weights.files))
     # The loader's own check: nothing unknown, nothing missing, every shape, every parameter.
-    check(model, shapes, weights.table, ignored=weights.ignored, rename=weights.rename, where=name)
+    check(model, shapes, weights, name)
     renamed = [weights.rename(key) for key in shapes]
     assert len(set(renamed)) == len(renamed)
     assert set(weights.table) <= set(renamed)
     check_left_out([key for key in renamed if key not in weights.table], case.left_out)
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == case.n_parameters
-    assert (cfg.vision.n_visual_tokens if cfg.vision else None) == case.n_visual
+    assert cfg.mm_tokens_per_image == case.n_visual
 
 
 def check_left_out(names: Sequence[str], patterns: Sequence[str]) -> None:
@@ -312,7 +511,37 @@ def test_bunny_has_the_bytes_of_its_files() -> None:
     assert 0.8 * header < beyond < header
 
 
+def test_smolvlm_has_the_bytes_of_its_file() -> None:
+    shapes = expand(published.SMOLVLM_256M)
+    assert sum(map(math.prod, shapes.values())) == 256_484_928  # as its page says
+    header = sum(
+        len(json.dumps({key: {"dtype": "BF16", "shape": shape, "data_offsets": [10**9, 10**9]}}))
+        for key, shape in shapes.items()
+    )
+    beyond = published.SMOLVLM_256M_FILE - 2 * 256_484_928
+    assert 0.8 * header < beyond < header
+
+
 def test_what_braces_mean() -> None:
     lines = "a.{0..2}.{x,y}.b [3, 4]\nc []\n"
     names = [f"a.{i}.{w}.b" for i in range(3) for w in "xy"]
     assert expand(lines) == dict.fromkeys(names, (3, 4)) | {"c": ()}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "NeXT" in name or "OneVision" in name])
+def test_tiled_models_are_what_transformers_has(name: str, tmp_path: Path) -> None:
+    """But for the place of the tower's prefix, and where names begin."""
+    case = CASES[name]
+    (tmp_path / "config.json").write_text(json.dumps(case.config))
+    rename = format_of(tmp_path).rename
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(tmp_path)
+        model = AutoModelForImageTextToText.from_config(config)
+    theirs = {
+        rename(key): tuple(tensor.shape)
+        for key, tensor in model.state_dict().items()
+        if not key.endswith("position_ids")
+    }
+    if config.tie_word_embeddings:
+        theirs.pop("language_model.lm_head.weight")
+    assert theirs == {rename(key): shape for key, shape in expand(case.names).items()}

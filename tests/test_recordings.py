@@ -18,12 +18,14 @@ from test_branching import TOLERANCE, count_work, decoder_edit, probabilities
 from torch import nn
 
 from mmlens import Intervention, causal_trace, causal_trace_many, noise_span
-from mmlens.beginnings import common_prefix
-from mmlens.branching import Recording
-from mmlens.components import MLP, Packing
-from mmlens.hooks import add, scale, zero
-from mmlens.joined_run import Start
-from mmlens.passes import is_out_of_memory, passes
+from mmlens.branching.packing import Packing
+from mmlens.branching.passes import passes
+from mmlens.branching.recording import Recording
+from mmlens.branching.schedule import Start
+from mmlens.inputs.common_prefix import common_prefix
+from mmlens.interventions.functions import add, scale, zero
+from mmlens.model.components import MLP
+from mmlens.utils.memory import is_out_of_memory
 
 SEEDS = st.integers(0, 2**31)
 
@@ -37,7 +39,7 @@ def with_words(inputs, positions, seed=0):
 
 
 def behind_images(inputs):
-    """The first position behind the pictures of every row, and behind the first word."""
+    """The first position after the images of every row, and after the first word."""
     return int((inputs.tokens == IMAGE).nonzero()[:, 1].max()) + 2 if inputs.n_images[0] else 2
 
 
@@ -70,7 +72,7 @@ def test_a_recording_that_begins_like_another(seed):
         elif kind == "picture" and inputs.pixel_values is not None:
             pixels = inputs.pixel_values.clone()
             pixels[-1] *= -1
-            inputs = replace(inputs, pixel_values=pixels)
+            inputs = inputs.with_pixels(pixels)
         first = first.record(inputs)
         assert first.inputs is inputs
         branches = [[decoder_edit(model, inputs, chance)] for _ in range(4)]
@@ -98,11 +100,11 @@ def test_samples_of_noise_share_the_prefix_of_one_row(seed):
 def test_where_prompts_begin_to_differ(seed):
     model = small_model(seed).double()
     inputs = small_inputs(model, seed, images=(1, 1), words=(6, 4))
-    n_pos, start = inputs.n_pos, min(starts[0] for starts in inputs.image_starts)
+    n_pos, start = inputs.n_pos, min(image.start for image in inputs.images)
     assert common_prefix(inputs, inputs) == n_pos
     assert common_prefix(inputs, inputs.append(torch.tensor([4]))) == n_pos
     assert common_prefix(inputs, with_words(inputs, [n_pos - 1])) == n_pos - 1
-    moved = replace(inputs, pixel_values=-inputs.pixel_values)
+    moved = inputs.with_pixels(-inputs.pixel_values)
     assert common_prefix(inputs, moved) == start
     alone = small_inputs(model, seed, images=(1,))
     assert common_prefix(inputs, alone) == 0
@@ -121,7 +123,7 @@ def count_calls(monkeypatch, module, name="forward"):
     return rows
 
 
-def test_questions_on_one_picture_share_it(seed, monkeypatch):
+def test_questions_on_one_image_share_it(seed, monkeypatch):
     model = any_family(seed).double()
     first = small_inputs(model, seed, images=(1,), words=(4,))
     at = behind_images(first)
@@ -129,12 +131,12 @@ def test_questions_on_one_picture_share_it(seed, monkeypatch):
         first = first.append(torch.tensor([7, 8]))
     shorter = replace(first, tokens=first.tokens)  # the same question again
     longer = with_words(first, [first.n_pos - 1]).append(torch.tensor([3, 4]))
-    other = replace(first, pixel_values=first.pixel_values + 1)
+    other = first.with_pixels(first.pixel_values + 1)
     encoded, work = count_calls(monkeypatch, model.vision), count_work(monkeypatch)
     recordings = model.record_many([first, shorter, longer, other])
-    assert encoded == [1, 1]  # two pictures
-    n_pos, n_like = first.n_pos, 2 * (int(other.image_starts[0][0]) + 1) > first.n_pos
-    new = n_pos - int(first.image_starts[0][0]) if n_like else n_pos
+    assert encoded == [1, 1]  # two images
+    n_pos, n_like = first.n_pos, 2 * (other.images[0].start + 1) > first.n_pos
+    new = n_pos - first.images[0].start if n_like else n_pos
     for layer in range(model.cfg.n_layers):
         assert work[layer] in (n_pos + 1 + 3 + new, n_pos + 1 + 3 + n_pos)
     root = recordings[0]
@@ -144,10 +146,10 @@ def test_questions_on_one_picture_share_it(seed, monkeypatch):
         assert_same_recording(each, model.record(each.inputs), branches)
 
 
-def test_a_picture_that_is_there_twice_is_encoded_once(seed, monkeypatch):
+def test_an_image_that_is_there_twice_is_encoded_once(seed, monkeypatch):
     model = small_model(seed).double()
     inputs = small_inputs(model, seed, images=(2, 1))
-    twice = replace(inputs, pixel_values=inputs.pixel_values[[0, 1, 0]])
+    twice = inputs.with_pixels(inputs.pixel_values[[0, 1, 0]])
     expected = model(twice)
     encoded = count_calls(monkeypatch, model.vision)
     recording = model.record(twice)
@@ -176,7 +178,7 @@ def test_edits_of_the_tower_are_one_batch(seed, monkeypatch):
     found = recording.run(branches, probabilities)
     assert encoded == [3 * 2]  # those of the projector have the features already
     assert projected == [5 * 2]
-    start = inputs.image_starts[0][0]  # what comes before the first picture stays
+    start = inputs.images[0].start  # what comes before the first image stays
     assert work[0] == 5 * (inputs.n_pos - start) + inputs.n_pos
     plain = torch.stack([probabilities(plain_run(model, inputs, b)[:, -1:]) for b in branches])
     assert (found - plain).abs().max() <= TOLERANCE
@@ -187,7 +189,7 @@ def test_the_prefix_is_attended_to_in_place(seed, monkeypatch):
     inputs = small_inputs(model, seed, images=(1, 1), words=(5, 5))
     recording = model.record(inputs)
     attended = []
-    module = sys.modules["mmlens.components.shared_past"]
+    module = sys.modules["mmlens.branching.shared_past"]
     attend = module.attend_part
 
     def seen(q, k, v, mask):
@@ -247,7 +249,7 @@ def test_a_trace_computes_what_differs(seed, monkeypatch):
 # Many questions
 
 
-def test_many_traces_equal_single_ones(seed, monkeypatch, capsys):
+def test_many_traces_equal_single_ones(seed, monkeypatch):
     model = any_family(seed).double()
     first = small_inputs(model, seed, images=(1,), words=(6,)).append(torch.tensor([5, 6, 7]))
     second = with_words(first, [first.n_pos - 1])
@@ -261,12 +263,18 @@ def test_many_traces_equal_single_ones(seed, monkeypatch, capsys):
         return [[clean.n_pos - 1], [clean.n_pos - 2, 1]]
 
     encoded = count_calls(monkeypatch, model.vision)
+    moved = []
     found = causal_trace_many(
-        model, iter(pairs), positions=groups, answers=answers, window=3, progress=True
+        model,
+        iter(pairs),
+        positions=groups,
+        answers=answers,
+        window=3,
+        progress=lambda *n: moved.append(n),
     )
     assert encoded == [1]
-    shown = capsys.readouterr().err
-    assert f"{sum(trace.restored.numel() for trace in found)}" in shown
+    total = sum(trace.restored.numel() for trace in found)
+    assert moved[-1] == (total, total) and moved == sorted(moved)
     for trace, (clean, corrupted), answer in zip(found, pairs, answers, strict=True):
         alone = causal_trace(
             model,
@@ -281,7 +289,7 @@ def test_many_traces_equal_single_ones(seed, monkeypatch, capsys):
         assert (trace.restored - alone.restored).abs().max() <= TOLERANCE
         assert abs(trace.clean - alone.clean) <= TOLERANCE
         assert abs(trace.corrupted - alone.corrupted) <= TOLERANCE
-    assert causal_trace_many(model, [], progress=False) == []
+    assert causal_trace_many(model, []) == []
     with pytest.raises(ValueError, match="1 answers for 4 pairs"):
         causal_trace_many(model, pairs, answers=[4])
 
@@ -305,7 +313,7 @@ def test_where_memory_runs_out_passes_are_halved(seed, monkeypatch, error):
     recording = model.record(inputs)
     branches = [[decoder_edit(model, inputs, chance)] for _ in range(11)]
     expected = recording.run(branches, probabilities)
-    module, sizes, done = sys.modules["mmlens.branching"], [], []
+    module, sizes, done = sys.modules["mmlens.branching.recording"], [], []
     run_joined, most = module.run_joined, chance.choice([1, 2, 3])
 
     def limited(recording, branches, starts, read):
@@ -315,9 +323,9 @@ def test_where_memory_runs_out_passes_are_halved(seed, monkeypatch, error):
         return run_joined(recording, branches, starts, read)
 
     monkeypatch.setattr(module, "run_joined", limited)
-    found = recording.run(branches, probabilities, progress=done.append)
+    found = recording.run(branches, probabilities, progress=lambda *n: done.append(n))
     assert torch.allclose(found, expected, atol=1e-9)
-    assert max(sizes) > most and sum(done) == 11
+    assert max(sizes) > most and done[-1] == (11, 11)
     most = 0  # not even one fits
     with pytest.raises(type(error)):
         recording.run(branches, probabilities)
@@ -378,23 +386,20 @@ def test_packing(seed):
     starts = [chance.randrange(n_pos) for _ in range(chance.randint(1, 5))]
     if chance.random() < 0.3:
         starts = [starts[0]] * len(starts)
-    packing, device = Packing(starts, n_pos), torch.device("cpu")
+    packing, device = Packing(tuple(starts), n_pos), torch.device("cpu")
     positions = [p for start in starts for p in range(start, n_pos)]
-    assert packing.positions(device).tolist() == positions
+    assert packing.positions[device].tolist() == positions
     packed = torch.randn(2, len(positions), 3)
     assert torch.equal(packing.flat(packing.rectangle(packed)), packed)
     origin = chance.randint(0, packing.first)
     base = torch.randn(2, n_pos - origin, 3)
-    filled = packing.filled(packed, base, origin)
+    filled = torch.cat([base, packed], dim=1)[:, packing.filling(origin, base.shape[1])]
     for i, start in enumerate(starts):
         expected = torch.cat([base[:, : start - origin], packed[:, packing.offsets[i] :]], dim=1)
         assert torch.equal(filled[:, i], expected[:, : n_pos - origin])
-    later = Packing([chance.randrange(start, n_pos) for start in starts], n_pos)
-    entries = packing.entries_of(later, device)
-    if entries is None:
-        assert later.starts == packing.starts
-    else:
-        assert torch.equal(packing.positions(device)[entries], later.positions(device))
+    later = Packing(tuple(chance.randrange(start, n_pos) for start in starts), n_pos)
+    entries = packing.entries_of(later)
+    assert torch.equal(packing.positions[device][entries], later.positions[device])
 
 
 # What is computed at the end
@@ -426,6 +431,8 @@ def test_prompts_that_share_nothing_are_run_as_one_batch(seed):
         expected = model.record(inputs)
         branches = [[decoder_edit(model, inputs, chance)] for _ in range(3)]
         assert_same_recording(found, expected, branches)
-        assert (found.pictures is None) == (expected.pictures is None)
-        if found.pictures is not None:
-            assert torch.allclose(found.pictures.visual, expected.pictures.visual, atol=1e-9)
+        assert (found.encoded_images is None) == (expected.encoded_images is None)
+        if found.encoded_images is not None:
+            assert torch.allclose(
+                found.encoded_images.visual, expected.encoded_images.visual, atol=1e-9
+            )

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from hashlib import sha256
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from grid_inputs import grid_images
 from PIL import Image
+from plotly import graph_objects as go
 
-from mmlens.attribution import AttentionContribution
-from mmlens.inputs import MultimodalInputs
+from mmlens.analyses.attention_contribution import AttentionContribution
+from mmlens.analyses.trace_result import CausalTrace
+from mmlens.inputs.image_tokens import Box
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.plots import (
-    Frame,
     ReportedPrompt,
     attention,
     heatmap,
     overlay,
+    save_figure,
     tokens,
     write_report,
 )
-from mmlens.plots.picture import encoded
-from mmlens.trace_result import CausalTrace
+from mmlens.plots.overlay import encoded
 
 EVIL = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 WORDS = (" The", " capital", " of", " this", " country", " is")
@@ -92,18 +99,18 @@ def opened(browser) -> Iterator[Open]:
 def prompt_of(
     grid: tuple[int, int] = (3, 4), words: tuple[str, ...] = WORDS, question: str | None = None
 ) -> ReportedPrompt:
-    """BOS, a picture, words; a frame beyond the picture."""
+    """BOS, an image, words; a frame beyond the image."""
     n = grid[0] * grid[1]
     pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
     content, kind = encoded(Image.fromarray(pixels))
     question = "".join(words).strip() if question is None else question
     return ReportedPrompt(
         picture=torch.tensor(list(content), dtype=torch.uint8),
-        picture_kind=kind,
-        picture_size=(80, 60),
-        frame=(0.0, -10.0, 80.0, 70.0),
-        grid_size=grid,
-        patches=tuple((1 + i, *divmod(i, grid[1])) for i in range(n)),
+        image_kind=kind,
+        image_size=(80, 60),
+        frames=((0.0, -10.0, 80.0, 70.0),),
+        grids=(grid,),
+        patches=tuple((1 + i, 0, *divmod(i, grid[1])) for i in range(n)),
         labels=(
             "<s>",
             *(f"<img {i // grid[1]},{i % grid[1]}>" for i in range(n)),
@@ -142,7 +149,7 @@ def contribution_of(prompt: ReportedPrompt, n_layers: int = 6) -> AttentionContr
     """Random norms of everything, received by the constraint and the last token."""
     n = len(prompt.labels)
     destinations = [*prompt.spans["constraint"], *prompt.spans["last"]]
-    known = {position: (0, row, column) for position, row, column in prompt.patches}
+    known = {position: (0, *cell) for position, *cell in prompt.patches}
     return AttentionContribution(
         values=torch.rand(n_layers, len(destinations), n),
         layers=tuple(range(n_layers)),
@@ -150,8 +157,8 @@ def contribution_of(prompt: ReportedPrompt, n_layers: int = 6) -> AttentionContr
         destination=tuple(destinations),
         source_labels=prompt.labels,
         destination_labels=tuple(prompt.labels[position] for position in destinations),
-        source_patches=tuple(known.get(position, (-1, -1, -1)) for position in range(n)),
-        grid_size=prompt.grid_size,
+        source_patches=tuple(known.get(position, (-1, -1, -1, -1)) for position in range(n)),
+        grids=(prompt.grids,) if prompt.grids else (),
     )
 
 
@@ -189,7 +196,7 @@ def is_largest(values: torch.Tensor, index: int) -> bool:
 
 
 class TestReport:
-    def test_a_patch_lights_up_with_its_picture_and_its_number(self, report) -> None:
+    def test_a_patch_lights_up_with_its_image_and_its_number(self, report) -> None:
         page, _, _, received = report
         page.locator(".patch").nth(5).hover()
         assert page.locator(".patch.lit").count() == 1
@@ -258,7 +265,7 @@ class TestReport:
             assert text in table
         assert page.locator(".token.constraint").all_text_contents() == ["this", "country"]
 
-    def test_a_picture_that_was_traced_unfolds(self, tmp_path, opened, seed) -> None:
+    def test_an_image_that_was_traced_unfolds(self, tmp_path, opened, seed) -> None:
         with reported(tmp_path, prompt_of(), all_positions=True) as path:
             page = opened(path)
         assert page.locator(".row").count() == 2 * 8
@@ -273,7 +280,7 @@ class TestReport:
             page = opened(path)
         assert page.evaluate("window.hacked") is None
         assert page.locator("h1").inner_text() == EVIL
-        assert page.locator("img").count() == 1  # the picture itself
+        assert page.locator("img").count() == 1  # the image itself
         page.locator(".token").nth(3).hover()
         assert page.evaluate("window.hacked") is None
 
@@ -290,14 +297,14 @@ class TestReport:
         assert page.locator("#tip").is_visible()
         assert page.locator("#trace").count() == ("trace" in parts)
 
-    def test_a_prompt_without_a_picture(self, tmp_path, opened, seed) -> None:
+    def test_a_prompt_without_an_image(self, tmp_path, opened, seed) -> None:
         labels = ("<s>", *WORDS)
         prompt = replace(
             prompt_of(),
             picture=torch.zeros(0, dtype=torch.uint8),
-            picture_kind="",
-            frame=None,
-            grid_size=None,
+            image_kind="",
+            frames=(),
+            grids=(),
             patches=(),
             labels=labels,
             spans={"constraint": [4, 5], "last": [6]},
@@ -329,29 +336,38 @@ class TestReport:
         prompt = prompt_of()
         prompt.save(tmp_path / "prompt.safetensors")
         loaded = ReportedPrompt.load(tmp_path / "prompt.safetensors")
-        for name in ("labels", "frame", "patches", "answers", "spans", "char_spans", "text"):
+        for name in (
+            "labels",
+            "frames",
+            "grids",
+            "patches",
+            "answers",
+            "spans",
+            "char_spans",
+            "text",
+        ):
             assert getattr(loaded, name) == getattr(prompt, name)
         assert torch.equal(loaded.picture, prompt.picture)
 
 
 def inputs_of(n: int = 12) -> MultimodalInputs:
-    """A picture, and words of which one means harm."""
+    """An image, and words of which one means harm."""
     ids = torch.tensor([[1, *[60] * n, 6, 7]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    visual, (image,) = grid_images(ids, mask, 60, (3, 4))
     return MultimodalInputs(
         tokens=ids,
-        attention_mask=torch.ones_like(ids, dtype=torch.bool),
-        pixel_values=torch.zeros(1, 3, 6, 8),
+        attention_mask=mask,
+        visual=visual,
         spans=({},),
-        grid_size=(3, 4),
-        n_visual_tokens=n,
+        images=(replace(image, image=Image.new("RGB", (80, 60), "red")),),
         image_token_id=60,
         str_tokens=(["<s>", *["<image>"] * n, " flag", EVIL],),
-        images=(Image.new("RGB", (80, 60), "red"),),
     )
 
 
 class TestFigures:
-    def test_the_picture_unfolds(self, tmp_path, opened, seed) -> None:
+    def test_the_image_unfolds(self, tmp_path, opened, seed) -> None:
         labels = prompt_of().labels
         figure = heatmap(torch.rand(len(labels), 4), rows=labels, columns=range(4))
         page = opened(figure.save(tmp_path / "f.html"))
@@ -365,7 +381,7 @@ class TestFigures:
 
     def test_sliders_of_an_overlay_go_together(self, tmp_path, opened, seed) -> None:
         values = torch.rand(3, 2, 12)
-        figure = overlay(values, inputs_of(), frame=Frame(0.0, 0.0, 80.0, 60.0))
+        figure = overlay(values, inputs_of(), frame=Box(0.0, 0.0, 80.0, 60.0))
         page = opened(figure.save(tmp_path / "o.html"))
         div = "document.querySelector('.plotly-graph-div')"
         strongest = page.evaluate(f"{div}.data.map(t => t.visible)").index(True)
@@ -377,9 +393,129 @@ class TestFigures:
         )  # the last layer
         box = sliders.nth(1).locator(".slider-rail-touch-rect").bounding_box()
         page.mouse.click(box["x"] + 3 + other * (box["width"] - 6), box["y"] + box["height"] / 2)
-        page.wait_for_function(f"{div}.data[{other}].visible")
+        # Playwright's wait_for_function evaluates a text in the page, which its policy forbids.
+        for _ in range(600):
+            if page.evaluate(f"{div}.data[{other}].visible"):
+                break
+            page.wait_for_timeout(100)
         z = page.evaluate(f"Array.from({div}.calcdata[{other}][0].z, row => Array.from(row))")
         assert np.allclose(np.array(z), values[2, other].view(3, 4).numpy(), atol=1e-6)
+
+
+class Scripts(HTMLParser):
+    """The scripts of a page that a browser would run, and its content policy."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.policies: list[str] = []
+        self.reading = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        given = dict(attrs)
+        if tag == "script" and given.get("type") != "application/json":
+            assert "src" not in given
+            self.reading = True
+            self.found.append("")
+        if given.get("http-equiv") == "Content-Security-Policy":
+            assert not self.found, "it holds for what comes after it"
+            self.policies.append(given["content"])
+
+    def handle_data(self, data: str) -> None:
+        if self.reading:
+            self.found[-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.reading = self.reading and tag != "script"
+
+
+def pages(folder: Path) -> dict[str, Path]:
+    """A page of every kind, all of them with a text that means harm."""
+    prompt = prompt_of(words=(" The", EVIL, " of", " this", EVIL, " is"), question=EVIL)
+    figure = trace_of(prompt).plot()
+    figure.update_layout(title_text=EVIL)
+    return {
+        "report": write_report(folder / "r.html", prompt, trace=trace_of(prompt)),
+        "figure": figure.save(folder / "f.html"),
+        "circuits": tokens(torch.rand(15), inputs_of()).save(folder / "t.html"),
+    }
+
+
+def sent_to(server: socket.socket) -> bytes:
+    """What anybody sent; Chromium opens connections ahead of requests, and sends nothing then."""
+    received = b""
+    try:
+        while True:
+            connection, _ = server.accept()
+            connection.settimeout(0.2)
+            with connection, suppress(TimeoutError):
+                received += connection.recv(100)
+    except TimeoutError:
+        return received
+
+
+class TestPolicy:
+    def test_it_names_each_script_and_lets_nothing_else_run(self, tmp_path, seed) -> None:
+        for kind, path in pages(tmp_path).items():
+            scripts = Scripts(path.read_text(encoding="utf-8"))
+            [policy] = scripts.policies
+            rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+            digests = {
+                f"'sha256-{base64.b64encode(sha256(x.encode()).digest()).decode()}'"
+                for x in scripts.found
+            }
+            extra = {"'wasm-unsafe-eval'"} if kind == "circuits" else set()
+            assert set(rules["script-src"].split()) == digests | extra, kind
+            assert len(scripts.found) == {"report": 1, "figure": 2, "circuits": 1}[kind]
+            for name in ("default-src", "base-uri", "form-action"):
+                assert rules[name] == "'none'", kind
+            assert rules["img-src"] == "data: blob:"
+            assert not rules.keys() & {"connect-src", "font-src", "frame-src", "object-src"}
+
+    def test_what_is_smuggled_in_does_not_run(self, tmp_path, seed, browser) -> None:
+        """Even if a text got into a page as markup."""
+        server = socket.create_server(("127.0.0.1", 0))
+        server.settimeout(0.2)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        smuggled = (
+            f"<script>window.hacked = 1</script><script src='{address}'></script>"
+            f"<img src='{address}' onerror='window.hacked = 1'><img onerror='window.hacked = 1'>"
+            f"<iframe src='{address}'></iframe><a id=a href='javascript:window.hacked=1'>a</a>"
+            f"<form id=f action='{address}'></form><link rel=stylesheet href='{address}'>"
+        )
+        for kind, path in pages(tmp_path).items():
+            before, _, after = path.read_text(encoding="utf-8").rpartition("</body>")
+            path.write_text(f"{before}{smuggled}</body>{after}", encoding="utf-8")
+            page = browser.new_page()
+            page.set_default_timeout(120_000)  # a machine may be busy
+            page.goto(path.as_uri())
+            # circuitsvis draws over what comes after it.
+            page.evaluate("document.getElementById('f')?.submit()")
+            page.evaluate("document.getElementById('a')?.click()")
+            page.evaluate(f"fetch('{address}').catch(() => 0)")
+            page.wait_for_timeout(200)
+            assert page.evaluate("window.hacked") is None, kind
+            assert page.url == path.as_uri()
+            page.close()
+        assert not sent_to(server)
+        server.close()
+
+    def test_figures_with_a_title_that_means_harm(self, tmp_path, opened, seed) -> None:
+        page = opened(pages(tmp_path)["figure"])
+        assert page.locator(".plotly-graph-div .main-svg").count() > 0
+        assert page.evaluate("window.hacked") is None
+        image = "Plotly.toImage(document.getElementById('plot'), {format: 'png'})"
+        assert page.evaluate(f"{image}.then(x => x.slice(0, 22))") == "data:image/png;base64,"
+
+    def test_frames_of_an_animation_are_there(self, tmp_path, opened) -> None:
+        shown = {"type": "scatter", "x": [0, 1], "y": [0, 1]}
+        frames = [go.Frame(data=[{**shown, "y": [1, 0]}], name="other way")]
+        figure = go.Figure(data=[shown], frames=frames)
+        page = opened(save_figure(figure, tmp_path / "f.html"))
+        page.wait_for_timeout(200)
+        named = "document.getElementById('plot')._transitionData._frames.map(f => f.name)"
+        assert page.evaluate(named) == ["other way"]
 
 
 class TestCircuits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 from dataclasses import replace
@@ -14,13 +15,16 @@ from PIL import Image
 from tiny_checkpoint import write_tiny_llava
 
 from mmlens import HookedMultimodalTransformer, causal_trace, swap_span
-from mmlens.attribution import attention_contribution, attention_knockout, auroc
+from mmlens.analyses.attention_contribution import attention_contribution
+from mmlens.analyses.attention_knockout import attention_knockout
+from mmlens.analyses.contribution_measures import MEASURES, measures
+from mmlens.analyses.correctness import auroc
 from mmlens.cli import main
 from mmlens.cli.reproduce import NAMES
 from mmlens.data import VisualQuestion, local_questions
 from mmlens.plots import save
-from mmlens.reproduce import FIGURES, Settings, Study, is_complete, write
-from mmlens.reproduce.visual_tokens import MEASURES, measures
+from mmlens.reproduce import FIGURES, Settings, Study, is_complete, make, write
+from mmlens.utils.resumable import FolderInUse
 
 ONE, TWO = "the capital of this country is", "the river near this country is"
 SAID = "Rome"
@@ -54,7 +58,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def answers(monkeypatch):
     """What the model says, so that half of its answers are right whatever its weights are."""
-    monkeypatch.setattr(HookedMultimodalTransformer, "generate", lambda *_, **__: SAID)
+    monkeypatch.setattr(
+        "mmlens.reproduce.study.answers_rightly",
+        lambda _, question, *__: question.is_right(SAID) if question.answers else None,
+    )
 
 
 @pytest.fixture
@@ -106,7 +113,7 @@ def test_windows_are_restored_together(study):
     made = FIGURES["windows"](study)
     chosen, _ = study.choose(("seen", "named"))
     rows = made.tables["table"].query(
-        "window == 3 and site == 'mlp_out' and role == 'sees the picture'"
+        "window == 3 and site == 'mlp_out' and role == 'sees the image'"
     )
     asked = [each["seen"].inputs for each in chosen]
     effects = [traced_by_hand(study, one, one.span("constraint"), "mlp_out", 3) for one in asked]
@@ -200,7 +207,7 @@ def test_every_question_that_drops_out_is_counted(study):
     assert len(chosen) == counts["used"] == 4
     assert sum(counts.values()) - counts["considered"] == counts["considered"]
     for reason in (
-        "no picture, or no subject",
+        "no image, or no subject",
         "constraint not found",
         "no visual constraint",
         "asks for the name of what is seen",
@@ -224,10 +231,10 @@ def test_gaps_are_what_the_corruption_takes(study):
 
 
 def test_a_figure_is_complete_with_its_settings_only(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(save, "render", lambda *_: b"a picture")
+    monkeypatch.setattr(save, "render", lambda *_: b"an image")
     made = FIGURES["correctness"](study)
     assert not is_complete("correctness", study.settings, tmp_path)
-    written = write(made, study, tmp_path)
+    written = write(made, study.settings, study.model.device, tmp_path)
     assert is_complete("correctness", study.settings, tmp_path)
     assert not is_complete("correctness", Settings(limit=4), tmp_path)
     record = json.loads((tmp_path / "correctness" / "settings.json").read_text())
@@ -238,6 +245,65 @@ def test_a_figure_is_complete_with_its_settings_only(study, tmp_path, monkeypatc
     )
     random.choice([path for path in written if path.name != "settings.json"]).unlink()
     assert not is_complete("correctness", study.settings, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["knockout", "windows", "correctness", "visual-tokens"])
+def test_a_figure_goes_on_where_it_was_stopped(study, tmp_path, monkeypatch, name):
+    """What was found for a question is not computed again, and the numbers are the same."""
+    monkeypatch.setattr(save, "render", lambda *_: b"an image")
+    module, function = {
+        "knockout": ("knockout", "attention_knockout"),
+        "windows": ("study", "causal_trace"),
+        "correctness": ("correctness", "attention_contribution"),
+        "visual-tokens": ("visual_tokens", "attention_contribution"),
+    }[name]
+    module = importlib.import_module(f"mmlens.reproduce.{module}")
+    computed, calls, stops = getattr(module, function), [], []
+
+    def counted(*given, **options):
+        if len(calls) == stops[-1]:
+            raise KeyboardInterrupt
+        calls.append(given)
+        return computed(*given, **options)
+
+    expected = FIGURES[name](study).raw.reset_index(drop=True)
+    monkeypatch.setattr(module, function, counted)
+    for stop in (1, 2):
+        stops.append(stop)
+        study.shared.clear()
+        with pytest.raises(KeyboardInterrupt):
+            make(name, study, tmp_path)
+        assert not is_complete(name, study.settings, tmp_path)
+    unfinished = tmp_path / name / ".unfinished"
+    assert len(list(unfinished.iterdir())) == 2
+    stops.append(-1)
+    make(name, study, tmp_path)
+    n_calls, n_values = len(calls), {"knockout": 3 * 2 * 3, "windows": 3 * 2 * 2}
+    assert n_calls == n_values.get(name, study.settings.asked * 2 if name == "correctness" else 3)
+    assert is_complete(name, study.settings, tmp_path) and not unfinished.exists()
+    made = pd.read_parquet(tmp_path / name / "raw.parquet")
+    pd.testing.assert_frame_equal(made, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_two_reproductions_cannot_make_one_figure_in_one_folder(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(save, "render", lambda *_: b"an image")
+    module = importlib.import_module("mmlens.reproduce.visual_tokens")
+    computed, refused = module.attention_contribution, []
+    other = Study(study.settings, study.model, study.questions)
+
+    def nested(*given, **options):
+        if not refused:
+            with pytest.raises(FolderInUse, match="another reproduction is writing") as error:
+                make("visual-tokens", other, tmp_path)
+            refused.append(str(error.value))
+            make("correctness", other, tmp_path)
+        return computed(*given, **options)
+
+    monkeypatch.setattr(module, "attention_contribution", nested)
+    make("visual-tokens", study, tmp_path)
+    assert len(refused) == 1 and str(tmp_path / "visual-tokens") in refused[0]
+    for name in ("visual-tokens", "correctness"):
+        assert is_complete(name, study.settings, tmp_path)
 
 
 def test_the_command_makes_what_is_missing(folder, tmp_path, monkeypatch, capsys):

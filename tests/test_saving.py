@@ -24,10 +24,11 @@ from random_models import (
 from rounding import TOLERANCE, assert_same, rounded_otherwise
 from small_models import small_model
 from tiny_checkpoint import write_tiny_llava
-from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, GenerationConfig, LlavaForConditionalGeneration
 
-from mmlens.checkpoints import CheckpointError, saving
-from mmlens.model import HookedMultimodalTransformer
+from mmlens.checkpoints import saving
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.model.transformer import HookedMultimodalTransformer
 
 
 @torch.no_grad()
@@ -210,10 +211,10 @@ def test_formats_of_llavas_code(name: str, shards: int, seed: int, tmp_path: Pat
 
 def test_a_tower_from_elsewhere_comes_along(seed: int, tmp_path: Path) -> None:
     made = published.parts(decoder="llama", tower="clip")
-    tower = published.write_tower(tmp_path / "tower", made)
+    published.write_tower(tmp_path / "source" / "clip", made)
     config, tensors = published.llava(made)
     bare = {name: tensor for name, tensor in tensors.items() if "vision_tower" not in name}
-    config["mm_vision_tower"] = str(tower)
+    config["mm_vision_tower"] = "clip"
     source = published.write(tmp_path / "source", (config, bare))
     model = load(source)
     edit(model)
@@ -278,3 +279,27 @@ def test_a_source_that_is_gone_or_another_one(seed: int, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="no longer the checkpoint"):
         model.save_pretrained(tmp_path / "edited")
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["its file", "none"])
+def test_changed_settings_of_generation_are_written(there: bool, seed: int, tmp_path: Path) -> None:
+    source = write_tiny_llava(tmp_path / "source", seed)
+    file = source / "generation_config.json"
+    file.unlink(missing_ok=True)
+    if there:
+        file.write_text(json.dumps({"do_sample": True, "top_k": 7, "eos_token_id": [2, 3]}))
+    model = load(source)
+    model.generation_config.temperature = 0.25
+    model.generation_config.top_k = None
+    model.generation_config.bad_words_ids = [[5, 6]]
+    copy = model.save_pretrained(tmp_path / "copy")
+    again = load(copy)
+    assert again.generation_config == model.generation_config
+    assert again.cfg.eos_token_ids == model.cfg.eos_token_ids
+    theirs = GenerationConfig.from_pretrained(copy)
+    assert theirs.eos_token_id == list(model.cfg.eos_token_ids)
+    assert (theirs.temperature, theirs.top_k, theirs.bad_words_ids) == (0.25, None, [[5, 6]])
+    assert theirs.do_sample == (True if there else None)
+    again.generation_config.eos_token_id = 4
+    once_more = load(again.save_pretrained(tmp_path / "third"))
+    assert once_more.cfg.eos_token_ids == (4,)

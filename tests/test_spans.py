@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import KINDS, small_tokenizer
 
-from mmlens.spans import (
+from mmlens.inputs.spans import (
     SpanNotFoundError,
     encode,
     find_span,
@@ -52,6 +52,34 @@ def test_first_whole_word_wins_and_within_limits() -> None:
     assert find_span(text, "this country", within=(5, len(text))) == (17, 29)
     with pytest.raises(SpanNotFoundError, match="between characters 0 and 5"):
         find_span(text, "country", within=(0, 5))
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        ("这个国家的首都在哪里？这个国家", "这个国家"),
+        ("国家的国旗是国家", "国家"),
+        ("请问USA的首都，USA", "USA"),
+        ("この国の首都はどこですか。この国", "この国"),
+        ("アメリカの首都 アメリカ", "アメリカ"),
+        ("เมืองหลวงของประเทศนี้คือ ประเทศนี้", "ประเทศนี้"),
+        ("이 나라의 수도는? 이 나라", "이 나라"),
+        ("this country's capital, this country", "this country"),
+        ("This Country's capital; THIS COUNTRY", "this country"),
+        ("the countrywide countryside", "country"),
+    ],
+)
+def test_the_first_of_several_with_and_without_spaces(text: str, phrase: str) -> None:
+    start, end = find_span(text, phrase)
+    assert start == text.casefold().index(phrase.casefold()) and end == start + len(phrase)
+    later = text.casefold().rindex(phrase.casefold())
+    assert find_span(text, phrase, within=(start + 1, len(text)))[0] == later
+
+
+def test_no_letter_is_cut_from_its_marks() -> None:
+    text = "ที่นี่ ที"  # the same consonant and vowel, first with a tone mark above
+    assert find_span(text, "ที")[0] == text.rindex("ที")
+    assert find_span("\u304b\u3099 か", "か")[0] == 3
 
 
 @pytest.mark.parametrize("phrase", ["that nation", "", "  ", "!!", "ountrx", "image"])

@@ -26,12 +26,13 @@ from sweep_cases import (
     made_model,
     made_questions,
     swept,
-    write_picture,
+    write_image,
 )
 
 from mmlens import VisualQuestion, causal_trace, role_positions, swap_span
-from mmlens.aggregation import aggregate_traces
-from mmlens.attribution import attention_contribution
+from mmlens.analyses.aggregation import aggregate_traces
+from mmlens.analyses.attention_contribution import attention_contribution
+from mmlens.inputs.processor import Processor
 from mmlens.sweeps import (
     ContributionsTask,
     FolderInUse,
@@ -212,7 +213,7 @@ class Counting(Task):
 
 
 def test_a_question_that_fails_is_a_row_and_the_others_go_on(model, tmp_path):
-    picture = write_picture(tmp_path / "good.png", 1)
+    picture = write_image(tmp_path / "good.png", 1)
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:90])
     texts = ["fine", "give nan", "crash", "memory", "never", "fine again"]
     asked = [VisualQuestion(text, picture, source=text) for text in texts]
@@ -248,7 +249,7 @@ def test_questions_without_a_constraint_cannot_be_traced(model, questions, tmp_p
     assert "no visual constraint" in failure["message"]
 
 
-def test_repaired_pictures_are_done_when_asked_for(model, questions, tmp_path):
+def test_repaired_images_are_done_when_asked_for(model, questions, tmp_path):
     expected = swept(model, questions, tmp_path / "expected")
     picture = questions[0].image
     whole = picture.read_bytes()
@@ -263,17 +264,19 @@ def test_repaired_pictures_are_done_when_asked_for(model, questions, tmp_path):
 # Reading ahead
 
 
-def test_pictures_are_read_while_others_are_computed(model, questions, tmp_path):
+def test_images_are_read_while_others_are_computed(model, questions, tmp_path):
     read: Counter[str] = Counter()
     all_read = threading.Event()
 
     @dataclass(frozen=True, kw_only=True)
     class Slow(Counting):
-        def read(self, model, question):
+        def read(self, processor, question):
+            assert isinstance(processor, Processor)
+            assert processor.tokenizer is not model.tokenizer  # which the computing thread uses
             read[threading.current_thread().name.partition("_")[0]] += 1
             if sum(read.values()) == 4:  # of the first two shards
                 all_read.set()
-            return super().read(model, question)
+            return super().read(processor, question)
 
         def rows(self, model, asked, carried):
             assert all_read.wait(60), "nothing was read in the meantime"
@@ -304,7 +307,7 @@ def test_every_question_is_in_one_shard_beside_its_neighbours(pictures, size, li
     assert all(1 <= len(shard.questions) <= size for shard in shards)
     names = [each.images for each in planned]
     changes = sum(one != other for one, other in pairwise(names))
-    assert changes == len(set(names)) - 1  # the same picture without a break
+    assert changes == len(set(names)) - 1  # the same image without a break
     for name, count in Counter(names).items():
         where = [shard for shard in shards if any(each.images == name for each in shard.questions)]
         assert len(where) == 1 or count > size

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sweep_cases import write_picture
+from sweep_cases import write_image
 from tiny_checkpoint import write_tiny_llava
 
 from mmlens.cli import main
@@ -21,12 +21,12 @@ QUESTION = "the capital of this country is"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint and six questions about three pictures."""
+    """A checkpoint and six questions about three images."""
     folder = tmp_path_factory.mktemp("sweep")
     write_tiny_llava(folder / "model", n_layers=2)
     rows = []
     for number in range(6):
-        write_picture(folder / f"{number % 3}.png", number % 3)
+        write_image(folder / f"{number % 3}.png", number % 3)
         rows.append(
             {
                 "question": QUESTION,
@@ -88,7 +88,7 @@ def test_failures_are_told_by_the_exit_status(run, folder, tmp_path):
     broken.mkdir()
     for path in [*folder.glob("*.png"), folder / "questions.jsonl"]:
         (broken / path.name).write_bytes(path.read_bytes())
-    (broken / "1.png").write_text("no picture")
+    (broken / "1.png").write_text("no image")
     arguments = ("--model", folder / "model", "--data", broken, "--out", tmp_path / "out")
     for _ in range(2):
         code, printed, _ = run("sweep", "contributions", *arguments)

@@ -12,7 +12,7 @@ from sweep_cases import assert_same, in_order, made_model, made_questions
 from mmlens.data import edit_cases
 from mmlens.editing import METHODS, Edit
 from mmlens.editing.evaluation import evaluate
-from mmlens.sweeps import sweep
+from mmlens.sweeps import OtherSettings, Sweep, sweep
 
 WEIGHT = "blocks.{}.mlp.down.weight"
 
@@ -99,3 +99,15 @@ def test_what_cannot_be_edited(seed, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             sweep("edit", model, [], tmp_path / "other", **options)
+
+
+def test_settings_that_are_left_out_are_other_settings(seed, cases, tmp_path, monkeypatch):
+    """They are refused, before anything that is there is thrown away."""
+    monkeypatch.setitem(METHODS, "pushed", pushed)
+    given, out = {"methods": ("pushed",), "layers": (0,), "progress": False}, tmp_path / "out"
+    model = made_model(seed)
+    found = sweep("edit", model, cases, out, method_settings={"pushed": {"size": 0.2}}, **given)
+    rows = in_order(found)
+    with pytest.raises(OtherSettings, match="method_settings.pushed was .*size.* and is now None"):
+        sweep("edit", model, cases, out, **given)
+    assert in_order(Sweep(out)).equals(rows)

@@ -10,6 +10,7 @@ import errno
 import os
 import random
 import resource
+import secrets
 import subprocess
 import sys
 import time
@@ -18,15 +19,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from interruptions import every_line, interrupted_at_random
 from sweep_cases import assert_same, die, in_child, made_model, made_questions, swept
+from test_edit import random_edit
 
-from mmlens.sweeps import Sweep
+from mmlens.sweeps import Sweep, folder, worker
+from mmlens.utils import files, resumable, temporary
+
+sweep_run = sys.modules["mmlens.sweeps.run"]
 
 KILLED = -9
 DISK, PAGE = 2**18, 2**12
 WRITES = 5
 """Files of the sweep: manifest, failures, three shards."""
-POINTS = ("mkstemp", "fsync", "replace", "after replace")
+POINTS = ("token_hex", "fsync", "replace", "after replace")
 
 
 @pytest.fixture
@@ -73,6 +79,49 @@ def test_killed_at_random_moments(model, questions, expected, tmp_path, sweeps):
         assert_same(Sweep(again), expected)
 
 
+@pytest.mark.parametrize("times", [4, pytest.param(60, marks=pytest.mark.slow)])
+def test_ctrl_c_at_random_moments(model, questions, expected, tmp_path, times):
+    """In a notebook, say, where the same process goes on."""
+    out = tmp_path / "out"
+    for _ in range(times):
+        interrupted_at_random(lambda: swept(model, questions, out), seconds=0.3)
+        check_readable(out)
+    assert_same(swept(model, questions, out), expected)
+    assert free(model)
+
+
+def free(model) -> bool:
+    """Whether no hook is on the model, and no thread has it."""
+    return not model.list_hooks() and not model.run_lock._inside
+
+
+def test_a_sweep_in_a_block_that_has_the_model(model, questions, expected, tmp_path):
+    """The thread that reads ahead has no need of the model, for which it would wait for ever."""
+    with model.exclusive(), random_edit(model).applied(model):
+        edited = swept(model, questions, tmp_path / "edited")
+    assert edited.n_failed == 0 and edited.n_done == expected.n_done
+    assert edited.manifest["model"]["hash"] != expected.manifest["model"]["hash"]
+    assert_same(swept(model, questions, tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("most", [3, pytest.param(80, marks=pytest.mark.slow)])
+def test_interrupted_at_every_line(model, questions, expected, tmp_path, most):
+    numbers = iter(range(10**6))
+    out = tmp_path
+
+    def run() -> None:
+        nonlocal out
+        out = tmp_path / str(next(numbers))
+        swept(model, questions, out)
+
+    modules = (folder, files, resumable, worker, sweep_run, temporary)
+    for stop in every_line(run, *modules, most=most):
+        # Somebody still holds the traceback, and yet the folder is not locked any more.
+        check_readable(out)
+        assert_same(swept(model, questions, out), expected)
+        assert free(model), stop.line
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_while_a_file_is_written(model, questions, expected, tmp_path, monkeypatch, point):
     out = tmp_path / "out"
@@ -88,7 +137,7 @@ def disturbed(
 ) -> Callable[[Callable[[], object]], object]:
     """Make trouble at a point of one of the writes, while something runs."""
     name = point.rpartition(" ")[2]
-    module = __import__("tempfile") if name == "mkstemp" else os
+    module = secrets if name == "token_hex" else os
     original, count = getattr(module, name), [0]
 
     def wrapped(*arguments, **options):
@@ -204,7 +253,7 @@ def test_flipped_bits_are_noticed_when_they_are_read(model, questions, tmp_path)
 
 def test_a_failure_and_a_kill(model, questions, tmp_path):
     """Failures are in their shard's file: they are neither lost nor doubled."""
-    questions[0].image.write_bytes(b"no picture")
+    questions[0].image.write_bytes(b"no image")
     expected = swept(model, questions, tmp_path / "undisturbed")
     assert expected.n_failed > 0
     out = tmp_path / "out"

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def questions(tmp_path, seed):
-    made = made_questions(tmp_path, n=QUESTIONS, n_pictures=QUESTIONS)
+    made = made_questions(tmp_path, n=QUESTIONS, n_images=QUESTIONS)
     texts = ("this country is", "the capital of this country", "in this country which city")
     return [
         VisualQuestion(

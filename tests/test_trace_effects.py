@@ -1,4 +1,4 @@
-"""Units of sites, sites without layers, regions of pictures, and the effects of a trace."""
+"""Units of sites, sites without layers, regions of images, and the effects of a trace."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from small_models import D_VOCAB, small_inputs, small_model
 
 from mmlens import CausalTrace, Intervention, causal_trace, causal_trace_many
-from mmlens.aggregation import aggregate_traces
-from mmlens.attribution import attribution_patching
-from mmlens.hooks import add, zero
-from mmlens.interventions import hook_name, split_site
+from mmlens.analyses.aggregation import aggregate_traces
+from mmlens.analyses.attribution_patching import attribution_patching
+from mmlens.interventions.functions import add, zero
+from mmlens.interventions.intervention import hook_name
+from mmlens.model.sites import split_site
 
 TOLERANCE = 1e-5
 
@@ -28,8 +29,8 @@ def words_swapped(inputs, seed):
     return replace(inputs, tokens=tokens)
 
 
-def picture_swapped(inputs):
-    return replace(inputs, pixel_values=torch.randn_like(inputs.pixel_values))
+def image_swapped(inputs):
+    return inputs.with_pixels(torch.randn_like(inputs.pixel_values))
 
 
 def probability(model, inputs, answer, hooks=()):
@@ -170,7 +171,7 @@ def test_branch_equals_naive_for_units(seed):
 def test_sites_without_layers_have_one_column(seed, site):
     model = small_model(seed).double()
     clean = small_inputs(model, seed)
-    corrupted = picture_swapped(clean) if "." in site else words_swapped(clean, seed)
+    corrupted = image_swapped(clean) if "." in site else words_swapped(clean, seed)
     _, cache = model.run_with_cache(clean, names_filter=[hook_name(site)])
     n_pos = cache[hook_name(site)].shape[1]
     groups = [[random.randrange(n_pos)], list(range(n_pos))]
@@ -202,7 +203,7 @@ def test_sites_without_layers_have_one_column(seed, site):
 def test_what_cannot_be_traced_together(seed):
     model = small_model(seed)
     clean = small_inputs(model, seed)
-    corrupted = picture_swapped(clean)
+    corrupted = image_swapped(clean)
     for options, message in (
         ({"sites": ("input_embed", "mlp_out")}, "trace them apart"),
         ({"sites": ("input_embed",), "layers": [0]}, "trace them apart"),
@@ -217,20 +218,20 @@ def test_what_cannot_be_traced_together(seed):
         attribution_patching(model, clean, corrupted, sites=("z[0]",))
 
 
-# Regions of the picture
+# Regions of the image
 
 
-def test_tiles_cover_the_picture(seed):
+def test_tiles_cover_the_image(seed):
     model = small_model(seed)
     inputs = small_inputs(model, seed)
-    height, width = inputs.grid_size
+    height, width = inputs.images[0].grids[0]
     rows, columns = random.randint(1, height), random.randint(1, width)
-    if model.cfg.vision.select == "default" or inputs.n_visual_tokens >= height * width:
+    if model.cfg.vision.select == "default" or inputs.images[0].length >= height * width:
         tiles = inputs.tiles(rows, columns)
         assert len(tiles) == rows * columns
         together = torch.cat(tiles).sort().values
-        assert torch.equal(together, inputs.patches((0, 0, height, width)).sort().values)
-        areas = [set(inputs.grid[0, tile][:, axis].tolist()) for tile in tiles for axis in (1, 2)]
+        assert torch.equal(together, inputs.block((0, 0, height, width)).sort().values)
+        areas = [set(inputs.grid[0, tile][:, axis].tolist()) for tile in tiles for axis in (2, 3)]
         for sizes in (areas[::2], areas[1::2]):
             lengths = [len(each) for each in sizes]
             assert max(lengths) - min(lengths) <= 1
@@ -309,14 +310,14 @@ def test_many_traces_have_contrasts_of_their_own(seed):
     prompts = [small_inputs(model, seed + number) for number in range(2)]
     pairs = [(clean, words_swapped(clean, seed)) for clean in prompts]
     options = {"sites": ("mlp_out",), "layers": [0]}
-    traces = causal_trace_many(model, pairs, contrasts=[5, 7], progress=False, **options)
+    traces = causal_trace_many(model, pairs, contrasts=[5, 7], **options)
     for (clean, corrupted), contrast, trace in zip(pairs, (5, 7), traces, strict=True):
         alone = causal_trace(model, clean, corrupted, contrast=contrast, **options)
         torch.testing.assert_close(
             trace.logit_difference, alone.logit_difference, atol=1e-4, rtol=1e-4
         )
     with pytest.raises(ValueError, match="1 answers for 2 pairs"):
-        causal_trace_many(model, pairs, contrasts=[5], progress=False)
+        causal_trace_many(model, pairs, contrasts=[5])
 
 
 # Filters

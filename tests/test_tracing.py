@@ -32,9 +32,9 @@ from small_models import (
 )
 
 from mmlens import CausalTrace, causal_trace, collate, noise_span, swap_span
-from mmlens.hooks import HookFunction
-from mmlens.interventions import LAYERED_SITES
-from mmlens.trace_grid import first_difference
+from mmlens.analyses.trace_grid import first_difference
+from mmlens.interventions.functions import HookFunction
+from mmlens.interventions.intervention import LAYERED_SITES
 
 TOLERANCE = 1e-5
 SITES = ("resid_post", "attn_out", "mlp_out")
@@ -172,7 +172,7 @@ def test_branch_equals_naive(seed):
         ["words", "picture", "noise"] if clean.pixel_values is not None else ["words"]
     )
     if kind == "picture":
-        corrupted = replace(clean, pixel_values=-clean.pixel_values)
+        corrupted = clean.with_pixels(-clean.pixel_values)
     elif kind == "noise":
         corrupted = noise_span(model, clean, ["image", "text"], multiple=0.5, samples=3, seed=seed)
     sites = [site for site in LAYERED_SITES if site != "pre_linear" or model.cfg.gated_mlp]
@@ -194,13 +194,13 @@ def test_branch_equals_naive(seed):
 def test_the_tower(seed):
     model = small_model(seed)
     clean = small_inputs(model, seed, images=(2,))
-    corrupted = replace(clean, pixel_values=-clean.pixel_values)
+    corrupted = clean.with_pixels(-clean.pixel_values)
     options = {"sites": ("vision.resid_pre", "vision.mlp_out"), "positions": [0, [1, 2], [0, 1, 2]]}
     naive, branch, difference = traces(model, clean, corrupted, **options)
     assert difference <= TOLERANCE
     assert naive.restored.shape == (2, 3, 2)
     assert branch.group_labels[0] == "<cls>"
-    assert branch.group_labels[1].startswith("<patch 0,0>")
+    assert branch.group_labels[1].startswith("<patch 0")
     whole = range(model.cfg.vision.n_patches + 1)
     everything = causal_trace(
         model, clean, corrupted, sites=("vision.resid_pre",), positions=[whole], layers=[0]
@@ -340,7 +340,7 @@ def test_the_first_difference(seed):
     for image in (0, 1):
         pixels = clean.pixel_values.clone()
         pixels[image, 0, 0, 0] += 1
-        other = replace(clean, pixel_values=pixels)
+        other = clean.with_pixels(pixels)
         assert first_difference(clean, other) == int(clean.span(f"image_{image}")[0])
 
 
@@ -435,7 +435,7 @@ def test_no_hook_is_left_behind(seed, monkeypatch, method):
 
         return fail
 
-    monkeypatch.setattr(sys.modules["mmlens.tracing"], "restore", failing)
+    monkeypatch.setattr(sys.modules["mmlens.analyses.causal_trace"], "restore", failing)
     with pytest.raises(RuntimeError, match="in the hook"):
         causal_trace(model, clean, corrupted, method=method)
     assert not any(module._forward_hooks for module in model.modules())

@@ -1,9 +1,31 @@
-"""TransformerLens's own tools drive the model: its patching sweeps equal ours."""
+"""TransformerLens's own tools drive the model, with images too: what they find equals formulas."""
 
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import pytest
 import torch
-from transformer_lens import patching
+import transformer_lens
+from small_models import language_model, picture, small_inputs, small_model, worded_model
+from torch import Tensor
+from transformer_lens import SVDInterpreter, patching
+from transformer_lens.head_detector import detect_head
+from transformer_lens.utilities import test_prompt
 
-from mmlens import HookedMultimodalTransformer, MultimodalConfig, causal_trace
+from mmlens import (
+    HookedMultimodalTransformer,
+    Intervention,
+    MultimodalConfig,
+    MultimodalInputs,
+    causal_trace,
+)
+from mmlens.interventions.functions import restore
+from mmlens.utils.transformer_lens_names import RefusedError
+
+test_prompt.__test__ = False  # a function of theirs, no test
 
 
 def small_language_model() -> HookedMultimodalTransformer:
@@ -52,3 +74,226 @@ def test_a_patching_sweep_of_transformer_lens_equals_a_naive_trace(seed: int) ->
     )
     torch.testing.assert_close(ours.restored[0].T, theirs, atol=1e-6, rtol=0)
     assert theirs.std() > 1e-4  # the sweep has something to find
+
+
+# With an image
+
+
+def image_pair(seed: int, **choices: Any) -> tuple[Any, MultimodalInputs, MultimodalInputs, Any]:
+    """A model, a prompt with an image, the same with another, and the first one's activations."""
+    model = small_model(seed, n_layers=2, n_heads=2, n_key_value_heads=1, **choices)
+    clean = small_inputs(model, seed, words=(3,))
+    corrupted = clean.with_pixels(torch.randn_like(clean.pixel_values))
+    _, cache = model.run_with_cache(clean)
+    return model, clean, corrupted, cache
+
+
+def metric(logits: Tensor) -> Tensor:
+    """Of the last position, and far from constant."""
+    return logits[0, -1, 7] - logits[0, -1, 9]
+
+
+SWEEPS = {
+    "resid_pre": ("resid_pre", False),
+    "resid_mid": ("resid_mid", False),
+    "attn_out": ("attn_out", False),
+    "mlp_out": ("mlp_out", False),
+    "attn_head_out_by_pos": ("z", True),
+    "attn_head_q_by_pos": ("q", True),
+    "attn_head_v_by_pos": ("v", True),
+}
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+@torch.no_grad()
+def test_a_patching_sweep_with_an_image(sweep: str, seed: int) -> None:
+    """Each cell is a run in which our own function copies the clean activation in."""
+    model, clean, corrupted, cache = image_pair(seed)
+    site, by_head = SWEEPS[sweep]
+    found = getattr(patching, f"get_act_patch_{sweep}")(model, corrupted, cache, metric)
+    heads = range(1 if site == "v" else model.cfg.n_heads) if by_head else [None]
+    for layer in range(model.cfg.n_layers):
+        for position in range(clean.n_pos):
+            for head in heads:
+                where = site if head is None else f"{site}[{head}]"
+                cell = Intervention(where, layer, [position], restore(cache))
+                expected = metric(model.run_with_hooks(corrupted, fwd_hooks=cell.fwd_hooks()))
+                index = (layer, position) if head is None else (layer, position, head)
+                torch.testing.assert_close(found[index], expected, atol=1e-4, rtol=1e-4)
+    assert found.shape[:2] == (model.cfg.n_layers, clean.n_pos)
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        "attn_head_out_all_pos",
+        "attn_head_pattern_all_pos",
+        "attn_head_pattern_by_pos",
+        "attn_head_k_all_pos",
+        "block_every",
+        "attn_head_all_pos_every",
+    ],
+)
+@torch.no_grad()
+def test_other_patching_sweeps_with_an_image(sweep: str, seed: int) -> None:
+    """They run, and patching a run's own activations changes nothing."""
+    model, _, corrupted, cache = image_pair(seed)
+    function = getattr(patching, f"get_act_patch_{sweep}")
+    assert function(model, corrupted, cache, metric).isfinite().all()
+    logits, own = model.run_with_cache(corrupted)
+    found = function(model, corrupted, own, metric)
+    queries = found[:, :, 0] if sweep.endswith("every") and found.ndim == 3 else found
+    padded = queries[queries != 0]  # of keys and values, which have fewer heads
+    torch.testing.assert_close(padded, metric(logits).expand_as(padded), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["RMS", "LN"])
+@torch.no_grad()
+def test_direct_paths(norm: str, seed: int) -> None:
+    """From one head to the queries of later ones: what it writes is added to what these read."""
+    sweep = getattr(patching, "get_act_patch_direct_path", None)
+    if sweep is None:
+        pytest.skip("it came with TransformerLens 4")
+    model, _, corrupted, clean_cache = image_pair(seed, normalization_type=norm)
+    _, own = model.run_with_cache(corrupted)
+    found = sweep(model, corrupted, clean_cache, own, metric, 0, 1, verbose=False)
+    z = clean_cache["z", 0] - own["z", 0]
+    written = z[:, :, 1] @ model.blocks[0].attn.W_O[1]
+    for head in range(model.cfg.n_heads):
+        read = own["resid_pre", 1] + written
+        block = model.blocks[1]
+        wide = read - read.mean(-1, keepdim=True) if norm == "LN" else read
+        scale = (wide.pow(2).mean(-1, keepdim=True) + block.ln1.eps).sqrt()
+        normalized = wide / scale * block.ln1.w + (block.ln1.b if norm == "LN" else 0)
+        queries = normalized @ block.attn.W_Q[head] + block.attn.b_Q[head]
+
+        def replaced(q: Tensor, hook: Any, queries: Tensor = queries, head: int = head) -> Tensor:
+            edited = q.clone()
+            edited[:, :, head] = queries
+            return edited
+
+        pairs = [("blocks.1.attn.hook_q", replaced)]
+        expected = metric(model.run_with_hooks(corrupted, fwd_hooks=pairs))
+        torch.testing.assert_close(found[1, head], expected, atol=1e-4, rtol=1e-4)
+    assert not model.cfg.use_split_qkv_input and not found[0].any()
+
+
+def test_a_prompt_with_an_image_is_tried(seed: int, capsys: Any) -> None:
+    model = worded_model(seed, n_layers=2)
+    inputs = model.prepare("What is the capital?", picture(seed), spans={"what": "capital"})
+    test_prompt(inputs, "the", model, prepend_space_to_answer=False, top_k=3)
+    printed = capsys.readouterr().out
+    answer = model.tokenizer("the", add_special_tokens=False)["input_ids"]
+    logits = model(inputs.append(torch.tensor(answer)))[0, inputs.n_pos - 1 : -1]
+    words = [model.tokenizer.decode(token) for token in answer]
+    ranks = [int((row > row[token]).sum()) for row, token in zip(logits, answer, strict=True)]
+    assert f"Ranks of the answer tokens: {list(zip(words, ranks, strict=True))}" in printed
+    assert "Top 2th token" in printed and "<img 0,0>" in printed
+    test_prompt(inputs, ["the", "is"], model, prepend_space_to_answer=False)
+    assert "Performance on answer tokens" in capsys.readouterr().out
+
+
+# Of inputs that stand for token ids
+
+
+def test_inputs_in_the_place_of_tokens(seed: int) -> None:
+    model = small_model(seed, n_layers=2)
+    inputs = small_inputs(model, seed, images=(2, 0, 1))
+    assert inputs.shape == inputs.tokens.shape
+    assert torch.equal(inputs[1], inputs.tokens[1])
+    assert torch.equal(inputs[:, -1], inputs.tokens[:, -1])
+    assert model.to_tokens(inputs) is inputs
+    twice = inputs.repeat(2, 1)
+    assert torch.equal(twice.tokens, inputs.tokens.repeat(2, 1)) and twice.n_images == (2, 0, 1) * 2
+    logits = model(inputs)
+    torch.testing.assert_close(model(twice), logits.repeat(2, 1, 1), atol=1e-4, rtol=1e-4)
+    chosen = inputs.rows([2, 0, 2])
+    torch.testing.assert_close(model(chosen), logits[[2, 0, 2]], atol=1e-4, rtol=1e-4)
+    assert chosen.spans[0] == inputs.spans[2] or chosen.spans[0].keys() == inputs.spans[2].keys()
+    assert inputs.rows([1]).pixel_values is None
+    more = torch.tensor([[5, 6], [7, 8], [9, 10]])
+    longer = torch.cat((inputs, more), dim=1)
+    assert torch.equal(longer.tokens, torch.cat([inputs.tokens, more], dim=1))
+    for wrong in (
+        lambda: torch.cat((inputs, more), dim=0),
+        lambda: torch.cat((more, inputs), dim=1),
+        lambda: torch.stack((inputs, inputs)),
+    ):
+        with pytest.raises(TypeError, match=r"for all else take inputs.tokens"):
+            wrong()
+    with pytest.raises(IndexError, match=r"row 3.*3 row"):
+        inputs.rows([0, 3])
+    with pytest.raises(ValueError, match="positions cannot"):
+        inputs.repeat(1, 2)
+    single = small_inputs(model, seed)
+    noisy = replace(single, noise=torch.randn(2, single.n_pos, model.cfg.d_model))
+    with pytest.raises(ValueError, match="2 samples of noise"):
+        noisy.rows([0])
+
+
+# Weights and lenses
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_singular_vectors(parallel: bool, seed: int) -> None:
+    """Of what the MLP reads of the residual stream, so with the norm's weights.
+
+    TransformerLens 3.9 computes in float32, where a singular vector moves by eps |A| / gap.
+    """
+    model = language_model(
+        seed, n_layers=2, d_model=18, n_heads=6, n_key_value_heads=2, d_head=4,
+        parallel_attn_mlp=parallel,
+    ).double()  # fmt: skip
+    block, W_U = model.blocks[1], model.W_U
+    norm = block.ln1 if parallel else block.ln2
+    matrices = {
+        "w_in": block.mlp.W_in.T * norm.w,
+        "w_out": block.mlp.W_out,
+        "OV": block.attn.W_V[1] @ block.attn.W_O[5],  # the second group's last head
+    }
+    single = version("transformer_lens").startswith("3.")
+    interpreter = SVDInterpreter(model.float() if single else model)
+    for kind, matrix in matrices.items():
+        head = 5 if kind == "OV" else None
+        found = interpreter.get_singular_vectors(kind, 1, num_vectors=3, head_index=head)
+        _, sizes, directions = torch.linalg.svd(matrix)
+        expected = W_U.T @ directions[:3].T
+        gap = (sizes[:3] - sizes[1:4]).min()
+        eps = torch.finfo(found.dtype).eps
+        atol = float(len(matrix) * eps * (sizes[0] / gap + 1) * W_U.norm(dim=0).max())
+        torch.testing.assert_close(
+            found[:, 0].abs().to(expected), expected.abs(), atol=atol, rtol=0
+        )
+
+
+def test_heads_are_detected(seed: int) -> None:
+    model = language_model(seed, n_layers=2)
+    inputs = small_inputs(model, seed, images=(0,))
+    previous = torch.eye(inputs.n_pos - 1)
+    wanted = torch.zeros(inputs.n_pos, inputs.n_pos)
+    wanted[1:, :-1] = previous
+    found = detect_head(model, inputs, wanted)
+    _, cache = model.run_with_cache(inputs)
+    for layer in range(2):
+        patterns = cache["pattern", layer][0]
+        expected = (patterns * wanted).sum((-1, -2)) / inputs.n_pos
+        torch.testing.assert_close(found[layer], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["RMS", "LN"])
+def test_the_caches_own_logit_lens(norm: str, seed: int) -> None:
+    model = small_model(seed, n_layers=3, normalization_type=norm, unembed_bias=True)
+    inputs = small_inputs(model, seed)
+    logits, cache = model.run_with_cache(inputs)
+    if not hasattr(transformer_lens.ActivationCache, "logit_lens"):
+        assert not hasattr(cache, "logit_lens")
+        with pytest.raises(RefusedError, match=r"mmlens.logit_lens\(model, inputs\)"):
+            cache.logit_lens()
+        return
+    lens = cache.logit_lens(targets=[7, 9], positions=None)
+    assert lens.labels == ["0_pre", "1_pre", "2_pre", "final_post"]
+    for layer in range(3):
+        expected = model.unembed(model.ln_final(cache["resid_pre", layer]))[..., [7, 9]]
+        found = lens.readout.values[layer]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lens.readout.values[-1], logits[..., [7, 9]], atol=1e-4, rtol=1e-4)

@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from anyres_checkpoints import random_anyres
 from checkpoint_folders import edit_config
-from random_models import SHAPES, random_language_model, random_llava
+from random_models import IMAGE, SHAPES, VOCABULARY, random_language_model, random_llava
+from tiled_models import FAMILIES, random_idefics, write
 from tiny_checkpoint import write_tiny_llava
 
-from mmlens import parity
+from mmlens.checkpoints import parity
+from mmlens.checkpoints.hub import find_folder
 from mmlens.cli import main
-from mmlens.model import HookedMultimodalTransformer
+from mmlens.demo import VARIANTS
+from mmlens.model.transformer import HookedMultimodalTransformer
+from mmlens.sweeps.run import absolute_if_there
 
 PARITY = ("embeddings", "each block alone", "every block's residual", "logits", "generation")
 
@@ -62,6 +67,38 @@ def test_a_multimodal_checkpoint(name: str, verify: Any, seed: int, tmp_path: Pa
     assert f"{shape.n_layers} layers, d_model {shape.d_model}" in rows["decoder"]
     assert rows["visual tokens"].split()[-1] == str(hf.config.image_seq_length)
     assert "float32" in rows["dtype"]
+    for check in (*PARITY, "hooks"):
+        assert rows[check].startswith("✓"), rows[check]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("idefics3", "float32"), ("smolvlm", "bfloat16")])
+def test_idefics3_and_smolvlm(
+    name: str, dtype: str, verify: Any, seed: int, tmp_path: Path
+) -> None:
+    write(FAMILIES[name], tmp_path, random_idefics(FAMILIES[name]))
+    code, rows, err = verify(tmp_path, "--device", "cpu", "--dtype", dtype)
+    assert code == 0, (rows, err)
+    assert f"{FAMILIES[name].n_tokens} of each tile" in rows["visual tokens"]
+    judged = PARITY if dtype == "float32" else ("embeddings", "each block alone", "generation")
+    for check in (*judged, "hooks"):
+        assert rows[check].startswith("✓"), rows[check]
+
+
+@pytest.mark.parametrize("name", ["NeXT, several layers of SigLIP", "OneVision"])
+def test_a_model_of_tiles(name: str, verify: Any, seed: int, tmp_path: Path) -> None:
+    random_anyres(name, vocabulary=VOCABULARY, image_id=IMAGE).save_pretrained(tmp_path)
+    code, rows, err = verify(tmp_path, "--device", "cpu")
+    assert code == 0, (rows, err)
+    assert "25 of the whole image, and 25 of each of up to" in rows["visual tokens"]
+    for check in (*PARITY, "hooks"):
+        assert rows[check].startswith("✓"), rows[check]
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox, one part after the other"])
+def test_a_language_model(name: str, verify: Any, seed: int, tmp_path: Path) -> None:
+    random_language_model(SHAPES[name]).save_pretrained(tmp_path)
+    code, rows, err = verify(tmp_path, "--device", "cpu")
+    assert code == 0, (rows, err)
     for check in (*PARITY, "hooks"):
         assert rows[check].startswith("✓"), rows[check]
 
@@ -156,9 +193,54 @@ def test_a_checkpoint_that_does_not_fit(verify: Any, seed: int, tmp_path: Path) 
     assert "missing tensor model.layers.3" in err
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_embedded_models_are_known_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everywhere the same, even where a folder is called so."""
+    assert parity.find_reference(name) is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert absolute_if_there(name) == name
+    assert absolute_if_there(f"./{name}/.") == str(tmp_path / name)
+    with pytest.raises(ValueError, match=f"not a folder, not .*{name}"):
+        find_folder("no-such-model", None)
+
+
 @pytest.mark.slow
-def test_the_demo(verify: Any) -> None:
-    code, rows, err = verify("demo")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_demo(verify: Any, name: str) -> None:
+    code, rows, err = verify(name)
     assert code == 0, (rows, err)
     assert "no reference in transformers" in rows["parity"]
     assert rows["hooks"].startswith("✓")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 900},
+        {"vocab_size": 2**26, "hidden_size": 2**20},
+    ],
+    ids=str,
+)
+def test_sizes_are_compared_before_transformers_builds_them(
+    fields: dict[str, int], verify: Any, monkeypatch: pytest.MonkeyPatch, seed: int, tmp_path: Path
+) -> None:
+    random_language_model(SHAPES["one head"]).save_pretrained(tmp_path)
+    edit_config(tmp_path, **fields)
+
+    asked: list[object] = []
+    monkeypatch.setattr(parity, "run_reference", lambda *given: asked.append(given))
+    code, rows, err = verify(tmp_path, "--device", "cpu")
+    assert code == 2 and not rows
+    assert not asked and err.startswith("mmlens: ") and str(tmp_path) in err
+
+
+def test_another_models_class_is_no_reference(seed: int, tmp_path: Path) -> None:
+    """It would be built in its own sizes: GPT-NeoX's are 20 billion."""
+    random_language_model(SHAPES["one head"]).save_pretrained(tmp_path)
+    assert parity.find_reference(tmp_path) is not None
+    edit_config(tmp_path, architectures=["GPTNeoXForCausalLM"])
+    assert parity.find_reference(tmp_path) is None

@@ -70,7 +70,7 @@ constraint_trace = causal_trace(
 constraint_trace.to_dataframe().nlargest(5, "indirect_effect")
 
 # %% [markdown]
-# ## What the constraint gathers from the picture
+# ## What the constraint gathers from the image
 
 # %%
 seen = attention_contribution(model, clean, "image", "constraint")

@@ -19,7 +19,7 @@ question = next(q for q in demo_questions(relation="capital") if q.subject == "I
 question.open_images()[0]
 
 # %% [markdown]
-# `prepare` puts text and picture together. Every visual token has a position of its own, and spans have
+# `prepare` puts text and image together. Every visual token has a position of its own, and spans have
 # names: nobody counts.
 
 # %%
@@ -37,7 +37,7 @@ for name in ("image", "constraint", "last"):
 # %%
 logits, cache = model.run_with_cache(clean, names_filter=["blocks.23.attn.hook_pattern"])
 read_by_last = cache["pattern", 23][0, :, clean.span("last")[0], clean.span("image")]
-print("attention of the last token to the picture in layer 23, per head:")
+print("attention of the last token to the image in layer 23, per head:")
 print([round(weight, 2) for weight in read_by_last.sum(-1).tolist()])
 
 # %% [markdown]

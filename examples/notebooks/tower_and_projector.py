@@ -21,7 +21,7 @@ from mmlens import (
     demo_questions,
     swap_image,
 )
-from mmlens.hooks import zero
+from mmlens.interventions.functions import zero
 from mmlens.plots import overlay
 
 model = HookedMultimodalTransformer.from_pretrained("demo")
@@ -34,14 +34,14 @@ print(len(names), "hook points, for example", names[:3], names[-2:])
 # %% [markdown]
 # ## What the tower looks at
 #
-# Attention of the class token in its last block, averaged over heads, over the picture.
+# Attention of the class token in its last block, averaged over heads, over the image.
 
 # %%
 _, cache = model.run_with_cache(clean, names_filter=lambda name: "vision" in name or "proj" in name)
 last = model.cfg.vision.n_layers - 1
-rows, columns = clean.grid_size
+rows, columns = clean.images[0].grids[0]
 looked_at = cache[f"vision.blocks.{last}.attn.hook_pattern"][0, :, 0, 1:].mean(0)
-overlay(looked_at, clean, model, value_title="attention")
+overlay(looked_at, clean, value_title="attention")
 
 # %% [markdown]
 # ## The visual tokens as words
@@ -76,7 +76,7 @@ trace.to_dataframe()
 # %% [markdown]
 # ## Without some visual tokens
 #
-# Quarters of the picture, erased behind the projector.
+# Quarters of the image, erased after the projector.
 
 # %%
 recording = model.record(clean)

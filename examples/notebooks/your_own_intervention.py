@@ -82,7 +82,7 @@ figure.update_layout(legend_title="")
 # A list of interventions composes. Sites may name heads or neurons in brackets.
 
 # %%
-from mmlens.hooks import scale, zero
+from mmlens.interventions.functions import scale, zero
 
 both = [
     Intervention("mlp_out", window("mlp_out", 8, 3), inputs.span("constraint"), scale(0.5)),

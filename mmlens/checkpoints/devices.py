@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmlens.checkpoints.errors import CheckpointError
+from mmlens.utils.temporary import Changes, temporary
 
 DeviceMap = str | Mapping[str, Any]
 """Module names to devices, or one of accelerate's own plans ("auto", "balanced", "sequential")."""
@@ -22,12 +23,8 @@ KEPT_WHOLE = ["TransformerBlock", "HookedVisionTransformer", "Projector", "Embed
 def allocate(model: nn.Module, device: torch.device, device_map: DeviceMap | None) -> None:
     """Give a model that was built on the meta device its (unfilled) parameters.
 
-    Args:
-        device: where all of it goes without a `device_map`.
-
-    Raises:
-        CheckpointError: an unknown plan, or a map that leaves parameters out or puts some of them
-            where hooks could not edit them (offloaded to CPU or disk).
+    Without a `device_map` all of them go to `device`. A map is refused if it leaves some out, or
+    puts some where hooks could not edit them (offloaded to CPU or disk).
     """
     if device_map is None:
         model.to_empty(device=device)
@@ -48,13 +45,10 @@ def allocate(model: nn.Module, device: torch.device, device_map: DeviceMap | Non
 def planned(
     model: nn.Module, plan: str, max_memory: dict[int | str, int | str] | None = None
 ) -> dict[str, Any]:
-    """The device map of accelerate for this model.
+    """Return the device map of one of accelerate's `PLANS` for this model.
 
     Args:
         max_memory: bytes (or "20GiB") per GPU number; by default what is free.
-
-    Raises:
-        CheckpointError: a plan that accelerate does not know.
     """
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -78,46 +72,35 @@ def planned(
     return found
 
 
-@contextmanager
-def untied(model: nn.Module) -> Iterator[bool]:
+@temporary
+def untied(model: nn.Module) -> Changes[bool]:
     """The model with an output layer of its own for a while; yields whether it was tied.
 
     accelerate looks for one module's name inside another's, and `embed` is inside `unembed`.
     """
     unembed, weight = model.get_submodule("unembed"), model.get_parameter("unembed.weight")
     was_tied = weight is model.get_parameter("embed.W_E")
+    yield partial(setattr, unembed, "weight", weight)
     if was_tied:
         unembed.weight = nn.Parameter(torch.empty_like(weight))
-    try:
-        yield was_tied
-    finally:
-        unembed.weight = weight
+    return was_tied
 
 
 def spread(model: nn.Module, device_map: Mapping[str, Any]) -> None:
-    """Allocate each module where the map says, and let activations follow.
-
-    Raises:
-        CheckpointError: the map leaves parameters out.
-    """
+    """Allocate each module where the map says, and let activations follow."""
     from accelerate import dispatch_model
 
+    parameters = dict(model.named_parameters())
     for name, place in device_map.items():
-        part = model.get_parameter(name) if is_parameter(model, name) else None
-        if part is None:
-            model.get_submodule(name).to_empty(device=torch.device(place))
-        else:
+        if name in parameters:
             owner, _, leaf = name.rpartition(".")
-            new = torch.empty_like(part, device=torch.device(place))
+            new = torch.empty_like(parameters[name], device=torch.device(place))
             setattr(model.get_submodule(owner), leaf, nn.Parameter(new))
+        else:
+            model.get_submodule(name).to_empty(device=torch.device(place))
     left = [name for name, part in model.named_parameters() if part.is_meta]
     if left:
         raise CheckpointError(
             f"device_map leaves {len(left)} parameters out: {', '.join(left[:5])}"
         )
     dispatch_model(model, dict(device_map), force_hooks=True)
-
-
-def is_parameter(model: nn.Module, name: str) -> bool:
-    """Whether the name is that of a parameter rather than of a module."""
-    return name in dict(model.named_parameters())

@@ -1,91 +1,25 @@
-"""Hugging Face configurations, translated: the decoders and towers that several formats share.
+"""Hugging Face configurations, translated: vision towers and the settings of generation.
 
-Source: transformers, `configuration_*.py` and `modeling_*.py` of llama, mistral, qwen2, phi, clip
-and siglip.
+Source: transformers, `configuration_*.py` and `modeling_*.py` of clip and siglip.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from mmlens.checkpoints.errors import CheckpointError
-from mmlens.config import VisionConfig
+from mmlens.checkpoints.json_files import read_json
+from mmlens.config import AnyResConfig, VisionConfig
+from mmlens.model.components.activations import is_activation
+from mmlens.model.decoding import setting_names
 
-DECODERS = ("llama", "mistral", "qwen2", "phi")
+GENERATION_CONFIG = "generation_config.json"
 TOWERS = ("clip_vision_model", "siglip_vision_model")
-
-
-def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """`MultimodalConfig` fields of a transformers configuration of one of `DECODERS`.
-
-    Raises:
-        CheckpointError: another kind of decoder, or a choice that is not built here.
-    """
-    if config.model_type not in DECODERS:
-        raise CheckpointError(
-            f"a {config.model_type!r} decoder; supported are {', '.join(DECODERS)}"
-        )
-    eos = config.eos_token_id
-    head_dim = getattr(config, "head_dim", None)
-    fields = {
-        "n_layers": config.num_hidden_layers,
-        "d_model": config.hidden_size,
-        "n_heads": config.num_attention_heads,
-        "n_key_value_heads": config.num_key_value_heads,
-        "d_head": head_dim or config.hidden_size // config.num_attention_heads,
-        "d_mlp": config.intermediate_size,
-        "act_fn": config.hidden_act,
-        "d_vocab": config.vocab_size,
-        "n_ctx": config.max_position_embeddings,
-        "rope_parameters": dict(config.rope_parameters),
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None),
-        "pad_token_id": config.pad_token_id,
-    }
-    return fields | (phi_choices(config) if config.model_type == "phi" else llama_choices(config))
-
-
-def llama_choices(config: PreTrainedConfig) -> dict[str, Any]:
-    """What Llama, Mistral and Qwen2 have in common, and where they differ: biases and windows."""
-    biased = getattr(config, "attention_bias", False)
-    types: Any = None
-    if getattr(config, "sliding_window", None):
-        # Mistral has no list of layers: all of them have the window.
-        listed = getattr(config, "layer_types", None) or ["sliding_attention"] * (
-            config.num_hidden_layers
-        )
-        types = tuple("local" if kind == "sliding_attention" else "global" for kind in listed)
-    return {
-        "normalization_type": "RMS",
-        "eps": config.rms_norm_eps,
-        "gated_mlp": True,
-        "qkv_bias": biased or config.model_type == "qwen2",
-        "o_bias": biased,
-        "mlp_bias": getattr(config, "mlp_bias", False),
-        "window_size": config.sliding_window if types else None,
-        "attn_types": types,
-    }
-
-
-def phi_choices(config: PreTrainedConfig) -> dict[str, Any]:
-    """Phi-1, 1.5 and 2: parallel blocks, LayerNorm, biases everywhere, partial rotary."""
-    if config.qk_layernorm:
-        raise CheckpointError("a Phi decoder with qk_layernorm=True, which is not supported")
-    return {
-        "normalization_type": "LN",
-        "eps": config.layer_norm_eps,
-        "parallel_attn_mlp": True,
-        "qkv_bias": True,
-        "o_bias": True,
-        "mlp_bias": True,
-        "unembed_bias": True,
-    }
 
 
 def vision_config(
@@ -99,44 +33,95 @@ def vision_config(
         select: "default" drops the first position (CLIP's class token), "full" keeps all.
 
     Raises:
-        CheckpointError: another kind of tower, or a layer or a `select` that is not there.
+        CheckpointError: another kind of tower, or a layer, a `select` or an activation function
+            that is not there.
     """
     if config.model_type not in TOWERS:
         raise CheckpointError(f"a {config.model_type!r} tower; supported are {', '.join(TOWERS)}")
     is_clip = config.model_type == "clip_vision_model"
     layers = feature_layers(config.num_hidden_layers, feature_layer, select)
-    size = config.image_size
     return VisionConfig(
         n_layers=max(layers),
-        d_model=config.hidden_size,
-        n_heads=config.num_attention_heads,
-        d_head=config.hidden_size // config.num_attention_heads,
-        d_mlp=config.intermediate_size,
-        act_fn=config.hidden_act,
-        normalization_type="LN",
-        eps=config.layer_norm_eps,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
-        image_size=(size, size) if isinstance(size, int) else tuple(size),
-        patch_size=config.patch_size,
+        **tower_fields(config),
         patch_bias=not is_clip,
         class_token=is_clip,
         pre_norm=is_clip,
-        n_channels=config.num_channels,
         feature_layers=layers,
         select=select,
+    )
+
+
+def known_activation(name: Any, field: str) -> str:
+    """Return the name of an activation function.
+
+    Args:
+        field: where config.json says it.
+
+    Raises:
+        CheckpointError: transformers has none of that name.
+    """
+    if not is_activation(name):
+        raise CheckpointError(f"{field} is {name!r}; known are {', '.join(sorted(ACT2FN))}")
+    return name
+
+
+def tower_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Fields of a `VisionConfig` that CLIP, SigLIP and Idefics3 call alike in transformers."""
+    size = config.image_size
+    return {
+        "d_model": config.hidden_size,
+        "n_heads": config.num_attention_heads,
+        "d_head": config.hidden_size // config.num_attention_heads,
+        "d_mlp": config.intermediate_size,
+        "act_fn": known_activation(config.hidden_act, "vision_config.hidden_act"),
+        "normalization_type": "LN",
+        "eps": config.layer_norm_eps,
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+        "image_size": (size, size) if isinstance(size, int) else tuple(size),
+        "patch_size": config.patch_size,
+        "n_channels": config.num_channels,
+    }
+
+
+def anyres_config(resolutions: Any, vision: VisionConfig, **choices: Any) -> AnyResConfig:
+    """Return how images of any resolution are cut into tiles.
+
+    Args:
+        resolutions: "grid pinpoints", pairs (height, width).
+        vision: the tower, whose images are the tiles.
+        choices: other fields of `AnyResConfig`.
+
+    Raises:
+        CheckpointError: tiles that are no squares, or whose features are not their patches.
+    """
+    rows, columns = vision.grid
+    if rows != columns or vision.image_size[0] != vision.image_size[1]:
+        raise CheckpointError(f"tiles of {vision.image_size} pixels; they must be squares")
+    if vision.n_visual_tokens != vision.n_patches:
+        raise CheckpointError(
+            f"a tile of {vision.n_patches} patches has {vision.n_visual_tokens} features; these "
+            "must be its patches alone, for they are put together to lines"
+        )
+    if not isinstance(resolutions, list) or not all(
+        isinstance(pair, list | tuple) and [type(side) for side in pair] == [int, int]
+        for pair in resolutions
+    ):
+        raise CheckpointError(
+            f"image_grid_pinpoints is {str(resolutions)[:99]}; it must be a list of pairs of whole "
+            "numbers, two sides in pixels each"
+        )
+    pairs = tuple((height, width) for height, width in resolutions)
+    return AnyResConfig(
+        resolutions=pairs, tile_size=vision.image_size[0], tile_grid=vision.grid, **choices
     )
 
 
 def feature_layers(
     n_layers: int, feature_layer: int | Sequence[int], select: Any
 ) -> tuple[int, ...]:
-    """The layers of a tower whose features are taken, counted from the front.
-
-    Raises:
-        CheckpointError: a layer or a `select` that is not there.
-    """
+    """Return which layers of a tower have the features, counted from the front."""
     if select not in ("default", "full"):
         raise CheckpointError(
             f"vision_feature_select_strategy is {select!r}; it can be 'full', or 'default', which "
@@ -153,8 +138,31 @@ def feature_layers(
 
 def generation_ends(folder: Path, default: tuple[int, ...]) -> tuple[int, ...]:
     """End tokens of generation_config.json, which may be more than config.json's one."""
-    path = folder / "generation_config.json"
-    ends = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    ends = settings_in(folder / GENERATION_CONFIG).get("eos_token_id")
     if ends is None:
         return default
     return tuple(ends) if isinstance(ends, list) else (ends,)
+
+
+def generation_config(folder: Path, pad_token_id: int | None) -> GenerationConfig:
+    """Return the folder's settings of generation, but for the end tokens, which a config has.
+
+    Without a generation_config.json, settings in the folder's config.json count, as in
+    transformers, and `pad_token_id`.
+    """
+    file = folder / GENERATION_CONFIG
+    settings = settings_in(file)
+    if not file.exists():
+        file = folder / "config.json"
+        settings = {"pad_token_id": pad_token_id} | settings_in(file)
+    settings.pop("eos_token_id", None)
+    try:
+        return GenerationConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from error
+
+
+def settings_in(file: Path) -> dict[str, Any]:
+    """Return the settings of generation in a JSON file of a folder; {} without the file."""
+    found, names = read_json(file, file.parent) if file.exists() else {}, setting_names()
+    return {name: value for name, value in found.items() if name in names and value is not None}

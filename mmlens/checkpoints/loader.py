@@ -7,18 +7,36 @@ each tensor is read straight into its place. Nothing is handed out before everyt
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from mmlens.checkpoints.devices import DeviceMap, allocate
 from mmlens.checkpoints.errors import CheckpointError
-from mmlens.checkpoints.names import Slot, Table
-from mmlens.checkpoints.weight_files import WeightFile, stream
+from mmlens.checkpoints.names import Table
+from mmlens.checkpoints.paths import checkpoint_errors
+from mmlens.checkpoints.weight_files import WeightFile, all_shapes, stream
 from mmlens.config import MultimodalConfig
-from mmlens.model import HookedMultimodalTransformer
+from mmlens.model.transformer import HookedMultimodalTransformer
+from mmlens.utils.grad_mode import without_gradients
+from mmlens.utils.printable import printable
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weight files, and where their tensors go."""
+
+    files: Sequence[WeightFile]
+    table: Table
+    """Which tensor goes where; every one of its slots must be filled."""
+    ignored: Sequence[str] = ()
+    """Regular expressions of tensors that the format leaves out on purpose."""
+    rename: Callable[[str], str] = str
+    """Brings a name to the form that `table` uses (older layouts of a format)."""
 
 
 def has_own_head(files: Sequence[WeightFile], rename: Callable[[str], str], table: Table) -> bool:
@@ -38,84 +56,75 @@ def has_own_head(files: Sequence[WeightFile], rename: Callable[[str], str], tabl
 
 def build(
     cfg: MultimodalConfig,
-    files: Sequence[WeightFile],
-    table: Table,
+    weights: Weights,
     *,
-    ignored: Sequence[str] = (),
-    rename: Callable[[str], str] = str,
     dtype: torch.dtype,
     device: torch.device,
     device_map: DeviceMap | None = None,
     where: str = "the checkpoint",
 ) -> HookedMultimodalTransformer:
-    """The model of a configuration, with the files' weights.
+    """Return the model of a configuration, with these weights; see `load_weights`."""
+    with torch.device("meta"), checkpoint_errors(Path(where, "config.json")):
+        model = HookedMultimodalTransformer(cfg).to(dtype)
+    load_weights(model, weights, device=device, device_map=device_map, where=where)
+    return model
+
+
+def load_weights(
+    model: nn.Module,
+    weights: Weights,
+    *,
+    device: torch.device,
+    device_map: DeviceMap | None = None,
+    where: str = "the checkpoint",
+) -> None:
+    """Allocate a model that was built on the meta device, and fill it.
 
     Args:
-        table: which tensor goes where; every one of its slots must be filled.
-        ignored: regular expressions of tensors that the format leaves out on purpose.
-        rename: brings a name to the form that `table` uses (older layouts of a format).
         where: what the weights are called in messages.
 
     Raises:
         CheckpointError: tensors that are unknown, missing or of another shape, all in one message
             and before anything is allocated; or a `device_map` that does not fit.
     """
-    with torch.device("meta"):
-        model = HookedMultimodalTransformer(cfg).to(dtype)
-    load_weights(
-        model,
-        files,
-        table,
-        ignored=ignored,
-        rename=rename,
-        device=device,
-        device_map=device_map,
-        where=where,
-    )
-    return model
-
-
-def load_weights(
-    model: nn.Module,
-    files: Sequence[WeightFile],
-    table: Table,
-    *,
-    ignored: Sequence[str] = (),
-    rename: Callable[[str], str] = str,
-    device: torch.device,
-    device_map: DeviceMap | None = None,
-    where: str = "the checkpoint",
-) -> None:
-    """Allocate a model that was built on the meta device, and fill it; see `build`."""
     tied = is_tied(dict(model.named_parameters(remove_duplicate=False)))
-    shapes = {name: shape for file in files for name, shape in file.shapes().items()}
-    check(model, shapes, table, ignored=ignored, rename=rename, where=where)
+    check(model, dict(all_shapes(weights.files)), weights, where)
     allocate(model, device, device_map)
     if tied:  # each of the two has been allocated
         model.get_submodule("unembed").weight = model.get_parameter("embed.W_E")
-    through = device if device_map is None else "cpu"
-    tensors = stream(files, through, only=lambda name: rename(name) in table)
-    fill(model, tensors, table, rename, total=len(table), where=where)
+    fill(model, weights, device if device_map is None else "cpu", where)
+
+
+def check_layers(cfg: MultimodalConfig, files: Sequence[WeightFile], where: object) -> None:
+    """Raise a CheckpointError where a configuration has more layers than the files have tensors.
+
+    Layers cost memory before any shape is compared, even on the meta device.
+    """
+    n_tensors = sum(len(file.shapes()) for file in files)
+    parts = {"decoder": cfg, "vision tower": cfg.vision, "projector": cfg.projector}
+    for name, part in parts.items():
+        if part is not None and part.n_layers > n_tensors:
+            raise CheckpointError(
+                f"{where}: its config.json says that the {name} has {part.n_layers:,} layers, but "
+                f"its files hold {n_tensors:,} tensors in all"
+            )
 
 
 def check(
     model: nn.Module,
     shapes: Mapping[str, Sequence[int]],
-    table: Table,
-    *,
-    ignored: Sequence[str] = (),
-    rename: Callable[[str], str] = str,
+    weights: Weights,
     where: str = "the checkpoint",
 ) -> None:
     """Raise one CheckpointError that lists every tensor that does not fit the model."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    unfilled = dict(table)
+    unfilled = dict(weights.table)
     problems: list[str] = []
     for original, shape in shapes.items():
-        name = rename(original)
-        slot = table.get(name)
+        name = weights.rename(original)
+        slot = weights.table.get(name)
         if slot is None:
-            if not any(re.fullmatch(pattern, name) for pattern in ignored):
+            if not any(re.fullmatch(pattern, name) for pattern in weights.ignored):
                 problems.append(f"  unknown tensor {original} {list(shape)}")
             continue
         unfilled.pop(name, None)
@@ -123,42 +132,41 @@ def check(
         if tuple(shape) != tuple(expected):
             problems.append(f"  {original} is {list(shape)}, the config makes it {list(expected)}")
     problems += [f"  missing tensor {name}" for name in unfilled]
-    problems += [f"  nothing fills {name}" for name in unreachable(parameters, table)]
+    problems += [f"  nothing fills {name}" for name in unreachable(parameters, weights.table)]
     if problems:
         listed = "\n".join(problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(f"{where} does not fit its configuration:\n{listed}{more}")
 
 
-@torch.no_grad()
-def fill(
-    model: nn.Module,
-    tensors: Iterable[tuple[str, Tensor]],
-    table: Table,
-    rename: Callable[[str], str] = str,
-    *,
-    total: int | None = None,
-    where: str = "the checkpoint",
-) -> None:
-    """Copy every tensor that the table knows into its slot.
+@without_gradients
+def fill(model: nn.Module, weights: Weights, through: torch.device | str, where: str) -> None:
+    """Copy every tensor that the table knows into its slot, through a device.
 
-    Args:
-        total: how many tensors there are, for the progress bar (which is shown to a person, and
-            only where it takes longer than a moment).
+    A progress bar is shown to a person, where it takes longer than a moment.
     """
+    table, rename = weights.table, weights.rename
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    bar = tqdm(tensors, f"loading {where}", total, leave=False, disable=None, delay=1.0)
+    tensors = stream(weights.files, through, only=lambda name: rename(name) in table)
+    bar = tqdm(
+        tensors, printable(f"loading {where}"), len(table), leave=False, disable=None, delay=1.0
+    )
     for original, tensor in bar:
         slot = table.get(rename(original))
-        if slot is not None:
-            slot.of(parameters).copy_(tensor)
+        if slot is None:
+            continue
+        if not tensor.is_floating_point():  # of a quantised model, say
+            raise CheckpointError(
+                f"{where}: {original} is {tensor.dtype}; weights must be floating point numbers"
+            )
+        slot.fill(parameters, tensor)
 
 
 def unreachable(parameters: dict[str, nn.Parameter], table: Table) -> list[str]:
     """Parameters (or parts of one) that no slot of the table covers."""
     covered = dict.fromkeys(parameters, 0)
     for slot in table.values():
-        covered[slot.parameter] += rows(slot, len(parameters[slot.parameter]))
+        covered[slot.parameter] += len(parameters[slot.parameter][slot.start : slot.stop])
     if is_tied(parameters):
         covered["unembed.weight"] = covered["embed.W_E"]
     return [name for name, parameter in parameters.items() if covered[name] != len(parameter)]
@@ -168,8 +176,3 @@ def is_tied(parameters: dict[str, nn.Parameter]) -> bool:
     """Whether the unembedding is the embedding's own parameter."""
     head = parameters.get("unembed.weight")
     return head is not None and head is parameters["embed.W_E"]
-
-
-def rows(slot: Slot, total: int) -> int:
-    """How many rows of a parameter of `total` rows the slot covers."""
-    return (total if slot.stop is None else slot.stop) - slot.start

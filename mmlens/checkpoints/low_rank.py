@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mmlens.checkpoints.errors import CheckpointError
-from mmlens.checkpoints.weight_files import WeightFile, open_safetensors
+from mmlens.checkpoints.weight_files import WeightFile, all_shapes, open_safetensors
 
 FACTORS = r".*\.lora_[AB]"
 """What the factors are called."""
@@ -57,21 +57,14 @@ class UpdatedFile(WeightFile):
 
 
 def with_update(files: Sequence[WeightFile], path: Path) -> list[WeightFile]:
-    """The files, with the low-rank update that is in `path`.
+    """Return the files, with the low-rank update that is in `path`.
 
     Raises:
         CheckpointError: `path` is no such file, lacks a factor, or updates a tensor that the files
             do not have, or have in another shape.
-
-    Example:
-        >>> files = with_update(weight_files(folder), Path("tuned.safetensors"))
     """
     updates = read_updates(path)
-    shapes = {
-        name.removeprefix(file.prefix): shape
-        for file in files
-        for name, shape in file.shapes().items()
-    }
+    shapes = dict(all_shapes(replace(file, prefix="") for file in files))
     for name, update in updates.items():
         if shapes.get(name) != update.shape:
             there = list(shapes[name]) if name in shapes else "not there"
@@ -82,12 +75,7 @@ def with_update(files: Sequence[WeightFile], path: Path) -> list[WeightFile]:
 
 
 def read_updates(path: Path) -> dict[str, Update]:
-    """The updates in a file, by the names of the tensors that they belong to.
-
-    Raises:
-        CheckpointError: it is no safetensors file, its metadata has no rank or no alpha, or a
-            factor is missing or not of that rank.
-    """
+    """Return the updates in a file, by the names of the tensors that they belong to."""
     with open_safetensors(path) as stored:
         metadata = stored.metadata() or {}
     if not {"rank", "alpha"} <= metadata.keys():

@@ -1,22 +1,52 @@
-"""Where each tensor of a checkpoint goes: name tables of the parts that formats share.
+"""Where each tensor of a checkpoint goes: name tables as data, and the `Slot`s that they stand for.
 
-A table maps the checkpoint's tensor name to a `Slot`: a parameter of ours, or some rows of one
-(queries, keys and values share the rows of one fused projection, gate and input those of another).
-Formats differ in prefixes; the tables take them as arguments.
+A name table is a dictionary from a checkpoint's names to ours, with `{}` for the number of a layer:
 
-Sources: the names are those of transformers' `modeling_llama.py`, `modeling_phi.py`,
-`modeling_clip.py` and `modeling_siglip.py`, of open_clip's `transformer.py`, and of timm's
-`vision_transformer.py`.
+    "layers.{}.self_attn.o_proj": "blocks.{}.attn.o"           a module: its weight, its bias
+    "layers.{}.self_attn.q_proj": "blocks.{}.attn.qkv[q]"      some rows: q, k or v
+    "layers.{}.query_key_value": "blocks.{}.attn.qkv[by head]"  q, k and v of one head after another
+    "embed_tokens.weight": "embed.W_E"                         one tensor
+    "pos_embed": "vision.W_pos[None]"                          with an axis of size 1 in front
+
+What a model of the configuration has not (a bias, a class token, an output layer that is tied) is
+left out of the `Table`, so that one name table serves every variant of a family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mmlens.config import MultimodalConfig, ProjectorConfig, TransformerConfig, VisionConfig
+from mmlens.model.transformer import HookedMultimodalTransformer
+from mmlens.model.vision_tower import HookedVisionTransformer
+
+Names = Mapping[str, str]
+
+# CLIP and SigLIP: `modeling_clip.py` and `modeling_siglip.py` of transformers.
+TOWER = {
+    "embeddings.class_embedding": "vision.class_embed",
+    "embeddings.patch_embedding": "vision.patch_embed",
+    "embeddings.position_embedding.weight": "vision.W_pos",
+    "pre_layrnorm": "vision.ln_pre",
+    "encoder.layers.{}.layer_norm1": "vision.blocks.{}.ln1",
+    "encoder.layers.{}.self_attn.q_proj": "vision.blocks.{}.attn.qkv[q]",
+    "encoder.layers.{}.self_attn.k_proj": "vision.blocks.{}.attn.qkv[k]",
+    "encoder.layers.{}.self_attn.v_proj": "vision.blocks.{}.attn.qkv[v]",
+    "encoder.layers.{}.self_attn.out_proj": "vision.blocks.{}.attn.o",
+    "encoder.layers.{}.layer_norm2": "vision.blocks.{}.ln2",
+    "encoder.layers.{}.mlp.fc1": "vision.blocks.{}.mlp.up",
+    "encoder.layers.{}.mlp.fc2": "vision.blocks.{}.mlp.down",
+}
+
+HF_PROJECTOR = {
+    "multi_modal_projector.linear_1": "projector.linear_1",
+    "multi_modal_projector.linear_2": "projector.linear_2",
+    "image_newline": "projector.line_ends.newline",
+}
 
 
 @dataclass(frozen=True)
@@ -28,159 +58,89 @@ class Slot:
     stop: int | None = None
     batch_axes: int = 0
     """Axes of size 1 that the checkpoint has in front, as for a batch."""
+    n_heads: int | None = None
+    """Of queries, keys and values that the checkpoint has by head: q, k, v of each."""
 
     def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The place itself, a view of the parameter in the checkpoint's shape."""
+        """Return what the checkpoint has there: a view, but for a copy of what it has by head."""
+        place = self._place(parameters)
+        return place.flatten(0, 2) if self.n_heads else place
+
+    def fill(self, parameters: Mapping[str, Tensor], tensor: Tensor) -> None:
+        """Copy a tensor of the checkpoint there."""
+        place = self._place(parameters)
+        place.copy_(tensor.reshape(place.shape))
+
+    def _place(self, parameters: Mapping[str, Tensor]) -> Tensor:
         place = parameters[self.parameter][self.start : self.stop]
+        if self.n_heads:
+            return place.unflatten(0, (3, self.n_heads, -1)).transpose(0, 1)
         return place[(None,) * self.batch_axes]
 
 
 Table = dict[str, Slot]
 
 
-def weight_and_bias(name: str, parameter: str, bias: bool = True) -> Table:
-    """A layer whose weight and bias (if it has one) keep their names."""
-    kinds = ("weight", "bias") if bias else ("weight",)
-    return {f"{name}.{kind}": Slot(f"{parameter}.{kind}") for kind in kinds}
+def under(prefix: str, names: Names) -> dict[str, str]:
+    """Return a name table whose names in the checkpoint begin with `prefix`."""
+    return {prefix + there: here for there, here in names.items()}
 
 
-def norm_names(name: str, parameter: str, bias: bool) -> Table:
-    """A norm: `weight` and `bias` there, `w` and `b` here."""
-    table = {f"{name}.weight": Slot(f"{parameter}.w")}
-    return table | {f"{name}.bias": Slot(f"{parameter}.b")} if bias else table
+def sequential(cfg: ProjectorConfig | None, name: str) -> dict[str, str]:
+    """Return the names of a projector that is an `nn.Linear`, or an `nn.Sequential` of several."""
+    n_layers = cfg.n_layers if cfg else 0
+    if n_layers == 1:
+        return {name: "projector.linear_1"}
+    return {f"{name}.{2 * i}": f"projector.linear_{i + 1}" for i in range(n_layers)}
 
 
-def qkv_names(cfg: TransformerConfig, prefix: str, parameter: str) -> Table:
-    """Separate `q_proj`, `k_proj`, `v_proj` to the rows of the fused projection."""
-    kinds = ("weight", "bias") if cfg.qkv_bias else ("weight",)
-    table, start = {}, 0
-    for name, heads in (("q", cfg.n_heads), ("k", cfg.n_kv_heads), ("v", cfg.n_kv_heads)):
-        stop = start + heads * cfg.d_head
-        for kind in kinds:
-            table[f"{prefix}.{name}_proj.{kind}"] = Slot(f"{parameter}.{kind}", start, stop)
-        start = stop
+def slots(cfg: MultimodalConfig | VisionConfig, names: Names) -> Table:
+    """Return the place of every tensor that a model of this configuration has."""
+    table: Table = {}
+    parameters = parameter_names(cfg)
+    for there, here in names.items():
+        of_vision = here.startswith("vision.") and isinstance(cfg, MultimodalConfig)
+        stack: TransformerConfig = (of_vision and cfg.vision) or cfg
+        place, _, part = here.rstrip("]").partition("[")
+        of_first = place.format(0)
+        kinds = [
+            name.removeprefix(of_first)
+            for name in parameters
+            if name == of_first or name.startswith(f"{of_first}.")
+        ]
+        n_heads = stack.n_heads if part == "by head" else None
+        start, stop = (0, None) if "None" in part or not part else rows_of(stack)[part]
+        for layer in range(stack.n_layers) if "{}" in here else (0,):
+            for kind in kinds:
+                name = there.format(layer) + {".w": ".weight", ".b": ".bias"}.get(kind, kind)
+                parameter = place.format(layer) + kind
+                table[name] = Slot(parameter, start, stop, part.count("None"), n_heads)
     return table
 
 
-def decoder_names(cfg: MultimodalConfig, prefix: str = "model.", head: str = "lm_head") -> Table:
-    """A decoder as transformers names it, under `prefix`, with its output layer at `head`."""
-    names = phi_names if cfg.parallel_attn_mlp else llama_names
-    table = names(cfg, prefix)
-    table[f"{prefix}embed_tokens.weight"] = Slot("embed.W_E")
-    if not cfg.tie_word_embeddings:
-        table[f"{head}.weight"] = Slot("unembed.weight")
-    if cfg.unembed_bias:
-        table[f"{head}.bias"] = Slot("unembed.bias")
-    return table
-
-
-def llama_names(cfg: MultimodalConfig, prefix: str) -> Table:
-    """The layers and the last norm of Llama, Mistral and Qwen2."""
-    table = norm_names(f"{prefix}norm", "ln_final", bias=False)
-    for layer in range(cfg.n_layers):
-        there, here = f"{prefix}layers.{layer}", f"blocks.{layer}"
-        table |= norm_names(f"{there}.input_layernorm", f"{here}.ln1", bias=False)
-        table |= norm_names(f"{there}.post_attention_layernorm", f"{here}.ln2", bias=False)
-        table |= qkv_names(cfg, f"{there}.self_attn", f"{here}.attn.qkv")
-        table[f"{there}.self_attn.o_proj.weight"] = Slot(f"{here}.attn.o.weight")
-        if cfg.o_bias:
-            table[f"{there}.self_attn.o_proj.bias"] = Slot(f"{here}.attn.o.bias")
-        for kind in ("weight", "bias") if cfg.mlp_bias else ("weight",):
-            up = f"{here}.mlp.up.{kind}"
-            table[f"{there}.mlp.gate_proj.{kind}"] = Slot(up, 0, cfg.d_mlp)
-            table[f"{there}.mlp.up_proj.{kind}"] = Slot(up, cfg.d_mlp, 2 * cfg.d_mlp)
-            table[f"{there}.mlp.down_proj.{kind}"] = Slot(f"{here}.mlp.down.{kind}")
-    return table
-
-
-def phi_names(cfg: MultimodalConfig, prefix: str) -> Table:
-    """The layers and the last norm of Phi."""
-    table = norm_names(f"{prefix}final_layernorm", "ln_final", bias=True)
-    for layer in range(cfg.n_layers):
-        there, here = f"{prefix}layers.{layer}", f"blocks.{layer}"
-        table |= norm_names(f"{there}.input_layernorm", f"{here}.ln1", bias=True)
-        table |= qkv_names(cfg, f"{there}.self_attn", f"{here}.attn.qkv")
-        table |= weight_and_bias(f"{there}.self_attn.dense", f"{here}.attn.o")
-        table |= weight_and_bias(f"{there}.mlp.fc1", f"{here}.mlp.up")
-        table |= weight_and_bias(f"{there}.mlp.fc2", f"{here}.mlp.down")
-    return table
-
-
-def tower_names(cfg: VisionConfig, prefix: str = "vision_tower.") -> Table:
-    """A CLIP or SigLIP vision tower as transformers names it (`CLIPVisionModel` under `prefix`)."""
-    table = {
-        f"{prefix}embeddings.patch_embedding.weight": Slot("vision.patch_embed.weight"),
-        f"{prefix}embeddings.position_embedding.weight": Slot("vision.W_pos"),
+def rows_of(cfg: TransformerConfig) -> dict[str, tuple[int, int]]:
+    """Return which rows of a fused projection are the queries, the keys and the values."""
+    query, key = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
+    return {
+        "q": (0, query),
+        "k": (query, query + key),
+        "v": (query + key, query + 2 * key),
+        "by head": (0, query + 2 * key),
     }
-    if cfg.patch_bias:
-        table[f"{prefix}embeddings.patch_embedding.bias"] = Slot("vision.patch_embed.bias")
-    if cfg.class_token:
-        table[f"{prefix}embeddings.class_embedding"] = Slot("vision.class_embed")
-    if cfg.pre_norm:
-        table |= norm_names(f"{prefix}pre_layrnorm", "vision.ln_pre", bias=True)
-    for layer in range(cfg.n_layers):
-        there, here = f"{prefix}encoder.layers.{layer}", f"vision.blocks.{layer}"
-        table |= norm_names(f"{there}.layer_norm1", f"{here}.ln1", bias=True)
-        table |= norm_names(f"{there}.layer_norm2", f"{here}.ln2", bias=True)
-        table |= qkv_names(cfg, f"{there}.self_attn", f"{here}.attn.qkv")
-        table |= weight_and_bias(f"{there}.self_attn.out_proj", f"{here}.attn.o")
-        table |= weight_and_bias(f"{there}.mlp.fc1", f"{here}.mlp.up")
-        table |= weight_and_bias(f"{there}.mlp.fc2", f"{here}.mlp.down")
-    return table
 
 
-def open_clip_tower_names(cfg: VisionConfig, prefix: str = "visual.") -> Table:
-    """The image tower of an open_clip CLIP (`VisionTransformer` under `prefix`)."""
-    table = {
-        f"{prefix}class_embedding": Slot("vision.class_embed"),
-        f"{prefix}conv1.weight": Slot("vision.patch_embed.weight"),
-        f"{prefix}positional_embedding": Slot("vision.W_pos"),
-    }
-    if cfg.pre_norm:
-        table |= norm_names(f"{prefix}ln_pre", "vision.ln_pre", bias=True)
-    for layer in range(cfg.n_layers):
-        there, here = f"{prefix}transformer.resblocks.{layer}", f"vision.blocks.{layer}"
-        table |= norm_names(f"{there}.ln_1", f"{here}.ln1", bias=True)
-        table |= norm_names(f"{there}.ln_2", f"{here}.ln2", bias=True)
-        for scale in ("ls_1", "ls_2") if cfg.layer_scale else ():
-            table[f"{there}.{scale}.gamma"] = Slot(f"{here}.{scale}")
-        for kind in ("weight", "bias"):
-            table[f"{there}.attn.in_proj_{kind}"] = Slot(f"{here}.attn.qkv.{kind}")
-        table |= weight_and_bias(f"{there}.attn.out_proj", f"{here}.attn.o")
-        table |= weight_and_bias(f"{there}.mlp.c_fc", f"{here}.mlp.up")
-        table |= weight_and_bias(f"{there}.mlp.c_proj", f"{here}.mlp.down")
-    return table
-
-
-def timm_tower_names(cfg: VisionConfig, prefix: str = "visual.trunk.") -> Table:
-    """The image tower of an open_clip CLIP that is timm's `VisionTransformer`, under `prefix`."""
-    table = {f"{prefix}pos_embed": Slot("vision.W_pos", batch_axes=1)}
-    table |= weight_and_bias(f"{prefix}patch_embed.proj", "vision.patch_embed", cfg.patch_bias)
-    if cfg.class_token:
-        table[f"{prefix}cls_token"] = Slot("vision.class_embed", batch_axes=2)
-    if cfg.pre_norm:
-        table |= norm_names(f"{prefix}norm_pre", "vision.ln_pre", bias=True)
-    for layer in range(cfg.n_layers):
-        there, here = f"{prefix}blocks.{layer}", f"vision.blocks.{layer}"
-        table |= norm_names(f"{there}.norm1", f"{here}.ln1", bias=True)
-        table |= norm_names(f"{there}.norm2", f"{here}.ln2", bias=True)
-        table |= weight_and_bias(f"{there}.attn.qkv", f"{here}.attn.qkv", cfg.qkv_bias)
-        table |= weight_and_bias(f"{there}.attn.proj", f"{here}.attn.o", cfg.o_bias)
-        table |= weight_and_bias(f"{there}.mlp.fc1", f"{here}.mlp.up", cfg.mlp_bias)
-        table |= weight_and_bias(f"{there}.mlp.fc2", f"{here}.mlp.down", cfg.mlp_bias)
-    return table
-
-
-def projector_names(
-    cfg: ProjectorConfig, layers: Sequence[str] = ("linear_1", "linear_2"), prefix: str = ""
-) -> Table:
-    """A projector, whose linear layers are called `layers` under `prefix`.
-
-    transformers says `linear_1` and `linear_2`; LLaVA's code has an `nn.Sequential`, so that its
-    layers are `0`, `2`, `4` ...
-    """
-    table = {}
-    for index, layer in enumerate(layers, start=1):
-        for kind in ("weight", "bias") if cfg.bias else ("weight",):
-            table[f"{prefix}{layer}.{kind}"] = Slot(f"projector.linear_{index}.{kind}")
-    return table
+def parameter_names(cfg: MultimodalConfig | VisionConfig) -> list[str]:
+    """Return the parameters of a model with one layer of each stack; the others are like it."""
+    vision = cfg if isinstance(cfg, VisionConfig) else cfg.vision
+    if vision is not None:
+        layers = (0,) * len(vision.feature_layers)
+        vision = replace(vision, n_layers=1, attn_types=None, feature_layers=layers)
+    with torch.device("meta"):
+        model: nn.Module
+        if isinstance(cfg, MultimodalConfig):
+            one = replace(cfg, n_layers=1, attn_types=None, vision=vision)
+            model = HookedMultimodalTransformer(one)
+        else:
+            assert vision is not None
+            model = nn.ModuleDict({"vision": HookedVisionTransformer(vision)})
+    return [name for name, _ in model.named_parameters()]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import pickle
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.json_files import read_json
+from mmlens.checkpoints.paths import checkpoint_errors, leaves_its_folder, reason, regular_file
 
-# In the order in which transformers looks for them.
-SINGLE = ("model.safetensors", "pytorch_model.bin")
+SETS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""In the order in which transformers looks for them (`_get_resolved_checkpoint_files`)."""
 PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class WeightFile:
         return self.path.suffix == ".safetensors"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Prefixed names of the file's tensors, with their shapes; no tensor is read."""
+        """Return prefixed names of the file's tensors, with their shapes; no tensor is read."""
         if not self.is_safetensors:
             return {self.prefix + name: (*t.shape,) for name, t in load_pickle(self.path).items()}
         with open_safetensors(self.path) as tensors:
@@ -45,11 +54,7 @@ class WeightFile:
     def tensors(
         self, device: torch.device | str = "cpu", only: Callable[[str], bool] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Prefixed name and tensor, one at a time, of those whose prefixed name `only` accepts.
-
-        Raises:
-            CheckpointError: the file is truncated or holds something else.
-        """
+        """Yield prefixed name and tensor, one at a time, where `only` takes the prefixed name."""
         if not self.is_safetensors:
             for name, tensor in load_pickle(self.path).items():
                 if only is None or only(self.prefix + name):
@@ -58,83 +63,144 @@ class WeightFile:
         with open_safetensors(self.path, device) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 if only is None or only(self.prefix + name):
-                    yield self.prefix + name, tensors.get_tensor(name)
+                    # There are kinds of numbers that torch has not.
+                    with checkpoint_errors(f"{self.path}: {name}"):
+                        tensor = tensors.get_tensor(name)
+                    yield self.prefix + name, tensor
 
 
 def open_safetensors(path: Path, device: torch.device | str = "cpu") -> safe_open:
-    """The open file.
-
-    Raises:
-        CheckpointError: it is truncated or of another kind.
-    """
+    """Return the open file; one that is truncated, or of another kind, is refused."""
+    regular_file(path)
     try:
         return safe_open(path, framework="pt", device=str(device))
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}); download it again"
+            f"{path} is truncated or not a safetensors file ({reason(error)}); download it again"
         ) from error
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
-    """A `.bin` file's tensors, mapped from disk; nothing but tensors is ever unpickled.
-
-    Raises:
-        CheckpointError: it is truncated, or holds anything else.
-    """
+    """Return a `.bin` file's tensors, mapped from disk; nothing but tensors is ever unpickled."""
+    if zipfile.is_zipfile(regular_file(path)):
+        with checkpoint_errors(path), zipfile.ZipFile(path) as archive:
+            # torch compresses nothing but programs. A megabyte could become a gigabyte.
+            stored = [entry for entry in archive.infolist() if "/code/" not in entry.filename]
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in stored):
+                raise CheckpointError(f"{path} is compressed, as no file of torch's tensors is")
     try:
         try:
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, OSError):  # written before torch 1.6: cannot be mapped, or is damaged
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "ends early"
+    except Exception as error:  # torch raises whatever a damaged file leads it to
         raise CheckpointError(
-            f"{path} is truncated, or holds more than tensors ({reason}); download it again, or "
-            "take the checkpoint's safetensors"
+            f"{path} is truncated, or holds more than tensors ({reason(error)}); download it "
+            "again, or take the checkpoint's safetensors"
         ) from error
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not tensors or not isinstance(tensors, dict):
         raise CheckpointError(f"{path} holds no dictionary of tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path} holds no dictionary of tensors")
+        if not is_stored(tensor):
+            raise CheckpointError(f"{path}: {name} is not stored entry by entry")
     return tensors
 
 
-def weight_files(folder: Path, prefix: str = "") -> list[WeightFile]:
-    """The weight files of a checkpoint folder: one, or the shards that its index lists.
+def is_stored(tensor: Tensor) -> bool:
+    """Whether the file holds every entry; it may be sparse, or one entry shown a million times."""
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    return plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
-    Safetensors are taken where there are both kinds.
+
+def weight_files(folder: Path, prefix: str = "") -> list[WeightFile]:
+    """Return the weight files of a checkpoint folder: one, or the shards that an index lists.
+
+    Of several sets of weights the first of `SETS` is taken, as transformers does; or the one that
+    config.json names (`transformers_weights`).
 
     Raises:
-        CheckpointError: there are none, or a listed shard is missing.
+        CheckpointError: there are none, a listed shard is missing, or one lies outside of the
+            folder or is no regular file.
     """
-    for single in SINGLE:
-        index = folder / f"{single}.index.json"
-        if index.exists():
-            return [WeightFile(path, prefix) for path in shards(index)]
-        if (folder / single).exists():
-            return [WeightFile(folder / single, prefix)]
+    for name in weight_sets(folder):
+        return [WeightFile(path, prefix) for path in files_of(folder / name, folder)]
     for pattern in PATTERNS:
         if found := sorted(folder.glob(pattern)):
-            return [WeightFile(path, prefix) for path in found]
+            return [WeightFile(regular_file(path, folder), prefix) for path in found]
     raise CheckpointError(f"{folder} holds no weights: no *.safetensors and no pytorch_model*.bin")
 
 
-def shards(index: Path) -> list[Path]:
-    """The files that an index lists.
+def weight_sets(folder: Path) -> list[str]:
+    """Return the names of a folder's sets of weights, files or indices, in the order of `SETS`."""
+    config = folder / "config.json"
+    named = read_json(config, folder).get("transformers_weights") if config.exists() else None
+    names = [named, *SETS] if isinstance(named, str) and not leaves_its_folder(named) else SETS
+    return [name for name in dict.fromkeys(names) if os.path.lexists(folder / name)]
 
-    Raises:
-        CheckpointError: one is missing, or the index is none.
-    """
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of shards ({error})") from error
-    missing = [name for name in names if not (index.parent / name).exists()]
+
+def files_of(path: Path, folder: Path) -> list[Path]:
+    """Return the files of one set of weights, by the path of the file itself or of an index."""
+    return shards(path) if path.suffix == ".json" else [regular_file(path, folder)]
+
+
+def shards(index: Path) -> list[Path]:
+    """Return the files that an index lists, all of them weights inside of its folder."""
+    folder = index.parent
+    listed = read_json(index, folder).get("weight_map")
+    named = list(listed.values()) if isinstance(listed, dict) else []
+    if not named or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(f"{index} is no index of shards: it has no weight_map of file names")
+    names = sorted(set(named))
+    for name in names:
+        if leaves_its_folder(name) or not name.endswith(SUFFIXES):
+            raise CheckpointError(
+                f"{index} lists {name!r}; it must be a file of weights ({', '.join(SUFFIXES)}) "
+                "inside of the folder"
+            )
+    missing = [name for name in names if not os.path.lexists(folder / name)]
     if missing:
         raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(names)} shards that {index.name} lists are "
+            f"{index}: {len(missing)} of {len(names)} shards that {index.name} lists are "
             f"missing: {', '.join(missing)}"
         )
-    return [index.parent / name for name in names]
+    return [regular_file(folder / name, folder) for name in names]
+
+
+def warn_of_another_set(folder: Path) -> None:
+    """Warn where a folder holds two sets of weights that differ, and say which one is taken."""
+    taken, *others = weight_sets(folder) or [""]
+    for other in others:
+        try:
+            differ = are_different(*(files_of(folder / name, folder) for name in (taken, other)))
+        except CheckpointError:  # shards that are gone, say: nobody will take that set
+            continue
+        if differ:
+            warnings.warn(
+                f"{folder} holds two sets of weights that differ: {taken} is taken, as "
+                f"transformers does, and {other} is not",
+                stacklevel=4,
+            )
+
+
+def are_different(some: Sequence[Path], others: Sequence[Path]) -> bool:
+    """Whether two sets of weights differ in a name, a shape, a dtype or an entry.
+
+    Everything that is compared is mapped from disk. Pickles from before torch 1.6, which cannot be,
+    count as different.
+    """
+    if not all(file.suffix == ".safetensors" or zipfile.is_zipfile(file) for file in others):
+        return True
+    theirs = dict(stream(map(WeightFile, others)))
+    for name, mine in stream(map(WeightFile, some)):
+        other = theirs.pop(name, None)
+        if other is None or (mine.dtype, mine.shape) != (other.dtype, other.shape):
+            return True
+        if not torch.equal(mine, other):
+            return True
+    return bool(theirs)
 
 
 def stream(
@@ -142,9 +208,15 @@ def stream(
     device: torch.device | str = "cpu",
     only: Callable[[str], bool] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the files, one at a time; see `WeightFile.tensors`."""
+    """Yield every tensor of the files, one at a time; see `WeightFile.tensors`."""
     for file in files:
         yield from file.tensors(device, only)
+
+
+def all_shapes(files: Iterable[WeightFile]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of every tensor of the files; see `WeightFile.shapes`."""
+    for file in files:
+        yield from file.shapes().items()
 
 
 def has_tensor(folder: Path, pattern: str) -> bool:
@@ -153,4 +225,4 @@ def has_tensor(folder: Path, pattern: str) -> bool:
         files = weight_files(folder)
     except CheckpointError:  # told where the weights themselves are asked for
         return False
-    return any(re.fullmatch(pattern, name) for file in files for name in file.shapes())
+    return any(re.fullmatch(pattern, name) for name, _ in all_shapes(files))

@@ -10,14 +10,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmlens.cli import options
-from mmlens.cli.between import check_spans, open_prompt
 from mmlens.cli.console import out as console
 from mmlens.cli.console import waiting
 from mmlens.cli.errors import explained
-from mmlens.cli.show import bar, save_result
+from mmlens.cli.show import bar, plain_table, save_result
+from mmlens.cli.trace import open_prompt
+from mmlens.cli.two_spans import checked_phrases
 
 if TYPE_CHECKING:
-    from mmlens.attribution import AttentionContribution
+    from mmlens.analyses.attention_contribution import AttentionContribution
 
 
 def contributions(
@@ -25,10 +26,7 @@ def contributions(
     question: options.Question,
     source: options.Source = "image",
     destination: options.Destination = "constraint",
-    constraint: Annotated[
-        str | None,
-        typer.Option(help="The words of the question that point at the picture."),
-    ] = None,
+    constraint: options.SomeConstraint = None,
     model: options.Model = "demo",
     layers: options.Layers = None,
     heads: Annotated[bool, typer.Option("--heads", help="Every head by itself.")] = False,
@@ -38,18 +36,18 @@ def contributions(
     dtype: options.Dtype = None,
     out: options.Out = None,
 ) -> None:
-    """What do words receive from the picture, or from other words, through attention?
+    """What do words receive from the image, or from other words, through attention?
 
     The norm of what each position of --to receives from each position of --from through the heads'
     values and output weights, layer by layer.
     """
-    options.check_picture(image)
-    phrases = check_spans(question, source, destination, constraint, template)
+    options.check_image(image)
+    phrases = checked_phrases(question, source, destination, constraint, template)
     chosen = options.layer_list(layers)
     folder = options.writable_folder(out) if out else None
     options.check_device(device)
     loaded, inputs = open_prompt(image, question, phrases, template, model, device, dtype)
-    from mmlens.attribution import attention_contribution
+    from mmlens.analyses.attention_contribution import attention_contribution
 
     with explained(), waiting("reading attention ..."):
         result = attention_contribution(
@@ -66,13 +64,7 @@ def contribution_table(result: AttentionContribution, top: int) -> Table:
 
     Values are means over the destinations.
     """
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("layer")
-    if result.per_head:
-        table.add_column("head")
-    table.add_column("received")
-    table.add_column("")
-    table.add_column("most from")
+    table = plain_table("layer", *["head"] * result.per_head, "received", "", "most from")
     means = result.values.float().mean(dim=-2)
     sums = means.sum(dim=-1)
     largest = float(sums.max()) or 1.0
@@ -91,4 +83,4 @@ def contribution_table(result: AttentionContribution, top: int) -> Table:
 
 def _named(label: str) -> str:
     """A patch as it is called, a token in quotes."""
-    return label.strip("<>") if label.startswith("<img") else escape(repr(label))
+    return escape(label.strip("<>") if label.startswith("<img") else repr(label))

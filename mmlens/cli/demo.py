@@ -12,7 +12,6 @@ from mmlens.cli import options, trace
 from mmlens.cli.console import out as console
 from mmlens.cli.console import waiting
 from mmlens.cli.errors import UserError, explained
-from mmlens.cli.report import save_trace
 
 if TYPE_CHECKING:
     from mmlens.data import VisualQuestion
@@ -42,28 +41,22 @@ def demo(
     constraint = question.visual_constraint
     with explained():
         inputs = model.prepare(question.question, question.image, spans={"constraint": constraint})
-    console().print(f"[dim]picture[/]   the flag of {escape(question.subject)}")
-    corrupted, replaced = trace.corrupt(model, inputs, constraint, "Paris")
-    traced = trace.ask_and_trace(
+    console().print(f"[dim]image[/]   the flag of {escape(question.subject)}")
+    trace.trace_prompt(
         model,
         inputs,
-        corrupted,
-        question=question.question,
-        constraint=constraint,
-        replaced=replaced,
+        question.question,
+        constraint,
+        "Paris",
         sites=tuple(trace.SITES.split(",")),
         window=window,
         positions=("constraint", "last"),
+        folder=folder,
     )
-    save_trace(model, inputs, corrupted, replaced, traced, folder=folder)
 
 
 def find_question(country: str, relation: str) -> VisualQuestion:
-    """The demo question about a country.
-
-    Raises:
-        UserError: there is none; the message says which countries or relations there are.
-    """
+    """Return the demo question about a country; the error says which there are."""
     from mmlens import demo_questions
 
     questions = list(demo_questions())

@@ -9,14 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmlens.cli import options
-from mmlens.cli.between import check_spans, open_prompt
 from mmlens.cli.console import out as console
-from mmlens.cli.console import progress_bar
 from mmlens.cli.errors import explained
-from mmlens.cli.show import bar, save_result
+from mmlens.cli.show import bar, plain_table, save_result
+from mmlens.cli.trace import open_prompt
+from mmlens.cli.two_spans import checked_phrases
+from mmlens.utils.progress import progress_bar
 
 if TYPE_CHECKING:
-    from mmlens.attribution import AttentionKnockout
+    from mmlens.analyses.attention_knockout import AttentionKnockout
 
 
 def knockout(
@@ -24,10 +25,7 @@ def knockout(
     question: options.Question,
     source: options.Source = "image",
     destination: options.Destination = "last",
-    constraint: Annotated[
-        str | None,
-        typer.Option(help="The words of the question that point at the picture."),
-    ] = None,
+    constraint: options.SomeConstraint = None,
     model: options.Model = "demo",
     layers: options.Layers = None,
     window: Annotated[
@@ -43,13 +41,13 @@ def knockout(
 
     Attention between them is cut before the softmax, in a window of layers around each layer.
     """
-    options.check_picture(image)
-    phrases = check_spans(question, source, destination, constraint, template)
+    options.check_image(image)
+    phrases = checked_phrases(question, source, destination, constraint, template)
     chosen = options.layer_list(layers)
     folder = options.writable_folder(out) if out else None
     options.check_device(device)
     loaded, inputs = open_prompt(image, question, phrases, template, model, device, dtype)
-    from mmlens.attribution import attention_knockout
+    from mmlens.analyses.attention_knockout import attention_knockout
 
     with explained(), progress_bar("cutting") as moved:
         result = attention_knockout(
@@ -74,9 +72,7 @@ def knockout(
 
 def knockout_table(result: AttentionKnockout) -> Table:
     """A row per window: the probability that is left, its bar, and the change."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("layer", "P(answer)", "", "change"):
-        table.add_column(title)
+    table = plain_table("layer", "P(answer)", "", "change")
     for layer, left, change in zip(
         result.layers, result.probability.tolist(), result.effect.tolist(), strict=True
     ):

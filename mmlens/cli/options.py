@@ -1,4 +1,7 @@
-"""Options that several commands share, and what is checked about them before anything is loaded."""
+"""Options that several commands share, and what is checked about them before anything is loaded.
+
+What cannot work is a `UserError` that names the option.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from mmlens.cli.errors import UserError
+from mmlens.cli.errors import UserError, explained
 
-Image = Annotated[Path, typer.Argument(help="A picture.", show_default=False)]
+Image = Annotated[Path, typer.Argument(help="An image.", show_default=False)]
 Question = Annotated[
     str, typer.Argument(help="A question, or a text to go on with.", show_default=False)
 ]
 Constraint = Annotated[
     str,
-    typer.Option(help="The words of the question that point at the picture.", show_default=False),
+    typer.Option(help="The words of the question that point at the image.", show_default=False),
+]
+SomeConstraint = Annotated[
+    str | None, typer.Option(help="The words of the question that point at the image.")
 ]
 Template = Annotated[
     str,
@@ -66,6 +72,10 @@ Model = Annotated[
     str,
     typer.Option(help='"demo", "demo-tuned", a checkpoint folder, or a name on the hub.'),
 ]
+Annotations = Annotated[
+    str | None,
+    typer.Option(help="QUESTIONS.json,ANNOTATIONS.json of OK-VQA: the answers to okvqa.csv."),
+]
 Sites = Annotated[str, typer.Option(help="Where activations are restored, separated by commas.")]
 Window = Annotated[int, typer.Option(min=1, help="How many adjacent layers are restored together.")]
 Method = Annotated[
@@ -75,11 +85,7 @@ Method = Annotated[
 
 
 def comma_list(text: str, name: str) -> tuple[str, ...]:
-    """The parts of an option like ``--sites attn_out,mlp_out``, without repetitions.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Return the parts of an option like ``--sites attn_out,mlp_out``, without repetitions."""
     parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not parts:
         raise UserError(f"{name} names nothing: {text!r}")
@@ -87,11 +93,7 @@ def comma_list(text: str, name: str) -> tuple[str, ...]:
 
 
 def layer_list(text: str | None) -> list[int] | None:
-    """The layers of an option like ``--layers 0,3-5``; None for all.
-
-    Raises:
-        UserError: something else than numbers and ranges.
-    """
+    """Return the layers of an option like ``--layers 0,3-5``; None for all."""
     if text is None:
         return None
     layers: list[int] = []
@@ -104,37 +106,46 @@ def layer_list(text: str | None) -> list[int] | None:
     return list(dict.fromkeys(layers))
 
 
+def numbers(text: str, name: str) -> tuple[int, ...]:
+    """Return the positive numbers of an option like ``--windows 1,3,5``."""
+    found = comma_list(text, name)
+    if not all(each.isdecimal() and int(each) for each in found):
+        raise UserError(f"{name}: positive numbers, separated by commas, not {text!r}")
+    return tuple(map(int, found))
+
+
+def pair_list(text: str, name: str) -> tuple[tuple[str, str], ...]:
+    """Return the pairs of an option like ``--pairs "image>constraint,constraint>last token"``."""
+    split = [tuple(role.strip() for role in part.split(">")) for part in comma_list(text, name)]
+    if not all(len(each) == 2 and all(each) for each in split):
+        raise UserError(f"{name}: roles like image>constraint, separated by commas, not {text!r}")
+    return tuple((each[0], each[1]) for each in split)
+
+
+def two_files(text: str, name: str) -> tuple[str, str]:
+    """Return the files of an option like ``--annotations QUESTIONS.json,ANNOTATIONS.json``."""
+    files = comma_list(text, name)
+    if len(files) != 2:
+        raise UserError(f"{name}: two files, questions and annotations, not {text!r}")
+    return files[0], files[1]
+
+
 def template_of(template: str) -> str | None:
     r"""What `model.prepare` takes for ``--template``: "none" is None, ``\n`` a line break."""
     return None if template == "none" else template.replace("\\n", "\n")
 
 
-def check_picture(path: Path) -> None:
-    """Look at the file without the seconds that torch takes to import.
+def check_image(path: Path) -> None:
+    """Look at the file without the seconds that torch takes to import."""
+    from mmlens.inputs.image_files import open_image
 
-    Raises:
-        UserError: no such file, or nothing that Pillow knows as a picture.
-    """
-    from PIL import Image
-
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a picture")
-    try:
-        with Image.open(path):
-            pass
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a picture that can be read ({error})") from error
+    with explained(), open_image(path):
+        pass
 
 
 def check_phrase(question: str, phrase: str, template: str, option: str = "--constraint") -> None:
-    """Look for words of the question before the model is loaded.
-
-    Raises:
-        UserError: it is neither in the question nor in the template.
-    """
-    from mmlens.spans import SpanNotFoundError, find_span
+    """Look for words of the question, or of the template, before the model is loaded."""
+    from mmlens.inputs.spans import SpanNotFoundError, find_span
 
     try:
         find_span(question, phrase)
@@ -146,11 +157,7 @@ def check_phrase(question: str, phrase: str, template: str, option: str = "--con
 
 
 def check_device(device: str | None) -> None:
-    """Whether torch knows this device and the machine has it.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Look whether torch knows this device and the machine has it."""
     if device is None:
         return
     import torch
@@ -163,28 +170,18 @@ def check_device(device: str | None) -> None:
 
 
 def writable_folder(folder: Path) -> Path:
-    """Make the folder for results now, not after minutes of work.
-
-    Raises:
-        UserError: it cannot be made or written.
-    """
-    import tempfile
+    """Make the folder for results now, not after minutes of work."""
+    from mmlens.utils.files import check_writable
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_writable(folder)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     return folder
 
 
 def report_file(path: Path) -> Path:
-    """A page that can be written: found out now, not after minutes of work.
-
-    Raises:
-        UserError: it is not called .html, or its folder cannot be made or written.
-    """
+    """Return the path of a page that can be written: found out now, not after minutes of work."""
     if path.suffix.lower() != ".html":
         raise UserError(f"a report is saved as .html, not as {path.name!r}")
     writable_folder(path.parent)
@@ -192,11 +189,7 @@ def report_file(path: Path) -> Path:
 
 
 def page_or_folder(out: Path | None) -> tuple[Path | None, Path | None]:
-    """What ``--out`` asks for: a report, a folder, or neither.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Return what ``--out`` asks for: a report, a folder, or neither."""
     if out is None:
         return None, None
     if out.suffix.lower() == ".html" and not out.is_dir():

@@ -15,9 +15,9 @@ from mmlens.cli.errors import UserError, explained
 from mmlens.cli.show import save_result
 
 if TYPE_CHECKING:
-    from mmlens.inputs import MultimodalInputs
-    from mmlens.model import HookedMultimodalTransformer
-    from mmlens.tracing import CausalTrace
+    from mmlens.analyses.causal_trace import CausalTrace
+    from mmlens.inputs.multimodal_inputs import MultimodalInputs
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 #: what a folder of results may hold for a report; the prompt must be there
 PROMPT, TRACE, CONTRIBUTIONS = (
@@ -36,8 +36,8 @@ def report(
 ) -> None:
     """Make one page of saved results: it opens from the disk and needs no network.
 
-    The picture with its patches, the question, the answers, the trace, and what words receive from
-    the picture.
+    The image with its patches, the question, the answers, the trace, and what words receive from
+    the image.
     """
     if not results.is_dir():
         raise UserError(f"no such folder: {results}")
@@ -45,9 +45,9 @@ def report(
         raise UserError(f"{results} holds no {PROMPT}: mmlens trace --out {results} writes it")
     page = options.report_file(out or results / "report.html")
     with waiting("writing the report ..."):
-        from mmlens.attribution import AttentionContribution
+        from mmlens.analyses.attention_contribution import AttentionContribution
+        from mmlens.analyses.causal_trace import CausalTrace
         from mmlens.plots.report import ReportedPrompt, write_report
-        from mmlens.tracing import CausalTrace
 
         with explained():
             prompt = ReportedPrompt.load(results / PROMPT)
@@ -78,7 +78,7 @@ def save_trace(
         page: a report.
         folder: figures and numbers, from which `mmlens report` makes a report.
     """
-    from mmlens.attribution import attention_contribution
+    from mmlens.analyses.attention_contribution import attention_contribution
     from mmlens.plots.report import reported_prompt, write_report
 
     with waiting("reading attention ..."):

@@ -12,10 +12,11 @@ from rich.table import Table
 from mmlens.cli.console import err, out, waiting
 
 if TYPE_CHECKING:
-    from mmlens.attribution import AttentionContribution, AttentionKnockout
-    from mmlens.inputs import MultimodalInputs
-    from mmlens.model import HookedMultimodalTransformer
-    from mmlens.tracing import CausalTrace
+    from mmlens.analyses.attention_contribution import AttentionContribution
+    from mmlens.analyses.attention_knockout import AttentionKnockout
+    from mmlens.analyses.causal_trace import CausalTrace
+    from mmlens.inputs.multimodal_inputs import MultimodalInputs
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 BAR_CELLS = 20
 EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -26,6 +27,11 @@ def bar(share: float, cells: int = BAR_CELLS) -> str:
     eighths = round(min(max(share, 0.0), 1.0) * cells * 8)
     whole, rest = divmod(eighths, 8)
     return "█" * whole + (EIGHTHS[rest] if rest else "")
+
+
+def plain_table(*titles: str) -> Table:
+    """A table without lines."""
+    return Table(*titles, box=None, padding=(0, 2, 0, 0), header_style="dim")
 
 
 def first_sentence(text: str) -> str:
@@ -42,21 +48,19 @@ def print_answers(
     replaced: str,
     top: int = 5,
 ) -> None:
-    """The model's answer, its most probable next tokens, and what the corruption leaves of them.
+    """Print the answer, the most probable next tokens, and what the corruption leaves of them.
 
     Args:
-        question: as the user put it.
         replaced: what the corruption did, as the heading of its column.
     """
-    import torch
+    from mmlens.utils.grad_mode import gradients
 
-    with torch.no_grad(), waiting("asking the model ..."):
+    with gradients(False), waiting("asking the model ..."):
         before, after = (model(x)[0, -1].float().softmax(-1) for x in (clean, corrupted))
-        answer = first_sentence(str(model.generate(clean, max_new_tokens=12)))
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("next token")
-    table.add_column("clean run", min_width=BAR_CELLS + 6)
-    table.add_column(escape(replaced), min_width=BAR_CELLS + 6)
+        answer = first_sentence(str(model.generate(clean, 12, do_sample=False, num_beams=1)))
+    table = plain_table("next token")
+    for title in ("clean run", escape(replaced)):
+        table.add_column(title, min_width=BAR_CELLS + 6)
     for token in before.topk(top).indices.tolist():
         shares = (before[token].item(), after[token].item())
         cells = [f"{share:.3f} [blue]{bar(share)}[/]" for share in shares]
@@ -86,12 +90,12 @@ def save_result(
     result: CausalTrace | AttentionContribution | AttentionKnockout, folder: Path, name: str
 ) -> None:
     """A result as `.safetensors`, `.csv`, `.html` and, where a browser can draw it, `.png`."""
-    from mmlens.files import write_atomically
     from mmlens.plots.save import FigureNotSaved, save_figure
+    from mmlens.utils.csv_files import write_csv
 
     with waiting("saving ..."):
         result.save(folder / f"{name}.safetensors")
-        write_atomically(folder / f"{name}.csv", result.to_dataframe().to_csv(index=False))
+        write_csv(result.to_dataframe(), folder / f"{name}.csv")
         figure = result.plot()
         save_figure(figure, folder / f"{name}.html")
         names = [f"{name}.safetensors", f"{name}.csv", f"{name}.html"]

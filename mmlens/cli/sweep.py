@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmlens.cli import options
-from mmlens.cli.console import err, waiting
 from mmlens.cli.console import out as console
-from mmlens.cli.errors import UserError, explained
+from mmlens.cli.console import waiting
+from mmlens.cli.errors import UserError, as_user_error, explained
+from mmlens.cli.from_settings import from_settings
 from mmlens.cli.trace import check_sites
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ FAILED_QUESTIONS = 3
 """Exit status of a sweep that is complete, but for questions that failed."""
 
 
+@from_settings(
+    *(f"sweeps/tasks/{name}.py:{name.title()}Task" for name in ("trace", "contributions", "edit")),
+    called={"replacement": "corrupt_with"},
+    declared={"layers": options.Layers},
+    without=("corrupt", "method_settings", "n_key_questions", "n_kept"),
+)
 def sweep(
     task: Annotated[str, typer.Argument(help="trace, contributions or edit.")],
     out: Annotated[Path, typer.Option(help="The folder of the sweep; an unfinished one goes on.")],
@@ -33,41 +40,18 @@ def sweep(
         str,
         typer.Option(
             help='"demo"; a csv of VQA-Constraints or a folder with its three; a jsonl file or '
-            "folder of your own; NAME:PATH for encyclopedic_vqa, okvqa, mmmu (edit: mmedit, vlkeb)."
+            "folder of your own; NAME:PATH for encyclopedic_vqa, okvqa, gqa, pope, mmmu (trace: "
+            "pairs, whats_up; edit: mmedit, vlkeb)."
         ),
     ] = "demo",
     images: Annotated[
-        Path | None, typer.Option(help="The folder of the pictures; by default that of the data.")
+        Path | None, typer.Option(help="The folder of the images; by default that of the data.")
     ] = None,
-    annotations: Annotated[
-        str | None,
-        typer.Option(help="QUESTIONS.json,ANNOTATIONS.json of OK-VQA: the answers to okvqa.csv."),
-    ] = None,
+    annotations: options.Annotations = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="A random sample of so many questions; default all.")
     ] = None,
-    sites: Annotated[
-        str | None, typer.Option(help="trace: where activations are restored.")
-    ] = None,
-    windows: Annotated[
-        str | None, typer.Option(help="trace: layers restored together, like 1,3,5.")
-    ] = None,
-    roles: Annotated[
-        str | None, typer.Option(help='trace: positions, like "constraint,last token".')
-    ] = None,
-    corrupt_with: Annotated[
-        str | None, typer.Option(help="trace: the word that takes the constraint's place.")
-    ] = None,
-    pairs: Annotated[
-        str | None,
-        typer.Option(
-            help='contributions: who is looked at and who looks, like "image>constraint".'
-        ),
-    ] = None,
-    methods: Annotated[
-        str | None, typer.Option(help="edit: editing methods, like multedit,fine_tune.")
-    ] = None,
-    layers: options.Layers = None,
+    settings: Any = None,
     template: options.Template = "auto",
     seed: Annotated[int, typer.Option(help="Of the sample of questions.")] = 0,
     shard_size: Annotated[
@@ -97,24 +81,21 @@ def sweep(
     The same command goes on where it was stopped, however that happened. The exit status is 3
     where questions failed; FOLDER/failures.parquet says why.
     """
-    given = {
-        "sites": parts(sites, "--sites"),
-        "windows": numbers(windows, "--windows"),
-        "roles": parts(roles, "--roles"),
-        "replacement": corrupt_with,
-        "pairs": pair_list(pairs),
-        "methods": parts(methods, "--methods"),
-        "layers": None if layers is None else tuple(options.layer_list(layers) or ()),
-    }
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     check_sites(settings.get("sites", ()))
-    files = options.comma_list(annotations, "--annotations") if annotations else None
-    if files is not None and len(files) != 2:
-        raise UserError(f"--annotations: two files, questions and annotations, not {annotations!r}")
+    files = options.two_files(annotations, "--annotations") if annotations else None
     options.writable_folder(out)
     options.check_device(device)
     with waiting("loading mmlens ..."):
-        from mmlens.sweeps import TASKS
+        from mmlens.checkpoints.errors import CheckpointError
+        from mmlens.sweeps import (
+            TASKS,
+            FolderInUse,
+            ImpossibleTask,
+            OtherSettings,
+            RayMissing,
+            WorkersLost,
+        )
+        from mmlens.sweeps import sweep as run_sweep
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     others = settings.keys() - {each.name for each in fields(TASKS[task])}
@@ -123,44 +104,29 @@ def sweep(
     with explained():
         chosen = TASKS[task](template=options.template_of(template), **settings)
     with explained("--data: "):
-        questions = chosen.open(data, images, None if files is None else (files[0], files[1]), seed)
-    run(
-        chosen,
-        model,
-        questions,
-        out,
-        limit=limit,
-        seed=seed,
-        shard_size=shard_size,
-        device=device,
-        dtype=dtype,
-        ray=ray,
-        workers=workers,
-        retries=retries,
-        retry_failures=retry_failures,
-    )
-
-
-def run(task: Any, model: str, questions: Any, out: Path, **settings: Any) -> None:
-    """Sweep, say what came of it, and exit with the status that says it as well."""
-    from mmlens.checkpoints.errors import CheckpointError
-    from mmlens.sweeps import (
-        FolderInUse,
-        ImpossibleTask,
-        OtherSettings,
-        RayMissing,
-        WorkersLost,
-    )
-    from mmlens.sweeps import sweep as run_sweep
-
+        questions = chosen.open(data, images, files, seed)
     try:
-        found = run_sweep(task, model, questions, out, **settings)
+        found = run_sweep(
+            chosen,
+            model,
+            questions,
+            out,
+            limit=limit,
+            seed=seed,
+            shard_size=shard_size,
+            device=device,
+            dtype=dtype,
+            ray=ray,
+            workers=workers,
+            retries=retries,
+            retry_failures=retry_failures,
+        )
     except (CheckpointError, FolderInUse, ImpossibleTask, OtherSettings, RayMissing) as error:
         raise UserError(error) from error
     except (OSError, WorkersLost) as error:
+        told = as_user_error(error) or UserError(error, 1)
         again = "what is there is complete, and the same command goes on"
-        err().print(f"mmlens: stopped: {escape(str(error))}; {again}", soft_wrap=True)
-        raise typer.Exit(1) from error
+        raise UserError(f"stopped: {told}; {again}", told.code) from error
     print_counts(found)
     if found.n_failed:
         raise typer.Exit(FAILED_QUESTIONS)
@@ -223,7 +189,7 @@ def print_peaks(summary: Summary) -> None:
     kept.append("n")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in (*kept, "mean", "interval"):
-        table.add_column(name.replace("_", " "))
+        table.add_column(escape(name.replace("_", " ")))
     for row in peaks.to_dict("records"):
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
         table.add_row(*(escape(str(row[name])) for name in kept), f"{row['mean']:.3f}", interval)
@@ -232,7 +198,7 @@ def print_peaks(summary: Summary) -> None:
 
 
 def with_ray_address(arguments: Sequence[str]) -> list[str]:
-    """The arguments with "local" behind a `--ray` that has no address.
+    """The arguments with "local" after a `--ray` that has no address.
 
     Click knows options whose value may be left out; typer does not.
     """
@@ -242,37 +208,3 @@ def with_ray_address(arguments: Sequence[str]) -> list[str]:
         if argument == "--ray" and following.startswith("-"):
             filled.append("local")
     return filled
-
-
-def parts(text: str | None, name: str) -> tuple[str, ...] | None:
-    """The parts of a list, if there is one."""
-    return None if text is None else options.comma_list(text, name)
-
-
-def numbers(text: str | None, name: str) -> tuple[int, ...] | None:
-    """The numbers of a list, if there is one.
-
-    Raises:
-        UserError: something else than positive numbers.
-    """
-    found = parts(text, name)
-    if found is None:
-        return None
-    if not all(each.isdecimal() and int(each) for each in found):
-        raise UserError(f"{name}: positive numbers, separated by commas, not {text!r}")
-    return tuple(map(int, found))
-
-
-def pair_list(text: str | None) -> tuple[tuple[str, str], ...] | None:
-    """The pairs of roles of ``--pairs "image>constraint,constraint>last token"``.
-
-    Raises:
-        UserError: a part without exactly one `>`.
-    """
-    found = parts(text, "--pairs")
-    if found is None:
-        return None
-    split = [tuple(role.strip() for role in each.split(">")) for each in found]
-    if not all(len(each) == 2 and all(each) for each in split):
-        raise UserError(f"--pairs: roles like image>constraint, separated by commas, not {text!r}")
-    return tuple((each[0], each[1]) for each in split)

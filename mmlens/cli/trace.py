@@ -1,4 +1,4 @@
-"""`mmlens trace`: which layers and positions carry the answer to a question about a picture."""
+"""`mmlens trace`: which layers and positions carry the answer to a question about an image."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mmlens.cli import options
-from mmlens.cli.console import progress_bar, waiting
+from mmlens.cli.console import waiting
 from mmlens.cli.errors import UserError, explained
 from mmlens.cli.report import save_trace
 from mmlens.cli.show import print_answers, print_trace
+from mmlens.utils.progress import progress_bar
 
 if TYPE_CHECKING:
-    from mmlens.inputs import MultimodalInputs
-    from mmlens.model import HookedMultimodalTransformer
-    from mmlens.tracing import CausalTrace
+    from pathlib import Path
+
+    from mmlens.inputs.multimodal_inputs import MultimodalInputs
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 SITES = "resid_post,attn_out,mlp_out"
 POSITIONS = ("constraint", "last", "each")
@@ -47,12 +49,12 @@ def trace(
     dtype: options.Dtype = None,
     out: options.OutOrReport = None,
 ) -> None:
-    """Trace a question about a picture: which layers and positions carry the answer?
+    """Trace a question about an image: which layers and positions carry the answer?
 
     The question is run as it is and with the constraint replaced; then the clean run's activations
     are put back into the corrupted run, one site, layer and group of positions at a time.
     """
-    options.check_picture(image)
+    options.check_image(image)
     options.check_phrase(question, constraint, template)
     chosen_sites = options.comma_list(sites, "--sites")
     page, folder = options.page_or_folder(out)
@@ -60,38 +62,26 @@ def trace(
     options.check_device(device)
     check_sites(chosen_sites)
 
-    loaded = open_model(model, device, dtype)
-    with explained():
-        inputs = loaded.prepare(
-            question,
-            str(image),
-            spans={"constraint": constraint},
-            template=options.template_of(template),
-        )
-    corrupted, replaced = corrupt(loaded, inputs, constraint, corrupt_with)
-    result = ask_and_trace(
+    spans = {"constraint": constraint}
+    loaded, inputs = open_prompt(image, question, spans, template, model, device, dtype)
+    trace_prompt(
         loaded,
         inputs,
-        corrupted,
-        question=question,
-        constraint=constraint,
-        replaced=replaced,
+        question,
+        constraint,
+        corrupt_with,
         sites=chosen_sites,
         window=window,
         positions=names,
         answer=answer,
         method=method,
+        page=page,
+        folder=folder,
     )
-    if page or folder:
-        save_trace(loaded, inputs, corrupted, replaced, result, page=page, folder=folder)
 
 
 def position_names(positions: str) -> tuple[str, ...]:
-    """The groups of positions that ``--positions`` asks for.
-
-    Raises:
-        UserError: an unknown name, or ``each`` together with another.
-    """
+    """Return the groups of positions that ``--positions`` asks for; ``each`` stands alone."""
     names = options.comma_list(positions, "--positions")
     for name in names:
         if name not in POSITIONS:
@@ -102,12 +92,9 @@ def position_names(positions: str) -> tuple[str, ...]:
 
 
 def check_sites(sites: tuple[str, ...]) -> None:
-    """Whether a decoder has these sites.
-
-    Raises:
-        UserError: no such site, or one outside of the decoder's layers.
-    """
-    from mmlens.interventions import LAYERED_SITES, split_site
+    """Look whether a decoder's layers have these sites."""
+    from mmlens.interventions.intervention import LAYERED_SITES
+    from mmlens.model.sites import split_site
 
     for site in sites:
         with explained("--sites: "):
@@ -121,11 +108,7 @@ def check_sites(sites: tuple[str, ...]) -> None:
 def open_model(
     name: str, device: str | None = None, dtype: str | None = None
 ) -> HookedMultimodalTransformer:
-    """Load the model that ``--model`` names.
-
-    Raises:
-        UserError: there is none of that name, or it cannot be read.
-    """
+    """Load the model that ``--model`` names."""
     with waiting("loading mmlens ..."):
         import torch
 
@@ -136,41 +119,45 @@ def open_model(
         )
 
 
-def corrupt(
-    model: HookedMultimodalTransformer, clean: MultimodalInputs, constraint: str, word: str
-) -> tuple[MultimodalInputs, str]:
-    """The corrupted run's inputs, and what was done, in words.
-
-    Raises:
-        UserError: the word cannot take the constraint's place.
-    """
-    from mmlens import swap_span
-
+def open_prompt(
+    image: Path,
+    question: str,
+    phrases: dict[str, str],
+    template: str,
+    model: str,
+    device: str | None,
+    dtype: str | None,
+) -> tuple[HookedMultimodalTransformer, MultimodalInputs]:
+    """Return the model and the prompt, with the phrases as spans."""
+    loaded = open_model(model, device, dtype)
     with explained():
-        return swap_span(model, clean, "constraint", word), f"“{constraint}” replaced by {word}"
+        inputs = loaded.prepare(
+            question, str(image), spans=phrases, template=options.template_of(template)
+        )
+    return loaded, inputs
 
 
-def ask_and_trace(
+def trace_prompt(
     model: HookedMultimodalTransformer,
     clean: MultimodalInputs,
-    corrupted: MultimodalInputs,
-    *,
     question: str,
     constraint: str,
-    replaced: str,
+    word: str,
+    *,
     sites: tuple[str, ...],
     window: int,
     positions: tuple[str, ...],
     answer: str | None = None,
     method: Literal["branch", "naive"] = "branch",
-) -> CausalTrace:
-    """Print the answers of the clean and the corrupted run, trace, and print the heatmap.
+    page: Path | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Put a word in the constraint's place, print both runs' answers, trace, print and save."""
+    from mmlens import causal_trace, swap_span
 
-    Raises:
-        UserError: the trace is impossible with what the user gave.
-    """
-    from mmlens import causal_trace
-
+    with explained():
+        corrupted = swap_span(model, clean, "constraint", word)
+    replaced = f"“{constraint}” replaced by {word}"
     print_answers(model, clean, corrupted, question=question, replaced=replaced)
     groups = None if positions == ("each",) else [clean.span(name) for name in positions]
     with explained(), progress_bar("tracing") as moved:
@@ -189,4 +176,5 @@ def ask_and_trace(
         titles = {"constraint": constraint, "last": "the last token"}
         traced = replace(traced, group_labels=tuple(titles[name] for name in positions))
     print_trace(traced)
-    return traced
+    if page or folder:
+        save_trace(model, clean, corrupted, replaced, traced, page=page, folder=folder)

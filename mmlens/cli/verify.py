@@ -13,9 +13,9 @@ from mmlens.cli.console import out, waiting
 from mmlens.cli.errors import explained
 
 if TYPE_CHECKING:
+    from mmlens.checkpoints.parity import Check, ReferenceRun
     from mmlens.config import TransformerConfig
-    from mmlens.model import HookedMultimodalTransformer
-    from mmlens.parity import Check, ReferenceRun
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 MARKS = {True: "[green]✓[/]", False: "[red]✗[/]", None: " "}
 SEED = 0
@@ -25,7 +25,8 @@ def verify(
     model: Annotated[
         str,
         typer.Argument(
-            help='A checkpoint folder, a GGUF file, a name on the Hugging Face hub, or "demo".',
+            help='A checkpoint folder, a GGUF file, a name on the Hugging Face hub, "demo" or '
+            '"demo-tuned".',
             show_default=False,
         ),
     ],
@@ -40,8 +41,8 @@ def verify(
     """
     options.check_device(device)
     with waiting("loading mmlens ..."):
-        from mmlens import parity
-    checks, reference = run_reference(model, device, dtype)
+        from mmlens.checkpoints import parity
+    checks, reference = reference_run(model, device, dtype)
     loaded = trace.open_model(model, device, dtype)
     with waiting("comparing ..."):
         if reference is not None:
@@ -50,22 +51,19 @@ def verify(
             checks += parity.without_reference(loaded, SEED)
     with waiting("perturbing every hook ..."):
         checks.append(parity.hooks_alive(loaded, SEED))
-    out().print(table(loaded, checks))
+    out().print(checks_table(loaded, checks))
     if any(check.passed is False for check in checks):
         raise typer.Exit(1)
 
 
-def run_reference(
+def reference_run(
     model: str, device: str | None, dtype: str | None
 ) -> tuple[list[Check], ReferenceRun | None]:
-    """What transformers computes; the check that failed if it cannot open its own format.
-
-    Raises:
-        UserError: there is no such checkpoint.
-    """
+    """Return what transformers computes; the check that failed if it cannot open its own format."""
     import torch
 
-    from mmlens import parity
+    from mmlens.checkpoints import parity
+    from mmlens.inputs.image_files import one_line
 
     with explained():
         reference = parity.find_reference(model)
@@ -76,12 +74,12 @@ def run_reference(
         with waiting("running transformers ..."):
             wanted = getattr(torch, dtype) if dtype else None
             return [], parity.run_reference(reference, where, wanted, SEED)
-    except (ValueError, OSError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return [parity.Check("parity", False, f"transformers could not run it: {reason}")], None
+    except Exception as error:  # whatever a file that does not fit leads transformers to
+        why = f"transformers could not run it: {one_line(error)}"
+        return [parity.Check("parity", False, why)], None
 
 
-def table(model: HookedMultimodalTransformer, checks: list[Check]) -> Table:
+def checks_table(model: HookedMultimodalTransformer, checks: list[Check]) -> Table:
     """What the model is, and below it what was checked."""
     rows = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     rows.add_column(width=1)
@@ -98,13 +96,13 @@ def table(model: HookedMultimodalTransformer, checks: list[Check]) -> Table:
 
 def facts(model: HookedMultimodalTransformer) -> dict[str, str]:
     """The model in words and numbers."""
-    from mmlens.checkpoints import FORMATS, format_of
+    from mmlens.checkpoints.load import format_of
+    from mmlens.inputs.layouts import image_layout
 
     cfg = model.cfg
     family = cfg.original_architecture
     if model.checkpoint is not None:
-        format = format_of(model.checkpoint)
-        family += f" ({next(name for name, each in FORMATS.items() if each is format)})"
+        family += f" ({format_of(model.checkpoint).name})"
     found = {
         "model": cfg.model_name,
         "family": family,
@@ -118,7 +116,7 @@ def facts(model: HookedMultimodalTransformer) -> dict[str, str]:
             f"patches; features of layer {', '.join(map(str, cfg.vision.feature_layers))}",
             "projector": f"{cfg.projector.n_layers} layers, {cfg.projector.d_in} to "
             f"{cfg.projector.d_out}",
-            "visual tokens": str(cfg.vision.n_visual_tokens),
+            "visual tokens": image_layout(cfg).description(),
         }
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     kind = str(cfg.dtype).removeprefix("torch.")

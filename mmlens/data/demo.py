@@ -4,27 +4,24 @@
         inputs = model.prepare(question.question, question.open_image(),
                                spans={"constraint": question.visual_constraint})
 
-The pictures are a rendering of the flags that the demo model was never trained on.
+The images are a rendering of the flags that the demo model was never trained on.
 """
 
 from __future__ import annotations
 
 import csv
 from functools import cache
-from pathlib import Path
 
 from mmlens.data.questions import VisualQuestion
+from mmlens.demo import FOLDER
 
-__all__ = ["demo_questions"]
-
-FOLDER = Path(__file__).parents[1] / "demo"
 SPLITS = ("train", "held_out")
 
 
 def demo_questions(
     split: str | None = None, relation: str | None = None, *, answered: bool | None = None
 ) -> list[VisualQuestion]:
-    """The embedded questions, in a fixed order.
+    """Return the embedded questions, in a fixed order.
 
     Args:
         split: "train" for countries whose facts were used in choosing the questions' wording,

@@ -2,9 +2,9 @@
 
     for case in demo_edits("correct")[:100]: ...
 
-Paraphrases are the other phrasings of the relation; other pictures are photographs of the flag
+Paraphrases are the other phrasings of the relation; other images are photographs of the flag
 (`mmlens.demo.photograph`); neighbours are questions that the shipped model answers rightly;
-portability is the same question with the country's name in words, and no picture.
+portability is the same question with the country's name in words, and no image.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from mmlens.data.metrics import is_right
 from mmlens.data.questions import VisualQuestion
 from mmlens.demo.photograph import photograph
 from mmlens.demo.phrasings import PHRASINGS
-
-__all__ = ["KINDS", "demo_edits"]
 
 KINDS = ("correct", "counterfactual", "invented")
 COUNTERFACTUAL = ("capital", "continent", "language", "currency", "religion")
@@ -44,7 +42,7 @@ def demo_edits(
     n_key_images: int = 3,
     seed: int = 0,
 ) -> EditSet:
-    """Edits of what the demo model says about countries, in the order of a seed.
+    """Return edits of what the demo model says about countries, in the order of a seed.
 
     Args:
         kind: "correct": what the shipped model answers wrongly, to what is true;
@@ -96,7 +94,7 @@ def demo_edits(
 
 
 def _questions(kind: str) -> list[VisualQuestion]:
-    """What can be edited; not the name of the country, on which everything else hangs."""
+    """Return what can be edited; not the country's name, on which everything else depends."""
     if kind == "invented":
         return demo_questions(relation="capital")
     asked = demo_questions(answered=kind == "counterfactual")
@@ -105,7 +103,7 @@ def _questions(kind: str) -> list[VisualQuestion]:
 
 
 def _target(question: VisualQuestion, kind: str, seed: int) -> str:
-    """The true answer; or one drawn from those of other countries, or from the invented ones."""
+    """Return the true answer, or draw one from those of other countries or the invented ones."""
     if kind == "correct":
         return question.answers[0]
     choices = INVENTED
@@ -118,6 +116,6 @@ def _target(question: VisualQuestion, kind: str, seed: int) -> str:
 
 
 def photographed(path: Path, seed: str) -> Image.Image:
-    """The picture of a file, photographed."""
+    """Return the image of a file as a photograph would show it."""
     with Image.open(path) as picture:
         return photograph(picture, seed)

@@ -1,20 +1,18 @@
 """Encyclopedic-VQA (Mensink et al. 2023): questions about details of landmarks and species.
 
-One CSV row per question, with up to five pictures that would do; columns as described by its
-authors (google-research/google-research, encyclopedic_vqa/README.md). The pictures are those of
+One CSV row per question, with up to five images that would do; columns as described by its
+authors (google-research/google-research, encyclopedic_vqa/README.md). The images are those of
 Google Landmarks v2 and iNaturalist 2021.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 from typing import Any
 
-from mmlens.data.questions import QuestionSet, VisualQuestion, choose_image, demonstrative
-
-__all__ = ["encyclopedic_vqa"]
+from mmlens.data.question_sets import QuestionSet
+from mmlens.data.questions import VisualQuestion, choose_image, demonstrative
+from mmlens.data.reading import RowError, csv_rows, expect, json_file, sift
 
 COLUMNS = {
     *("question", "answer", "dataset_name", "dataset_image_ids", "question_original"),
@@ -30,7 +28,7 @@ def encyclopedic_vqa(
     inaturalist: str | Path | None = None,
     seed: int = 0,
 ) -> QuestionSet:
-    """The questions of `train.csv`, `val.csv` or `test.csv`, with one of their pictures each.
+    """Read `train.csv`, `val.csv` or `test.csv`, and choose one image for each question.
 
     The files name no visual constraint. It is the words in whose place `question_original` names
     the subject, else the first "this ..." of the question, else nothing;
@@ -41,19 +39,22 @@ def encyclopedic_vqa(
         images: a folder with `landmarks/` (Google Landmarks v2, in its folders of three letters:
             `a/b/c/abc....jpg`) and `inaturalist/` (the file names of its json).
         inaturalist: iNaturalist's json that maps image ids to file names; needed for its questions.
-        seed: of the choice among the pictures, which is recorded in `extra["image_choice"]`.
+        seed: of the choice among the images, which is recorded in `extra["image_choice"]`.
+
+    A row with too few or too many fields, or with an image that iNaturalist's json lacks, is left
+    out, and listed in `refused` and in `report()`.
 
     Raises:
-        ValueError: columns are missing; pictures of iNaturalist without its json, or with one that
-            lacks some of them.
+        ValueError: columns are missing; images of iNaturalist without its json; or none of the
+            rows can be used.
     """
-    with Path(path).open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        if missing := COLUMNS - set(reader.fieldnames or ()):
-            raise ValueError(f"{path} is no file of Encyclopedic-VQA: it lacks {sorted(missing)}")
-        rows = [{name: row[name] for name in COLUMNS} for row in reader]
+    columns, found = csv_rows(path)
+    if missing := COLUMNS - set(columns):
+        raise ValueError(f"{path} is no file of Encyclopedic-VQA: it lacks {sorted(missing)}")
+    listed = list(found)
+    species = _inaturalist_files(listed, inaturalist)
+    rows, refused = sift("encyclopedic_vqa", listed, lambda row: _checked(row, species), path)
     root = Path(images)
-    species = _inaturalist_files(rows, inaturalist)
 
     def make(row: int) -> VisualQuestion:
         fields = rows[row]
@@ -61,9 +62,11 @@ def encyclopedic_vqa(
         image = None
         extra: dict[str, Any] = {}
         name = fields["dataset_name"]
-        if fields["dataset_image_ids"]:
-            chosen, extra = choose_image(fields["dataset_image_ids"].split("|"), seed, source)
-            image = root / name / (species[chosen] if name == INATURALIST else _landmark(chosen))
+        if fields["dataset_image_ids"].strip("|"):
+            choices = [each for each in fields["dataset_image_ids"].split("|") if each]
+            chosen, extra = choose_image(choices, seed, source)
+            file = species[chosen] if name == INATURALIST else _landmark(chosen)
+            image = root / name / file
         subject = fields["wikipedia_title"].split("|")[0]
         constraint, found = _constraint(fields["question"], fields["question_original"], subject)
         lists = [answer.split("&&") for answer in fields["answer"].split("|")]
@@ -79,19 +82,29 @@ def encyclopedic_vqa(
             extra={"constraint_from": found, "answer_lists": lists, **extra},
         )
 
-    return QuestionSet("encyclopedic_vqa", len(rows), make)
+    return QuestionSet("encyclopedic_vqa", list(rows), make, refused)
 
 
 def _landmark(image_id: str) -> str:
     return f"{image_id[0]}/{image_id[1]}/{image_id[2]}/{image_id}.jpg"
 
 
-def _inaturalist_files(rows: list[dict[str, str]], index: str | Path | None) -> dict[str, str]:
-    """The file of every image id of iNaturalist's among the rows."""
+def _checked(row: dict[str, str], species: dict[str, str]) -> dict[str, str]:
+    """Return the fields of a row that are used, if each of its images has a file."""
+    for image_id in filter(None, row["dataset_image_ids"].split("|")):
+        if row["dataset_name"] != INATURALIST and len(image_id) < 3:
+            raise RowError(f"{image_id!r} is no image id of Google Landmarks v2")
+        if row["dataset_name"] == INATURALIST and image_id not in species:
+            raise RowError(f"iNaturalist's json lacks its image {image_id!r}")
+    return {name: row[name] for name in COLUMNS}
+
+
+def _inaturalist_files(rows: list[tuple[str, Any]], index: str | Path | None) -> dict[str, str]:
+    """Return the file of every image id of iNaturalist's among the rows."""
     ids = {
         image_id
-        for row in rows
-        if row["dataset_name"] == INATURALIST
+        for _, row in rows
+        if not isinstance(row, RowError) and row["dataset_name"] == INATURALIST
         for image_id in row["dataset_image_ids"].split("|")
         if image_id
     }
@@ -99,18 +112,19 @@ def _inaturalist_files(rows: list[dict[str, str]], index: str | Path | None) -> 
         return {}
     if index is None:
         raise ValueError(
-            f"{len(ids)} pictures are iNaturalist's: give inaturalist=, its train.json or "
+            f"{len(ids)} images are iNaturalist's: give inaturalist=, its train.json or "
             "val.json, which maps image ids to file names"
         )
-    images = json.loads(Path(index).read_text(encoding="utf-8"))["images"]
-    files = {str(image["id"]): image["file_name"] for image in images if str(image["id"]) in ids}
-    if missing := sorted(ids - files.keys()):
-        raise ValueError(f"{index} lacks {len(missing)} of {len(ids)} pictures: {missing[:5]} ...")
-    return files
+    try:
+        images = expect(json_file(index), "images", "a list")
+        files = {str(each["id"]): expect(each, "file_name", "a text") for each in images}
+    except (RowError, LookupError, TypeError) as error:
+        raise ValueError(f"{index} is no json of iNaturalist's: {error}") from error
+    return {image_id: files[image_id] for image_id in ids & files.keys()}
 
 
 def _constraint(question: str, original: str, subject: str) -> tuple[str, str]:
-    """The words that stand for the subject, and how they were found."""
+    """Return the words that stand for the subject, and how they were found."""
     before, named, after = original.lower().partition(subject.lower() or "\0")
     asked = question.lower()
     if named and asked.startswith(before) and asked.endswith(after):

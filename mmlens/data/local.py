@@ -6,42 +6,54 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mmlens.data.questions import QuestionSet, VisualQuestion, choose_image, pictures_in
-
-__all__ = ["local_questions"]
+from mmlens.data.question_sets import QuestionSet
+from mmlens.data.questions import VisualQuestion, choose_image, images_in
+from mmlens.data.reading import RowError, expect, json_lines, shown, sift
+from mmlens.data.regions import read_regions
 
 KNOWN = {field.name for field in fields(VisualQuestion)}
+TEXTS = ("visual_constraint", "choice", "subject", "relation", "split", "source")
 LISTS = ("text_constraints", "answers", "options")
+KINDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(TEXTS, ("a text",)),
+    **dict.fromkeys(LISTS, ("a list of texts",)),
+    "image": ("a text", "a list of texts"),
+    "extra": ("an object",),
+    "regions": ("a list",),
+}
+"""What each field but the question must be, if it is given."""
 
 
 def local_questions(path: str | Path, *, seed: int = 0) -> QuestionSet:
     """Read a `.jsonl` file, or the `questions.jsonl` of a folder.
 
+    A line that is no JSON object with a question, or has a field of another kind than
+    `VisualQuestion` has, is left out and listed in `refused` and in `report()`. `null` is a field
+    that is not given, but for `image`: a question without an image has none.
+
     Args:
-        path: the file or the folder. Paths of pictures are relative to where the file is; one that
-            is a folder stands for its pictures, of which one is chosen and recorded in
-            `extra["image_choice"]`. Several pictures are a list. What is no field of
+        path: the file or the folder. Paths of images are relative to where the file is; one that
+            is a folder stands for its images, of which one is chosen and recorded in
+            `extra["image_choice"]`. Several images are a list. Regions are a list of objects with
+            a name and a box, `[left, top, right, bottom]` in pixels. What is no field of
             `VisualQuestion` goes to `extra`.
         seed: of the choice.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no json object or has no question; the message has its number.
+        ValueError: none of the lines can be used; the message has the first one's number.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "questions.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    parsed = [_parse(line, f"{path}, line {number}") for number, line in rows]
+    rows, refused = sift(path.stem, json_lines(path), _checked, path)
 
     def make(row: int) -> VisualQuestion:
-        found = parsed[row]
+        found = rows[row]
         source = found.get("source", f"{path.stem}/{row}")
         extra = {**found.get("extra", {}), **{k: v for k, v in found.items() if k not in KNOWN}}
         image = found.get("image")
@@ -49,24 +61,27 @@ def local_questions(path: str | Path, *, seed: int = 0) -> QuestionSet:
             image = tuple(path.parent / each for each in image)
         elif image is not None:
             image = path.parent / image
-            if candidates := pictures_in(image):
+            if candidates := images_in(image):
                 chosen, choice = choose_image(candidates, seed, source)
                 image, extra = image / chosen, extra | choice
         given = {name: found[name] for name in KNOWN & found.keys()}
         given |= {name: tuple(given[name]) for name in LISTS if name in given}
         return VisualQuestion(**{**given, "image": image, "source": source, "extra": extra})
 
-    return QuestionSet(path.stem, len(parsed), make)
+    return QuestionSet(path.stem, list(rows), make, refused)
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no json: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("question"), str):
-        raise ValueError(f"{where} is no object with a question: {line[:80]}")
-    for name in LISTS:
-        if not isinstance(found.get(name, []), list):
-            raise ValueError(f"{where}: {name} must be a list, not {found[name]!r}")
-    return found
+def _checked(row: Any) -> dict[str, Any]:
+    """Return the fields that are given, if there is a question and each is of its kind."""
+    if not isinstance(row, dict) or not isinstance(row.get("question"), str):
+        raise RowError(f"no object with a question: {shown(row)}")
+    if "image" in row and row["image"] in (None, "", []):
+        raise RowError(
+            f"image is {shown(row['image'])}; a question without an image has no such field"
+        )
+    given = {name: value for name, value in row.items() if value is not None}
+    for name in KINDS.keys() & given.keys():
+        expect(given, name, *KINDS[name])
+    if "regions" in given:
+        given["regions"] = read_regions(given["regions"])
+    return given

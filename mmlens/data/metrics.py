@@ -1,10 +1,11 @@
-"""Was the answer right? The measures of the data sets, each with its own normalisation.
+"""Measures of whether an answer is right, each with the normalisation of its data set.
 
 - `is_right`: does a model's continuation begin with an accepted answer (for base models that go on
   talking)?
 - `soft_accuracy`: the VQA and OK-VQA measure, agreement with several annotators.
 - `exact_match`: equal to an accepted answer after the same normalisation.
 - `parse_choice`: which option of a multiple choice question was taken (MMMU).
+- `yes_no_scores`: accuracy, precision, recall, F1 and the rate of yes (POPE).
 """
 
 from __future__ import annotations
@@ -12,15 +13,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-__all__ = [
-    "exact_match",
-    "is_right",
-    "normalise_answer",
-    "normalise_vqa_answer",
-    "parse_choice",
-    "soft_accuracy",
-]
+import numpy as np
 
 #: what a model may say before the answer itself: "the Republic of Senegal" is Senegal
 LEADING = re.compile(r"^(the|a|an|city of|country of|republic of|kingdom of|state of)\s+")
@@ -58,7 +53,7 @@ EDGES = ",.!?;:'"
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, without accents, punctuation (hyphens stay), quotes and leading articles."""
+    """Lower the case; drop accents, punctuation (hyphens stay), quotes and leading articles."""
     text = unicodedata.normalize("NFKD", text)
     text = "".join(letter for letter in text if not unicodedata.combining(letter)).lower()
     text = " ".join(re.sub(r"[^\w\s-]", " ", ABBREVIATION.sub("", text)).split())
@@ -68,7 +63,7 @@ def normalise_answer(text: str) -> str:
 
 
 def is_right(continuation: str, answers: Sequence[str]) -> bool:
-    """Whether a model's continuation begins with an accepted answer, as whole words.
+    """Return whether a model's continuation begins with an accepted answer, as whole words.
 
     A plural "s" counts as the same word ("Austrians" for "Austrian").
     """
@@ -78,7 +73,7 @@ def is_right(continuation: str, answers: Sequence[str]) -> bool:
 
 
 def normalise_vqa_answer(text: str) -> str:
-    """An answer as the VQA evaluation compares it.
+    """Return an answer as the VQA evaluation compares it.
 
     Punctuation becomes a space, or nothing where a space or a digits' comma shows that it parts no
     words; points stay only before a digit; lower case; "two" is "2"; articles go; "dont" is
@@ -100,13 +95,13 @@ def normalise_vqa_answer(text: str) -> str:
 
 
 def soft_accuracy(said: str, answers: Sequence[str], *, leave_one_out: bool = False) -> float:
-    """The VQA accuracy, min(n / 3, 1), where n annotators gave this answer (Antol et al. 2015).
+    """Return the VQA accuracy min(n / 3, 1); n annotators gave this answer (Antol et al. 2015).
 
     Answers of annotators are normalised as the model's is. (The published script normalises theirs
     less, because the released answers are processed already.)
 
     Args:
-        said: the model's answer, and nothing behind it.
+        said: the model's answer, and nothing after it.
         answers: one per annotator, repetitions included (OK-VQA has ten).
         leave_one_out: the mean over all sets of annotators with one left out, as the VQA evaluation
             does to be comparable with the accuracy of humans. It differs only where n is 1, 2 or 3:
@@ -127,7 +122,7 @@ def soft_accuracy(said: str, answers: Sequence[str], *, leave_one_out: bool = Fa
 
 
 def exact_match(said: str, answers: Sequence[str]) -> bool:
-    """Whether the model's answer equals an accepted one, both as `normalise_vqa_answer` has them.
+    """Return whether an answer equals an accepted one, both after `normalise_vqa_answer`.
 
     Example:
         >>> exact_match("The Eiffel Tower.", ["Eiffel tower"])
@@ -138,12 +133,12 @@ def exact_match(said: str, answers: Sequence[str]) -> bool:
 
 
 def letter(index: int) -> str:
-    """Of an option: "A" for 0."""
+    """Return the letter of an option: "A" for 0."""
     return chr(ord("A") + index)
 
 
 def parse_choice(said: str, options: Sequence[str]) -> int | None:
-    """Which option a model's answer to a multiple choice question takes; None where none is found.
+    """Return which option an answer to a multiple-choice question takes; None if none is found.
 
     As MMMU's evaluation reads answers (MMMU-Benchmark/MMMU, eval/eval_utils.py): the last letter
     in brackets, "(B)"; else the last letter that stands alone; else, in an answer of more than five
@@ -167,7 +162,74 @@ def parse_choice(said: str, options: Sequence[str]) -> int | None:
     return _last([text.lower().rfind(option.lower()) if option else -1 for option in options])
 
 
+@dataclass(frozen=True)
+class YesNoScores:
+    """How well questions are answered with yes or no; yes is what precision and recall count."""
+
+    accuracy: float
+    precision: float
+    """The share of right ones among answers yes; NaN where no answer is yes."""
+    recall: float
+    """The share of answers yes where yes is right; NaN where it never is."""
+    f1: float
+    yes_rate: float
+    """The share of answers yes, right or not."""
+    n: int
+    """How many questions."""
+
+
+def says_yes(said: str) -> bool:
+    """Return whether an answer means yes, as POPE's evaluation takes it.
+
+    Of its first sentence, without commas: an answer with the word "No", "no" or "not" means no, and
+    every other one yes (RUCAIBox/POPE, evaluate.py). Here the end of a line parts words, too.
+
+    Example:
+        >>> says_yes("Yes, there is a dog."), says_yes("There is not."), says_yes("I see a dog")
+        (True, False, True)
+    """
+    words = said.partition(".")[0].replace(",", "").split()
+    return not {"No", "no", "not"} & set(words)
+
+
+def yes_no_scores(said: Sequence[str], answers: Sequence[str]) -> YesNoScores:
+    """Score answers to questions whose right answer is yes or no, as POPE does (Li et al. 2023).
+
+    Args:
+        said: what the model says to each question.
+        answers: the right answer to each, "yes" or "no".
+
+    Raises:
+        ValueError: no questions, other numbers of them, or a right answer that is neither.
+
+    Example:
+        >>> questions = pope("coco_pope_random.json", "val2014")
+        >>> yes_no_scores(said, [question.answers[0] for question in questions]).f1
+    """
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+    wanted = [answer.strip().lower() for answer in answers]
+    if not wanted or len(said) != len(wanted) or set(wanted) - {"yes", "no"}:
+        others = sorted(set(wanted) - {"yes", "no"})[:3]
+        raise ValueError(
+            f"{len(said)} answers of a model and {len(wanted)} right ones must be as many, at "
+            f"least one, and the right ones yes or no{f', not {others}' if others else ''}"
+        )
+    yes, is_yes = [answer == "yes" for answer in wanted], [says_yes(each) for each in said]
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        yes, is_yes, average="binary", zero_division=np.nan
+    )
+    return YesNoScores(
+        accuracy=float(accuracy_score(yes, is_yes)),
+        precision=float(precision),
+        recall=float(recall),
+        f1=float(f1),
+        yes_rate=float(np.mean(is_yes)),
+        n=len(yes),
+    )
+
+
 def _last(places: Sequence[int]) -> int | None:
-    """The index of the largest place; None where all are -1."""
+    """Return the index of the largest place; None where all are -1."""
     best = max(places, default=-1)
     return places.index(best) if best >= 0 else None

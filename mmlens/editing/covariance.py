@@ -7,26 +7,29 @@ rome(model, request, layer=3, covariance=covariance)
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.attribution.where import layers_of
-from mmlens.editing.edit import fingerprint
-from mmlens.hook_points import HookPoint
-from mmlens.hooks import HookFunction
-from mmlens.inputs import MultimodalInputs
-from mmlens.interventions import hook_name
-from mmlens.results import SavedResult
-from mmlens.spans import PLACEHOLDER
+from mmlens.analyses.arguments import layers_of
+from mmlens.analyses.result import SavedResult
+from mmlens.editing.fingerprints import fingerprint
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.spans import PLACEHOLDER
+from mmlens.interventions.functions import HookFunction
+from mmlens.interventions.intervention import hook_name
+from mmlens.model.hook_points import HookPoint, reading
+from mmlens.utils.grad_mode import without_gradients
+from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
-    from mmlens.model import HookedMultimodalTransformer
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 __all__ = ["KeyCovariance", "key_covariance"]
 
@@ -35,12 +38,16 @@ __all__ = ["KeyCovariance", "key_covariance"]
 class KeyCovariance(SavedResult):
     """E[k k^T] of the down projection's inputs, uncentred, layer by layer."""
 
+    SIZES: ClassVar[dict[str, str]] = {"layers": "layer"}
+
     moments: Float[Tensor, "layer d_mlp d_mlp"]
     layers: tuple[int, ...]
     n_tokens: int
     """How many positions it was estimated from."""
     source: str
     """A hash of the model's MLPs in these layers and of the texts."""
+    digest: str = ""
+    """A hash of the moments, by which a file that was changed since is known."""
 
     def at(self, layer: int) -> Float[Tensor, "d_mlp d_mlp"]:
         """That of one layer.
@@ -56,7 +63,8 @@ class KeyCovariance(SavedResult):
         return self.moments[self.layers.index(layer)]
 
 
-@torch.no_grad()
+@without_gradients
+@on_free_cores
 def key_covariance(
     model: HookedMultimodalTransformer,
     texts: Iterable[str | MultimodalInputs],
@@ -68,10 +76,10 @@ def key_covariance(
 
     Args:
         texts: plain texts (cut to the model's context; a "<image>" in one is a word), or prepared
-            inputs with or without pictures.
+            inputs with or without images.
         layers: whose keys; one pass serves all of them.
         cache: a file: read if it holds the covariance of these texts, layers and weights, and
-            else written.
+            else written. One that is damaged is written anew, with a warning.
 
     Raises:
         ValueError: no texts, or layers that are not there.
@@ -85,8 +93,8 @@ def key_covariance(
         raise ValueError("no texts to estimate the covariance of the keys from")
     source = hash_of(model, prompts, chosen)
     if cache is not None and Path(cache).is_file():
-        known = KeyCovariance.load(cache)
-        if known.source == source:
+        known = cached(Path(cache))
+        if known is not None and known.source == source:
             return known
     sizes = (len(chosen), model.cfg.d_mlp, model.cfg.d_mlp)
     moments = torch.zeros(sizes, device=model.device)
@@ -99,10 +107,24 @@ def key_covariance(
         add_moments(model, inputs, wanted, chosen, moments)
     if not n_tokens:
         raise ValueError("the texts have no tokens but the first: there are no keys to look at")
-    found = KeyCovariance(moments / n_tokens, tuple(chosen), n_tokens, source)
+    moments /= n_tokens
+    found = KeyCovariance(moments, tuple(chosen), n_tokens, source, fingerprint(moments))
     if cache is not None:
         found.save(cache)
     return found
+
+
+def cached(file: Path) -> KeyCovariance | None:
+    """Return what a file holds, or None, with a warning, if that is not what was written to it."""
+    try:
+        known = KeyCovariance.load(file)
+        is_whole = fingerprint(known.moments) == known.digest
+    except (ValueError, TypeError, OSError):  # what another program wrote, or half of it
+        is_whole = False
+    if is_whole:
+        return known
+    warnings.warn(f"{file} holds no whole covariance of keys: it is computed anew", stacklevel=3)
+    return None
 
 
 def add_moments(
@@ -122,7 +144,7 @@ def add_moments(
         return hook_function
 
     hooks = [
-        (hook_name("post", layer), add_to(total))
+        (hook_name("post", layer), reading(add_to(total)))
         for layer, total in zip(layers, moments, strict=True)
     ]
     with model.hooks(fwd_hooks=hooks):
@@ -144,5 +166,7 @@ def hash_of(
         if inputs.pixel_values is not None:
             digest.update(fingerprint(inputs.pixel_values).encode())
     for layer in layers:
-        digest.update(fingerprint(model.get_parameter(f"blocks.{layer}.mlp.up.weight")).encode())
+        for part in ("gate", "up") if model.cfg.gated_mlp else ("up",):
+            weight = model.get_parameter(f"blocks.{layer}.mlp.{part}.weight")
+            digest.update(fingerprint(weight).encode())
     return digest.hexdigest()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmlens.resampling import bootstrap_mean
-from mmlens.results import SavedResult
+from mmlens.analyses.result import SavedResult
+from mmlens.utils.statistics import bootstrap_mean, known_values
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mmlens.plots.figure import Figure
 
 __all__ = ["MEASURES", "EditEvaluation"]
 
@@ -36,6 +35,11 @@ class EditEvaluation(SavedResult):
         >>> found.summary().query("group == 'efficacy'")[["measure", "mean", "low", "high"]]
         >>> found.to_dataframe().query("group == 'same image' and not unchanged")
     """
+
+    SIZES: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("group", "question", "said_before", "said"), "row"),
+        **dict.fromkeys(("case", "cluster", "target"), "edit"),
+    }
 
     edit: Int[Tensor, " row"]
     """Which of the edits below."""
@@ -147,73 +151,36 @@ class EditEvaluation(SavedResult):
         import pandas as pd
 
         bootstrap = {"samples": samples, "level": level, "seed": seed}
-        rows = []
-        entries = self.n_edits[self.edit]
+        table, rows = self.to_dataframe(), []
+        costs = self.costs().assign(edit=range(len(self.case)), cluster=self.cluster)
+        parts = [(group, table[table["group"] == group]) for group in dict.fromkeys(self.group)]
         for n_edits in self.n_edits.unique().tolist():
-            for group in dict.fromkeys(self.group):
-                here = torch.tensor([name == group for name in self.group]) & (entries == n_edits)
-                index = here.nonzero().flatten()
-                if not len(index):
-                    continue
-                edits = self.edit[index].tolist()
+            for group, part in [*parts, ("cost", costs)]:
+                here = part[part["n_edits"] == n_edits]
                 where = {
                     "n_edits": n_edits,
                     "group": group,
-                    "edits": len(set(edits)),
-                    "questions": len(edits),
+                    "edits": here["edit"].nunique(),
+                    "questions": 0 if part is costs else len(here),
                 }
-                clusters = [self.cluster[i] for i in edits]
-                for measure in MEASURES:
-                    pair = self._before_and_after(measure)[index]
-                    rows.append({**where, "measure": measure, **changed(pair, clusters, bootstrap)})
-            rows += self._cost_rows(n_edits, bootstrap)
+                for measure in COSTS if part is costs else MEASURES:
+                    if len(here):
+                        means = with_change(here, measure, bootstrap)
+                        rows.append({**where, "measure": measure, **means})
         return pd.DataFrame(rows)
 
-    def _before_and_after(self, measure: str) -> Float[Tensor, "row 2"]:
-        """A measure; NaN before the edit for those that compare with it."""
-        values = getattr(self, measure).double()
-        if values.ndim == 2:
-            return values
-        return torch.stack([torch.full_like(values, torch.nan), values], dim=1)
 
-    def _cost_rows(self, n_edits: int, bootstrap: dict[str, Any]) -> list[dict[str, Any]]:
-        index = (self.n_edits == n_edits).nonzero().flatten()
-        clusters = [self.cluster[i] for i in index.tolist()]
-        where = {"n_edits": n_edits, "group": "cost", "edits": len(index), "questions": 0}
-        rows = []
-        for measure in COSTS:
-            values = getattr(self, measure)[index].double()
-            pair = torch.stack([torch.full_like(values, torch.nan), values], dim=1)
-            rows.append({**where, "measure": measure, **changed(pair, clusters, bootstrap)})
-        return rows
-
-    def plot(self, name: str | None = None) -> Figure:
-        """Every group's probability and score with intervals; over the number of edits if several.
-
-        Args:
-            name: in the legend; by default the method's.
-        """
-        from mmlens.plots.editing import plot_edits, plot_sequences
-
-        table = self.summary().assign(method=name or self.metadata.get("method", "edit"))
-        several = len(self.n_edits.unique()) > 1
-        return plot_sequences(table) if several else plot_edits(table)
-
-
-def changed(
-    pair: Float[Tensor, "row 2"], clusters: Sequence[str], bootstrap: dict[str, Any]
-) -> dict[str, float]:
-    """Mean before, mean and interval after, and those of the paired change; NaN where unknown."""
-    values = torch.cat([pair, (pair[:, 1] - pair[:, 0])[:, None]], dim=1)
-    found: dict[str, float] = {}
-    names = (("before", "", ""), ("mean", "low", "high"), ("change", "change_low", "change_high"))
-    for column, kinds in zip(values.T, names, strict=True):
-        # Clusters without any value are left out: a resample of nothing else would have no mean.
-        known = (~column.isnan()).nonzero().flatten().tolist()
-        numbers = (
-            bootstrap_mean(column[known], [clusters[i] for i in known], **bootstrap)
-            if known
-            else (torch.tensor(torch.nan),) * 3
-        )
-        found |= {kind: float(x) for kind, x in zip(kinds, numbers, strict=True) if kind}
+def with_change(table: pd.DataFrame, measure: str, bootstrap: dict[str, Any]) -> dict[str, float]:
+    """Return means before and after and the paired change, with intervals; NaN where unknown."""
+    after = torch.tensor(table[measure].to_numpy(dtype=float))
+    before = torch.full_like(after, torch.nan)
+    if f"{measure}_before" in table:
+        before = torch.tensor(table[f"{measure}_before"].to_numpy(dtype=float))
+    found = {"before": float(before.nanmean())}
+    names = (("mean", "low", "high"), ("change", "change_low", "change_high"))
+    for column, kinds in zip((after, after - before), names, strict=True):
+        values, clusters = known_values(column, list(table["cluster"]))
+        unknown = (torch.tensor(torch.nan),) * 3
+        numbers = bootstrap_mean(values, clusters, **bootstrap) if clusters else unknown
+        found |= {kind: float(x) for kind, x in zip(kinds, numbers, strict=True)}
     return found

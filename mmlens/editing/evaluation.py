@@ -6,7 +6,7 @@
 
 Everything is asked before and after an edit. Of each question it is seen how probable the expected
 answer is, and whether the greedy answer is right: the paper's metrics (Basu et al. 2024, section 5)
-in both versions. Efficacy, paraphrases and other pictures expect the target; neighbours,
+in both versions. Efficacy, paraphrases and other images expect the target; neighbours,
 portability and unrelated questions what their data says.
 """
 
@@ -15,25 +15,26 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmlens.data import EditCase, VisualQuestion
-from mmlens.editing.asking import Examiner, Reply
 from mmlens.editing.edit import Edit
 from mmlens.editing.edit_evaluation import EditEvaluation
+from mmlens.editing.examiner import Examiner, Reply
 from mmlens.editing.request import EditRequest
 from mmlens.editing.sequential import SequentialEditor
-from mmlens.memory import peak_memory
+from mmlens.utils.memory import peak_memory
+from mmlens.utils.progress import Progress
 
 if TYPE_CHECKING:
-    from mmlens.model import HookedMultimodalTransformer
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 __all__ = ["Examination", "Unrelated", "evaluate", "evaluate_sequence", "measured", "request_of"]
-
-Progress = Callable[[int, int], None]
 
 
 def request_of(
@@ -177,6 +178,24 @@ class Examination:
             seconds=torch.tensor([seconds]).double(),
             memory=torch.tensor([memory]),
         )
+
+    def of(self, make: Callable[[], Edit]) -> EditEvaluation:
+        """Make an edit, measure what that takes, and ask the edited model.
+
+        Where the edit cannot be made (a ValueError: it has diverged, say), the model is asked as it
+        is. `metadata["failed"]` is the reason, and empty where it could be made.
+        """
+        self.begin()
+        model, seconds, memory, failed = self.examiner.model, torch.nan, 0, ""
+        applied: AbstractContextManager[Any] = nullcontext()
+        try:
+            edit, seconds, memory = measured(model, make)
+            applied = edit.applied(model)
+        except ValueError as error:
+            failed = str(error) or type(error).__name__
+        with applied:
+            found = self.after(seconds=seconds, memory=memory)
+        return replace(found, metadata={"failed": failed})
 
 
 def measured(

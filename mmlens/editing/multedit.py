@@ -9,16 +9,23 @@ in closed form (`mmlens.editing.solve`) and needs no covariance of keys.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.attribution.where import layers_of
+from mmlens.analyses.arguments import layers_of
+from mmlens.data.edits import SAME_IMAGE
+from mmlens.editing.applied import applied_to
 from mmlens.editing.edit import Edit
+from mmlens.editing.edit_check import Origin
+from mmlens.editing.multedit_settings import MultEditSettings
+from mmlens.editing.reference_keys import reference_keys
+from mmlens.editing.references import References
 from mmlens.editing.request import EditRequest, as_requests, how_made
 from mmlens.editing.solve import LeastSquares, unlike
 from mmlens.editing.value import (
@@ -26,100 +33,85 @@ from mmlens.editing.value import (
     Neighbour,
     Shares,
     Value,
-    ValueSettings,
     find_value,
     record_neighbours,
     record_prompts,
 )
-from mmlens.inputs import MultimodalInputs
-from mmlens.interventions import hook_name
-from mmlens.layout import check_one_prompt
+from mmlens.inputs.checks import check_one_prompt
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.interventions.intervention import hook_name
+from mmlens.utils.grad_mode import without_gradients
+from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
-    from mmlens.branching import Recording
-    from mmlens.model import HookedMultimodalTransformer
+    from mmlens.branching.recording import Recording
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 __all__ = ["MultEditSettings", "keys_of", "multedit", "multedit_many"]
 
 Keys = Float[Tensor, "d_mlp _"]
+COSTS = ("prompts", "seconds", "bytes")
 
 
-@dataclass(frozen=True)
-class MultEditSettings(ValueSettings):
-    """How the value is optimised, and how the weight is solved for."""
-
-    lam: float = 0.01
-    """Weight of |W - W0|^2."""
-    weight: float = 1.0
-    """Of an edited key beside a kept one. Where they are much alike, the edit's value is a
-    compromise of both; the larger this is, the more of it the edit gets, and the others as well."""
-    through_update: bool = False
-    """Whether the search adds what the solved weight will add to every position, instead of the
-    values at their keys: then what it finds is what the edited model gives. A step computes the
-    whole prompt."""
-    positions: Literal["last", "all"] = "last"
-    """Where the keys are: at the last token of the request's span, as in the paper; or at every
-    position of its only prompt but BOS, each with a value of its own: what has to be added is then
-    spread over the picture and the words, and little of it is anywhere."""
-    key: Literal["mean", "each"] = "each"
-    """With several prompts: their mean is the key, or each is one and all get the value."""
-    preserve: Literal["nothing", "prompts", "neighbours", "both"] = "both"
-    """Keys that are to keep their values: those of the other positions of the request's prompts,
-    those of its neighbours, or both. None of them costs rank."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lam < 0:
-            raise ValueError(f"lam={self.lam}; it is 0 or more")
-        if self.weight <= 0:
-            raise ValueError(f"weight={self.weight}; it must be positive")
-        if self.positions not in ("last", "all"):
-            raise ValueError(f"positions={self.positions!r}; they are 'last' or 'all'")
-        if self.key not in ("mean", "each"):
-            raise ValueError(f"key={self.key!r}; it is 'mean' or 'each'")
-        if self.preserve not in ("nothing", "prompts", "neighbours", "both"):
-            raise ValueError(
-                f"preserve={self.preserve!r}; it is 'nothing', 'prompts', 'neighbours' or 'both'"
-            )
-
-
+@on_free_cores
 def multedit(
     model: HookedMultimodalTransformer,
     inputs: MultimodalInputs | EditRequest | Sequence[EditRequest],
     target: str | int | None = None,
     *,
-    layer: int,
+    layer: int | None = None,
+    references: Any = "auto",
+    subject: str = "",
     kept: Keys | None = None,
-    **settings: Any,
+    settings: MultEditSettings | None = None,
+    **changes: Any,
 ) -> Edit:
-    """The edit that makes a prompt be answered with the target; the model stays as it is.
+    """Return the edit that makes a prompt be answered with the target; the model is not changed.
+
+    By default it keeps the answers to references: its question about other images, other questions
+    about its image, and questions and texts that have nothing to do with it. The keys of the first
+    two kinds cost one pass of some 30 images for every new question; what is the same for all edits
+    is computed once for a model, and kept on disk (`edit.metadata["references"]` says seconds and
+    bytes). Edits that the model has keep their answers as well.
 
     Args:
-        inputs: an image question with a span "constraint"; or a request, in which further prompts,
-            neighbours and another span may be named; or several, which are solved together.
+        inputs: an image question, at best with a span "constraint"; or a request, in which further
+            prompts, neighbours and another span may be named; or several, which are solved
+            together.
         target: the new answer, where `inputs` are no requests.
-        layer: whose down projection is edited: an early causal one (`causal_trace`).
-        kept: further keys that keep their values, from `keys_of`: of questions that the edit is
-            not about, or of earlier edits (`SequentialEditor`). They cost no rank.
-        settings: of `MultEditSettings`, all of the paper's parameters: lam, lr, steps, ...
+        layer: whose down projection is edited; by default `settings.depth` says it.
+        references: whose answers are to stay: "auto" for those that are shipped; a folder of
+            images, a data set as `open_questions` names it, questions, images, or `References`;
+            None for none.
+        subject: what the image shows ("Italy"): then the question with this name in words, without
+            the image, gets the new answer as well.
+        kept: further keys that keep their values, from `keys_of`. They cost no rank.
+        settings: all of them at once, such as `MultEditSettings.paper()`.
+        changes: single settings of `MultEditSettings`: lam, lr, steps, ...
 
     Raises:
-        ValueError: no such layer, settings that make no sense, or as `EditRequest`.
+        ValueError: no such layer, settings that make no sense, references that cannot be made; or
+            as `EditRequest`.
         TypeError: an unknown setting.
 
     Example:
         >>> inputs = model.prepare("The capital of this country is the city of", "flag.png",
         ...                        spans={"constraint": "this country"})
-        >>> edit = multedit(model, inputs, "Rome", layer=3)
+        >>> edit = multedit(model, inputs, "Rome")
+        >>> edit.check().warning
         >>> with edit.applied(model):
         ...     model.generate(inputs)
     """
-    requests = as_requests(inputs, target)
-    chosen = MultEditSettings(**settings)
-    layer = one_layer(model, layer)
-    each = [keyed(model, request, layer, chosen) for request in requests]
+    chosen = replace(settings or MultEditSettings(), **changes)
+    requests = as_requests(inputs, target, subject)
+    layer = chosen.layer_of(model) if layer is None else one_layer(model, layer)
+    known = told(model, requests, layer, references if chosen.uses_references else None)
+    each = [keyed(model, request, layer, chosen) for request in known.requests]
     edited = torch.cat([part.keys for part in each], dim=1)
-    every = [part.kept for part in each] + ([] if kept is None else [kept.to(edited)])
+    every = [part.kept for part in each] + [keys.to(edited) for keys in known.keys]
+    if chosen.keeps_edits:
+        every += [keys.to(edited) for keys in earlier_keys(model, layer)]
+    every += [] if kept is None else [kept.to(edited)]
     every_kept = unlike(torch.cat(every, dim=1), edited)
     systems = [LeastSquares(p.of_values, chosen.lam, every_kept, chosen.weight) for p in each]
     values = [value_of(model, *pair, layer, chosen) for pair in zip(each, systems, strict=True)]
@@ -130,20 +122,79 @@ def multedit(
     return Edit.of(
         model,
         {down_weight(layer): delta},
+        keys={down_weight(layer): edited},
+        origin=Origin.of(model, requests, known.references),
         **how_made("multedit", requests, layer, asdict(chosen)),
         probability=[value.probability for value in values],
         steps=[value.steps for value in values],
+        references=known.used,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """Requests with what is known of references."""
+
+    requests: list[EditRequest]
+    references: References | None
+    keys: list[Keys]
+    used: dict[str, Any]
+    """For the metadata."""
+
+
+def told(
+    model: HookedMultimodalTransformer,
+    requests: Sequence[EditRequest],
+    layer: int,
+    references: Any,
+) -> Told:
+    """Return requests with references as neighbours, the written question as a key prompt.
+
+    Without a tokenizer or the prompt's text there are no shipped references, and a warning says so.
+    """
+    if references is None:
+        return Told(list(requests), None, [], {})
+    for request in requests:
+        missing = model.tokenizer is None or request.inputs.texts is None
+        if missing and references == "auto":
+            warnings.warn(
+                "this prompt's text is not known, so there are no references: answers to other "
+                "questions may change (references=None says that this is meant)",
+                stacklevel=4,
+            )
+            return Told(list(requests), None, [], {})
+    found = References.of(references, model)
+    assert found is not None
+    complete, keys = [], []
+    for request in requests:
+        written = request.written(model)
+        about = found.kept.around(model, request, (SAME_IMAGE,))
+        neighbours = (*request.neighbours, *(each.inputs for each in about))
+        further = (*request.key_prompts, *([] if written is None else [written]))
+        complete.append(replace(request, key_prompts=further, neighbours=neighbours))
+        keys.append(reference_keys(model, request, found.kept, layer))
+    used = {name: sum(each.metadata[name] for each in keys) for name in COSTS}
+    n_keys = sum(each.keys.shape[1] for each in keys)
+    return Told(
+        complete, found, [each.keys for each in keys], {"name": found.name, "keys": n_keys, **used}
+    )
+
+
+def earlier_keys(model: HookedMultimodalTransformer, layer: int) -> list[Keys]:
+    """Return the keys of edits of the layer that the model has now."""
+    name = down_weight(layer)
+    edits: list[Any] = [each.edit for each in applied_to(model)]
+    return [edit.keys[name] for edit in edits if name in getattr(edit, "keys", {})]
 
 
 def multedit_many(
     model: HookedMultimodalTransformer,
     requests: Sequence[EditRequest],
     *,
-    layer: int,
+    layer: int | None = None,
     **settings: Any,
 ) -> Edit:
-    """Many edits of one layer, solved together: an update of the rank of their number.
+    """Many edits of one layer, solved together: an update of the rank of their keys' number.
 
     Each value is optimised on the model as it is. Edits of almost the same key would have to share
     a value, and get the mean of theirs.
@@ -151,13 +202,13 @@ def multedit_many(
     Args:
         requests: the edits.
         layer: as in `multedit`.
-        settings: as in `multedit`.
+        settings: further arguments of `multedit`.
 
     Raises:
         ValueError: no requests; or as `multedit`.
 
     Example:
-        >>> edit = multedit_many(model, [EditRequest(a, "Rome"), EditRequest(b, "Oslo")], layer=3)
+        >>> edit = multedit_many(model, [EditRequest(a, "Rome"), EditRequest(b, "Oslo")])
     """
     return multedit(model, list(requests), layer=layer, **settings)
 
@@ -173,7 +224,7 @@ def one_layer(model: HookedMultimodalTransformer, layer: Any) -> int:
     return layers_of(model, [layer])[0]
 
 
-@torch.no_grad()
+@without_gradients
 def keys_of(
     model: HookedMultimodalTransformer,
     prompts: Iterable[MultimodalInputs],
@@ -183,7 +234,7 @@ def keys_of(
 ) -> Keys:
     """The keys of prompts, such as the questions that an edit is not about: `kept` in `multedit`.
 
-    Keys of questions of one form are much alike whatever their pictures show, so an edit of one is
+    Keys of questions of one form are much alike whatever their images show, so an edit of one is
     one of all, unless it is told what to keep.
 
     Args:
@@ -229,7 +280,7 @@ class Keyed:
     @property
     def of_values(self) -> list[Keys]:
         """The keys of each value: one value for all of several prompts, or one for each key."""
-        several = len(self.prompts[0].positions) > 1
+        several = self.prompts[-1].values[1] > 1
         return list(self.keys.split(1, dim=1)) if several else [self.keys]
 
 
@@ -241,12 +292,7 @@ def keyed(
 ) -> Keyed:
     """Run a request's prompts, and its neighbours where they are needed."""
     names = [hook_name("post", layer), hook_name("mlp_out", layer)]
-    everywhere = settings.positions == "all"
-    if everywhere and len(request.prompts) > 1:
-        raise ValueError(
-            f"positions='all' is for one prompt, and this request has {len(request.prompts)}: "
-            "leave its key_prompts out"
-        )
+    everywhere = None if settings.positions == "last" else settings.positions
     prompts = record_prompts(
         model,
         request,
@@ -258,7 +304,7 @@ def keyed(
     edited = keys.mean(dim=1, keepdim=True) if settings.key == "mean" else keys
     kept, neighbours = [edited[:, :0]], []
     if settings.preserve in ("prompts", "both"):
-        # Not behind the prompt: what the target says there is not what is asked.
+        # Not after the prompt: what the target says there is not what is asked.
         kept += [prompt.keys(layer)[:, : prompt.answer.positions[0] + 1] for prompt in prompts]
     if settings.kl_weight or settings.preserve in ("neighbours", "both"):
         like = [prompt.recording for prompt in prompts]

@@ -9,16 +9,20 @@ Every editing method takes one request or several.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlens.hooks import generator_for
-from mmlens.inputs import MultimodalInputs
-from mmlens.layout import check_one_prompt
+from mmlens.inputs.checks import check_one_prompt
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.spans import PLACEHOLDER
+from mmlens.interventions.functions import generator_for
+
+if TYPE_CHECKING:
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 __all__ = ["EditRequest", "as_requests", "augmented"]
 
@@ -38,18 +42,21 @@ class EditRequest:
     """
 
     inputs: MultimodalInputs
-    """One prompt; with a picture, or without one."""
+    """One prompt; with an image, or without one."""
     target: str | int
     """The new answer as it would follow the prompt, of any number of tokens; or a token id."""
     _: KW_ONLY
     span: str = "constraint"
     """The span whose last token is the key's position."""
     key_prompts: Sequence[MultimodalInputs] = ()
-    """Further prompts that are to get the same answer: other wordings, other pictures of the same
+    """Further prompts that are to get the same answer: other wordings, other images of the same
     thing, `augmented` ones. They have the span as well."""
     neighbours: Sequence[MultimodalInputs] = ()
-    """Prompts whose answers are to stay: other questions about the picture, the same question about
+    """Prompts whose answers are to stay: other questions about the image, the same question about
     another one."""
+    subject: str = ""
+    """What the image shows, in words ("Italy"), where it is known: then methods can make the same
+    question without the image, which has the subject in the place of the span (`written`)."""
 
     def __post_init__(self) -> None:
         if self.target == "":
@@ -73,6 +80,34 @@ class EditRequest:
             raise ValueError(f"the span {self.span!r} has no positions, so it has no last token")
         return max(positions)
 
+    def written(self, model: HookedMultimodalTransformer) -> MultimodalInputs | None:
+        """Return the question in words alone, with the subject in the place of the span.
+
+        It is a key prompt of `multedit`, so that the written question gets the new answer, too.
+        None where there is no subject or no image, or where the words of the prompt are not known.
+
+        Args:
+            model: for its tokenizer.
+        """
+        inputs = self.inputs
+        if not (self.subject and inputs.texts and inputs.char_spans and any(inputs.n_images)):
+            return None
+        if self.span not in inputs.char_spans[0]:
+            return None
+        text, (start, end) = inputs.texts[0], inputs.char_spans[0][self.span]
+        before, after = (
+            part.replace(PLACEHOLDER + "\n", "").replace(PLACEHOLDER, "")
+            for part in (text[:start], text[end:])
+        )
+        first = text[start].isupper()
+        name = self.subject[0].upper() + self.subject[1:] if first else self.subject
+        return model.prepare(
+            before + name + after,
+            spans={self.span: (len(before), len(before) + len(name))},
+            template=None,
+            prepend_bos="bos" in inputs.spans[0],
+        )
+
     def described(self) -> dict[str, str | int]:
         """Prompt, target and span, for an edit's metadata."""
         prompt = self.inputs.texts[0] if self.inputs.texts else ""
@@ -80,9 +115,13 @@ class EditRequest:
 
 
 def as_requests(
-    given: MultimodalInputs | EditRequest | Sequence[EditRequest], target: str | int | None
+    given: MultimodalInputs | EditRequest | Sequence[EditRequest],
+    target: str | int | None,
+    subject: str = "",
 ) -> list[EditRequest]:
     """What an editing method was given, as a list of requests.
+
+    Inputs alone have their key at the span "constraint", or at their last token.
 
     Raises:
         ValueError: inputs without a target, requests with one beside their own, or none at all.
@@ -90,7 +129,10 @@ def as_requests(
     if isinstance(given, MultimodalInputs):
         if target is None:
             raise ValueError("inputs alone do not say what to edit: give the target, too")
-        return [EditRequest(given, target)]
+        span = "constraint" if "constraint" in given.spans[0] else "last"
+        return [EditRequest(given, target, span=span, subject=subject)]
+    if subject:
+        raise ValueError(f"subject={subject!r}, but requests hold their own subjects")
     if target is not None:
         raise ValueError(f"target={target!r}, but requests hold their own targets")
     requests = [given] if isinstance(given, EditRequest) else list(given)
@@ -102,36 +144,34 @@ def as_requests(
 def augmented(
     inputs: MultimodalInputs, n: int, *, crop: float = 0.1, light: float = 0.1, seed: int = 0
 ) -> list[MultimodalInputs]:
-    """The same prompt with its pictures changed a little, `n` times.
+    """The same prompt with its images changed a little, `n` times.
 
-    Each picture loses a random margin, at most `crop` of its height and width in all, and is
+    Each image loses a random margin, at most `crop` of its height and width in all, and is
     resized to what it was; its pixel values are scaled by up to 1 +- `light`.
 
     Raises:
-        ValueError: there is no picture, or a margin that leaves nothing.
+        ValueError: there is no image, or a margin that leaves nothing.
     """
     pixels = inputs.pixel_values
     if pixels is None:
-        raise ValueError("there is no picture to change in these inputs")
+        raise ValueError("there is no image to change in these inputs")
     if not 0 <= crop < 1:
-        raise ValueError(f"crop={crop}; it is a share of the picture, from 0 to below 1")
+        raise ValueError(f"crop={crop}; it is a share of the image, from 0 to below 1")
     return [
-        replace(
-            inputs,
-            pixel_values=torch.stack(
+        inputs.with_pixels(
+            torch.stack(
                 [
-                    changed(picture, crop, light, generator_for(seed, sample, index))
+                    varied_image(picture, crop, light, generator_for(seed, sample, index))
                     for index, picture in enumerate(pixels)
                 ]
-            ),
-            images=None,
+            )
         )
         for sample in range(n)
     ]
 
 
-def changed(picture: Tensor, crop: float, light: float, chance: torch.Generator) -> Tensor:
-    """One picture [channel, height, width] without a random margin, and lighter or darker."""
+def varied_image(picture: Tensor, crop: float, light: float, chance: torch.Generator) -> Tensor:
+    """One image [channel, height, width] without a random margin, and lighter or darker."""
     height, width = picture.shape[1:]
     drawn = torch.rand(5, generator=chance).tolist()
     lost = (round(drawn[0] * crop * height), round(drawn[1] * crop * width))

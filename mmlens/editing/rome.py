@@ -10,14 +10,13 @@ many edits over several layers: at each of them, upwards,
 
     W = W0 + R K^T (weight C + K K^T)^-1,   r_i = (z_i - h_i) / (layers left)
 
-where z_i is what the residual stream behind the last layer is to be at the edit's position, and
+where z_i is what the residual stream after the last layer is to be at the edit's position, and
 h_i what it is by then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,28 +24,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.attribution.where import layers_of
+from mmlens.analyses.arguments import layers_of
+from mmlens.editing.applied import applied_in_turn
 from mmlens.editing.covariance import KeyCovariance
-from mmlens.editing.edit import Edit, LowRank
+from mmlens.editing.deltas import LowRank
+from mmlens.editing.edit import Edit
+from mmlens.editing.edit_check import Origin
 from mmlens.editing.multedit import down_weight, one_layer
+from mmlens.editing.reference_keys import all_reference_keys
+from mmlens.editing.references import References
 from mmlens.editing.request import EditRequest, as_requests, how_made
 from mmlens.editing.value import ValueSettings, find_value, record_prompts
-from mmlens.inputs import MultimodalInputs
-from mmlens.interventions import hook_name
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.interventions.intervention import hook_name
+from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
-    from mmlens.model import HookedMultimodalTransformer
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 __all__ = ["memit", "rome"]
 
 
+@on_free_cores
 def rome(
     model: HookedMultimodalTransformer,
     inputs: MultimodalInputs | EditRequest | Sequence[EditRequest],
     target: str | int | None = None,
     *,
     layer: int,
-    covariance: KeyCovariance,
+    covariance: KeyCovariance | None = None,
+    references: Any = None,
     ridge: float = 1e-4,
     **settings: Any,
 ) -> Edit:
@@ -57,12 +64,13 @@ def rome(
         target: as in `multedit`.
         layer: whose down projection is edited.
         covariance: of this layer's keys, from `key_covariance`.
+        references: in its place, as in `multedit`: the covariance is that of their keys.
         ridge: added to the covariance's diagonal, as a share of its mean: a corpus of fewer tokens
             than d_mlp has a singular one.
         settings: of `ValueSettings`.
 
     Raises:
-        ValueError: as `multedit`; a covariance of other layers.
+        ValueError: as `multedit`; a covariance of other layers; neither that nor references.
 
     Example:
         >>> covariance = key_covariance(model, texts, layers=[3])
@@ -71,10 +79,12 @@ def rome(
     requests = as_requests(inputs, target)
     chosen = ValueSettings(**settings)
     layer = one_layer(model, layer)
-    moment = with_ridge(covariance.at(layer), ridge)
+    known = References.of(references, model)
+    [second], n_tokens = second_moments(model, requests, [layer], covariance, known)
+    moment = with_ridge(second, ridge)
     names = [hook_name("post", layer), hook_name("mlp_out", layer)]
     parts: list[LowRank] = []
-    with ExitStack() as applied:
+    with applied_in_turn(model) as apply:
         for index, request in enumerate(requests):
             prompts = record_prompts(
                 model, request, names, first_token_only=chosen.first_token_only
@@ -83,14 +93,45 @@ def rome(
             value = find_value(model, prompts, "mlp_out", layer, chosen)
             parts.append(rank_one(key, value.delta[0], moment))
             if index < len(requests) - 1:
-                step = Edit.of(model, {down_weight(layer): parts[-1]}, method="rome")
-                applied.enter_context(step.applied(model))
+                apply(Edit.of(model, {down_weight(layer): parts[-1]}, method="rome"))
     delta = LowRank(
         torch.cat([part.left for part in parts], dim=1),
         torch.cat([part.right for part in parts], dim=0),
     )
-    used = asdict(chosen) | {"ridge": ridge, "covariance_tokens": covariance.n_tokens}
-    return Edit.of(model, {down_weight(layer): delta}, **how_made("rome", requests, layer, used))
+    used = asdict(chosen) | {"ridge": ridge, "covariance_tokens": n_tokens}
+    return Edit.of(
+        model,
+        {down_weight(layer): delta},
+        origin=Origin.of(model, requests, known),
+        **how_made("rome", requests, layer, used),
+    )
+
+
+def second_moments(
+    model: HookedMultimodalTransformer,
+    requests: Sequence[EditRequest],
+    layers: Sequence[int],
+    covariance: KeyCovariance | None,
+    references: References | None,
+) -> tuple[list[Float[Tensor, "d_mlp d_mlp"]], int]:
+    """Return E[k k^T] of each layer, of a corpus or of references, and of how many keys it is.
+
+    Raises:
+        ValueError: neither is given, or both are.
+    """
+    if (covariance is None) == (references is None):
+        raise ValueError(
+            "give either a covariance (key_covariance), or references whose keys it is made of"
+        )
+    if covariance is not None:
+        return [covariance.at(layer) for layer in layers], covariance.n_tokens
+    assert references is not None
+    found, n_keys = [], 0
+    for layer in layers:
+        keys = all_reference_keys(model, requests, references, layer).double()
+        n_keys = keys.shape[1]
+        found.append(keys @ keys.T / n_keys)
+    return found, n_keys
 
 
 def rank_one(
@@ -119,13 +160,15 @@ def with_ridge(moment: Float[Tensor, "d_mlp d_mlp"], ridge: float) -> Tensor:
     return wide + ridge * wide.diagonal().mean() * torch.eye(len(wide)).to(wide)
 
 
+@on_free_cores
 def memit(
     model: HookedMultimodalTransformer,
     inputs: MultimodalInputs | EditRequest | Sequence[EditRequest],
     target: str | int | None = None,
     *,
     layer: int | Sequence[int],
-    covariance: KeyCovariance,
+    covariance: KeyCovariance | None = None,
+    references: Any = None,
     weight: float = 15000.0,
     **settings: Any,
 ) -> Edit:
@@ -134,14 +177,15 @@ def memit(
     Args:
         inputs: as in `multedit`; the mean over a request's prompts is the key.
         target: as in `multedit`.
-        layer: the layers that are edited, ascending; values are optimised behind the last.
+        layer: the layers that are edited, ascending; values are optimised after the last.
         covariance: of these layers' keys, from `key_covariance`.
+        references: in its place, as in `multedit`: the covariance is that of their keys.
         weight: how much the corpus counts beside one edit (the published one for GPT-J by
             default).
         settings: of `ValueSettings`.
 
     Raises:
-        ValueError: as `multedit`; a covariance that lacks a layer.
+        ValueError: as `multedit`; a covariance that lacks a layer; neither that nor references.
 
     Example:
         >>> covariance = key_covariance(model, texts, layers=[2, 3, 4])
@@ -152,7 +196,11 @@ def memit(
     layers = sorted(layers_of(model, [layer] if isinstance(layer, int) else layer))
     if weight <= 0:
         raise ValueError(f"weight={weight}; it must be positive")
-    moments = {layer: weight * covariance.at(layer).double() for layer in layers}
+    known = References.of(references, model)
+    seconds, n_tokens = second_moments(model, requests, layers, covariance, known)
+    moments = {
+        layer: weight * second.double() for layer, second in zip(layers, seconds, strict=True)
+    }
     last = layers[-1]
     goals = []
     for request in requests:
@@ -162,21 +210,24 @@ def memit(
         goals.append(mean_at_keys(prompts, "resid_post", last).to(value.delta) + value.delta[0])
     goal = torch.stack(goals, dim=1)
     deltas: dict[str, LowRank] = {}
-    with ExitStack() as applied:
+    with applied_in_turn(model) as apply:
         for index, each in enumerate(layers):
             names = [hook_name("post", each), hook_name("resid_post", last)]
             found = [record_prompts(model, request, names) for request in requests]
             keys = torch.stack([mean_at_keys(p, "post", each) for p in found], dim=1)
             there = torch.stack([mean_at_keys(p, "resid_post", last) for p in found], dim=1)
             residuals = (goal - there.to(goal)) / (len(layers) - index)
-            deltas[down_weight(each)] = spread(residuals, keys, moments[each])
+            deltas[down_weight(each)] = memit_update(residuals, keys, moments[each])
             if each != last:
-                step = Edit.of(
-                    model, {down_weight(each): deltas[down_weight(each)]}, method="memit"
-                )
-                applied.enter_context(step.applied(model))
-    used = asdict(chosen) | {"weight": weight, "covariance_tokens": covariance.n_tokens}
-    return Edit.of(model, deltas, **how_made("memit", requests, layers, used))
+                name = down_weight(each)
+                apply(Edit.of(model, {name: deltas[name]}, method="memit"))
+    used = asdict(chosen) | {"weight": weight, "covariance_tokens": n_tokens}
+    return Edit.of(
+        model,
+        deltas,
+        origin=Origin.of(model, requests, known),
+        **how_made("memit", requests, layers, used),
+    )
 
 
 def mean_at_keys(prompts: Sequence[Any], site: str, layer: int) -> Float[Tensor, " width"]:
@@ -184,7 +235,7 @@ def mean_at_keys(prompts: Sequence[Any], site: str, layer: int) -> Float[Tensor,
     return torch.cat([prompt.at_positions(site, layer) for prompt in prompts]).mean(dim=0)
 
 
-def spread(
+def memit_update(
     residuals: Float[Tensor, "d_model edit"],
     keys: Float[Tensor, "d_mlp edit"],
     moment: Float[Tensor, "d_mlp d_mlp"],

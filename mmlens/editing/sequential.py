@@ -1,6 +1,6 @@
 """Edits one after the other, each made on the model that has the earlier ones.
 
-editor = SequentialEditor(model, layer=3)
+editor = SequentialEditor(model)
 for request in requests:
     editor.add(request)          # the model now answers this one, too
 editor.edit.save("all.safetensors")
@@ -10,32 +10,32 @@ editor.revert()
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from mmlens.editing.applied import take_off
 from mmlens.editing.edit import Edit
-from mmlens.editing.multedit import MultEditSettings, keyed, multedit
+from mmlens.editing.multedit import multedit
 from mmlens.editing.request import EditRequest, as_requests
-from mmlens.inputs import MultimodalInputs
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.utils.temporary import Changes, Temporary
 
 if TYPE_CHECKING:
-    from mmlens.model import HookedMultimodalTransformer
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 
-class SequentialEditor:
+class SequentialEditor(Temporary["SequentialEditor"]):
     """A model that is edited again and again; in a `with` block, until its end.
 
-    The sum of the edits so far is applied to the model, and its weights are kept once.
+    The sum of the edits so far is applied to the model, and its weights are kept once. An `add`
+    that is interrupted leaves the model with the edits that it had; `revert` takes all of them off
+    in any case.
 
     Args:
         model: the model, which is changed.
         method: any editing method.
         history: whether later edits know the earlier ones: their keys keep their values, but for
             those that are edited anew. Only `multedit` can; by default it does.
-        settings: of the method: layer, ...
+        settings: further arguments of the method: layer, references, ...
 
     Raises:
         ValueError: a history for another method than `multedit`.
@@ -55,6 +55,7 @@ class SequentialEditor:
         history: bool | None = None,
         **settings: Any,
     ) -> None:
+        super().__init__(self._until_the_end)
         if history and method is not multedit:
             raise ValueError("only multedit solves with the keys of earlier edits: history=False")
         self.model = model
@@ -65,7 +66,8 @@ class SequentialEditor:
         """In the order in which they were made."""
         self.edit: Edit | None = None
         """Their sum, which the model has; None before the first."""
-        self._keys: list[Tensor] = []
+        self._begun: list[Edit] = []
+        """The sums that the model may have: one, but for the time of an `add`."""
 
     def add(self, request: MultimodalInputs | EditRequest, target: str | int | None = None) -> Edit:
         """Edit the model once more.
@@ -78,39 +80,44 @@ class SequentialEditor:
         """
         [only] = as_requests(request, target)
         settings = dict(self.settings)
-        if self.history and self._keys:
-            given = [settings["kept"]] if settings.get("kept") is not None else []
-            settings["kept"] = torch.cat([*given, *self._keys], dim=1)
+        if self.method is multedit and not self.history:
+            settings["keeps_edits"] = False
         edit = self.method(self.model, only, **settings)
         total = edit if self.edit is None else self.edit + edit
-        if self.history:
-            self._keys.append(self._keys_of(only))
-        if self.edit is not None:
-            self.edit.revert(self.model)
-        self.edit = total
-        self.edit.apply(self.model)
-        self.edits.append(edit)
+        try:
+            self._exchange(total)
+        except BaseException:
+            try:
+                self._exchange(self.edit)
+            finally:
+                self._exchange(self.edit)
+            raise
+        self.edit, self.edits = total, [*self.edits, edit]
         return edit
+
+    def _exchange(self, wanted: Edit | None) -> None:
+        """Let the model have this sum, and no other of ours."""
+        with self.model.run_lock.held(is_run=True):
+            for other in self._begun:
+                if other is not wanted and other.is_applied(self.model):
+                    other.revert(self.model)
+            if wanted is not None and not wanted.is_applied(self.model):
+                self._begun = [*self._begun, wanted]
+                wanted.apply(self.model)
+            self._begun = [] if wanted is None else [wanted]
 
     def revert(self) -> None:
         """Take all edits off; the editor can then begin anew."""
-        if self.edit is not None:
-            self.edit.revert(self.model)
-        self.edit, self.edits, self._keys = None, [], []
+        self._exchange(None)
+        self.edit, self.edits = None, []
 
-    def _keys_of(self, request: EditRequest) -> Tensor:
-        """What is edited: keys at a layer do not depend on the edits of its down projection."""
-        layer = self.settings["layer"]
-        chosen = {k: v for k, v in self.settings.items() if k not in ("layer", "kept")}
-        return keyed(self.model, request, layer, MultEditSettings(**chosen)).keys
-
-    def __enter__(self) -> SequentialEditor:
+    def _until_the_end(self) -> Changes[SequentialEditor]:
+        """What a `with` block does."""
+        yield self.model.exclusive()
+        yield self._take_off
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def _take_off(self) -> None:
+        for each in self._begun:
+            take_off(self.model, each)
         self.revert()

@@ -11,24 +11,24 @@ visual tokens costs a few positions of text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmlens.answers import Answer, given_answer, with_answer
-from mmlens.beginnings import record_like
-from mmlens.branching import Recording
+from mmlens.analyses.targets import Answer, given_answer, with_answer
+from mmlens.branching.recording import Recording
 from mmlens.editing.request import EditRequest
-from mmlens.hooks import add
-from mmlens.interventions import Intervention, hook_name
+from mmlens.interventions.functions import add
+from mmlens.interventions.intervention import Intervention, hook_name
+from mmlens.utils.grad_mode import gradients
+from mmlens.utils.temporary import Changes, temporary
 
 if TYPE_CHECKING:
-    from mmlens.model import HookedMultimodalTransformer
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 Objective = Callable[[Float[Tensor, "key d_model"]], tuple[Float[Tensor, ""], float]]
 
@@ -67,12 +67,16 @@ class ValueSettings:
 
 @dataclass(frozen=True, eq=False)
 class KeyPrompt:
-    """A prompt with its target behind it, run once."""
+    """A prompt with its target after it, run once."""
 
     recording: Recording
     answer: Answer
     positions: list[int]
     """Of the keys: one, or all that get a value of their own."""
+    values: tuple[int, int] = (0, 1)
+    """Which of all values its keys get: from the first number up to the second."""
+    first: int = 0
+    """The first position at which what is added counts."""
 
     def keys(self, layer: int) -> Float[Tensor, "d_mlp pos"]:
         """The down projection's input at every position of the prompt and the target."""
@@ -111,25 +115,33 @@ def record_prompts(
     names: Sequence[str],
     *,
     first_token_only: bool = False,
-    everywhere: bool = False,
+    everywhere: Literal["words", "all"] | None = None,
 ) -> list[KeyPrompt]:
     """Run a request's prompts, what they have in common once.
 
     Args:
         names: hook points whose activations are kept.
-        everywhere: whether every position but BOS is a key's.
+        everywhere: whether every position but BOS is a key's, or every word.
     """
     found: list[KeyPrompt] = []
+    n_values = 0
     for given in request.prompts:
         inputs = model.to_inputs(given)
         answer = given_answer(model, inputs, request.target)
         if first_token_only:
             answer = replace(answer, tokens=answer.tokens[:1], positions=answer.positions[:1])
         earlier = [each.recording for each in found]
-        recording = record_like(model, with_answer(inputs, answer), earlier, names)
+        [recording] = Recording.of_all(model, [with_answer(inputs, answer)], names, earlier)
         begin = len(inputs.spans[0].get("bos", ()))
-        keys = range(begin, inputs.n_pos) if everywhere else [request.position(inputs)]
-        found.append(KeyPrompt(recording, answer, list(keys)))
+        keys, own, first = [request.position(inputs)], (0, 1), 0
+        if everywhere is not None:
+            keys = list(range(begin, inputs.n_pos))
+            if everywhere == "words":
+                keys = [at for at in keys if not inputs.is_image[0, at]]
+                first = min(keys)
+            own = (n_values, n_values + len(keys))
+        n_values = own[1]
+        found.append(KeyPrompt(recording, answer, keys, own, first))
     return found
 
 
@@ -140,10 +152,7 @@ def record_neighbours(
     like: Sequence[Recording],
 ) -> list[Recording]:
     """Run a request's neighbours, from where they differ from other prompts."""
-    found: list[Recording] = []
-    for inputs in request.neighbours:
-        found.append(record_like(model, model.to_inputs(inputs), [*like, *found], names))
-    return found
+    return Recording.of_all(model, request.neighbours, names, like)
 
 
 def find_value(
@@ -158,28 +167,28 @@ def find_value(
     """Optimise what is added at `site` of a layer, at the keys of every prompt.
 
     Args:
-        prompts: with as many keys each; they share the values.
+        prompts: with the values that their keys get, of their own or shared.
         site: "mlp_out" or "resid_post".
         neighbours: of which the divergence counts, where `settings.kl_weight` is not zero.
         shares: for each prompt, what is added instead: at every position, its shares of the values.
     """
-    z0 = torch.stack([prompt.at_positions(site, layer) for prompt in prompts])
+    z0 = torch.cat([prompt.at_positions(site, layer) for prompt in prompts])
     z0 = z0.to(torch.promote_types(z0.dtype, torch.float32))
     size = z0.norm(dim=-1).mean().clamp(min=torch.finfo(z0.dtype).tiny)
     objective = value_objective(prompts, site, layer, settings, neighbours, size, shares)
     limit = None if settings.clamp is None else settings.clamp * size
-    delta = torch.zeros_like(z0[0], requires_grad=True)
+    n_values = max(prompt.values[1] for prompt in prompts)
+    delta = torch.zeros_like(z0[:n_values], requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=settings.lr / len(delta) ** 0.5)
-    with frozen(model):
+    with frozen(model), gradients(True):
         for step in range(settings.steps + 1):
-            with torch.enable_grad():
-                loss, probability = objective(delta)
+            loss, probability = objective(delta)
             if probability >= settings.stop_at or step == settings.steps:
                 break
             [delta.grad] = torch.autograd.grad(loss, [delta])
             optimiser.step()
             if limit is not None:
-                with torch.no_grad():
+                with gradients(False):
                     lengths = delta.norm(dim=-1, keepdim=True)
                     delta *= (limit / lengths.clamp(min=limit)).clamp(max=1.0)
     return Value(delta.detach(), probability, step)
@@ -200,16 +209,17 @@ def value_objective(
         size: |z0|, mean over the keys, in whose units the weight decay is.
         shares: as in `find_value`.
     """
-    with torch.no_grad():
+    with gradients(False):
         before = [last_log_softmax(each.recording.logits())[0] for each in neighbours]
 
     def objective(delta: Float[Tensor, "key d_model"]) -> tuple[Float[Tensor, ""], float]:
         found = []
         for index, prompt in enumerate(prompts):
             if shares is None:
-                branch = [Intervention(site, layer, prompt.positions, add(delta))]
+                own = delta[slice(*prompt.values)]
+                branch = [Intervention(site, layer, prompt.positions, add(own))]
             else:
-                branch = [moved(shares[index], site, layer, delta)]
+                branch = [moved(shares[index], site, layer, delta, prompt.first)]
             logits = prompt.answer.log_probability
             found.append(prompt.recording.run([branch], logits, positions=prompt.answer.positions))
         log_probability = torch.stack(found)
@@ -227,9 +237,10 @@ def value_objective(
     return objective
 
 
-def moved(shares: Shares, site: str, layer: int, delta: Tensor) -> Intervention:
-    """What the edit does to a prompt: every position gets its shares of delta."""
-    return Intervention(site, layer, None, add(shares @ delta))
+def moved(shares: Shares, site: str, layer: int, delta: Tensor, first: int = 0) -> Intervention:
+    """What the edit does to a prompt: every position from the first on gets its shares of delta."""
+    positions = range(first, len(shares)) if first else None
+    return Intervention(site, layer, positions, add(shares[first:] @ delta))
 
 
 def last_log_softmax(logits: Float[Tensor, "row 1 d_vocab"]) -> Float[Tensor, "row d_vocab"]:
@@ -237,14 +248,11 @@ def last_log_softmax(logits: Float[Tensor, "row 1 d_vocab"]) -> Float[Tensor, "r
     return logits[:, 0].double().log_softmax(-1)
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+@temporary
+def frozen(model: HookedMultimodalTransformer) -> Changes[None]:
     """The model without gradients of its own, which would keep every activation for them."""
+    yield model.exclusive()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    yield lambda: [parameter.requires_grad_(True) for parameter in trained]
     for parameter in trained:
         parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
 from mmlens.plots.figure import Figure
-from mmlens.plots.profile import plot_layer_profile
-from mmlens.plots.style import GRID, INK, LINES, layout
+from mmlens.plots.layer_profile import plot_layer_profile
+from mmlens.plots.style import GRID, INK, LINES, layout, set_titles
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MEASURES = {
+    from mmlens.editing.edit_check import EditCheck
+    from mmlens.editing.edit_evaluation import EditEvaluation
+
+MEASURE_TITLES = {
     "probability": "probability of the expected answer",
     "score": "greedy answer right",
 }
-COLUMNS = ("method", "group", "measure", "before", "mean", "low", "high")
+EDIT_COLUMNS = ("method", "group", "measure", "before", "mean", "low", "high")
 
 HATCHING = ("", "/", "x", ".")
 """Of bars whose colours come again."""
 
 
+def plot_evaluation(found: EditEvaluation, name: str | None = None) -> Figure:
+    """Draw every group's probability and score; over the number of edits if there are several."""
+    table = found.summary().assign(method=name or found.metadata.get("method", "edit"))
+    several = len(found.n_edits.unique()) > 1
+    return plot_sequences(table) if several else plot_edits(table)
+
+
 def plot_edits(
     df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
 ) -> Figure:
-    """Draw what methods do to each group of questions: bars with intervals, and a tick for before.
+    """Draw how each group of questions is answered after an edit by each method, and before it.
 
     Args:
         df: columns `method`, `group`, `measure`, `before`, `mean`, `low`, `high`, as
@@ -43,13 +53,13 @@ def plot_edits(
     methods, groups = (list(shown[name].unique()) for name in ("method", "group"))
     figure: Figure = make_subplots(
         figure=Figure(),
-        rows=len(MEASURES),
+        rows=len(MEASURE_TITLES),
         cols=1,
         shared_xaxes=True,
         vertical_spacing=0.1,
-        row_titles=list(MEASURES.values()),
+        row_titles=list(MEASURE_TITLES.values()),
     )
-    for row, measure in enumerate(MEASURES, start=1):
+    for row, measure in enumerate(MEASURE_TITLES, start=1):
         for index, method in enumerate(methods):
             chosen = (shown["measure"] == measure) & (shown["method"] == method)
             points = shown[chosen].set_index("group").reindex(groups)
@@ -62,24 +72,21 @@ def plot_edits(
     figure.update_layout(
         layout(
             width=max(640, 160 + len(groups) * max(115, 40 + 24 * len(methods))),
-            height=top + 90 + 250 * len(MEASURES),
+            height=top + 90 + 250 * len(MEASURE_TITLES),
             margin={"t": top, "l": 60, "r": 45, "b": 90},
             barmode="group",
             legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         )
     )
-    figure.update_layout(title_text=title)
-    if subtitle:
-        figure.update_layout(title_subtitle={"text": subtitle, "font": {"size": 12}})
+    set_titles(figure, title, subtitle)
     return figure
 
 
 def bars_of(points: pd.DataFrame, method: str, index: int, *, in_legend: bool) -> go.Bar:
-    """A method's bars, one per group (the index of `points`), with their intervals.
+    """Return a method's bars with their intervals, one per group (the index of `points`).
 
-    Args:
-        index: of the method. Where the colours are used up they come again, hatched; black is
-            none of them, since intervals would not be seen on it.
+    Where the colours are used up they come again, hatched; black is none of them, since intervals
+    would not be seen on it.
     """
     colors = [line.color for line in LINES if line.color != "#000000"]
     again, place = divmod(index, len(colors))
@@ -90,23 +97,21 @@ def bars_of(points: pd.DataFrame, method: str, index: int, *, in_legend: bool) -
         legendgroup=method,
         showlegend=in_legend,
         marker={"color": colors[place], "pattern": {"shape": HATCHING[again % len(HATCHING)]}},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": points["high"] - points["mean"],
-            "arrayminus": points["mean"] - points["low"],
-            "thickness": 1,
-            "width": 3,
-            "color": INK,
-        },
+        error_y=interval(points["mean"], points["low"], points["high"]),
         customdata=points[["before", "low", "high"]],
         hovertemplate=f"{method}<br>%{{x}}<br>%{{y:.3f}} (%{{customdata[1]:.3f}} to "
         "%{customdata[2]:.3f}), before %{customdata[0]:.3f}<extra></extra>",
     )
 
 
+def interval(mean: pd.Series, low: pd.Series, high: pd.Series) -> dict[str, Any]:
+    """Return plotly's description of the thin lines from `low` to `high` on bars."""
+    ends = {"array": high - mean, "arrayminus": mean - low}
+    return {"type": "data", "symmetric": False, "thickness": 1, "width": 3, "color": INK, **ends}
+
+
 def before_ticks(before: pd.Series, *, in_legend: bool) -> go.Scatter:
-    """A line across each group at what it was without any edit."""
+    """Return a line across each group at its value before the edits."""
     return go.Scatter(
         x=list(before.index),
         y=before,
@@ -122,15 +127,9 @@ def before_ticks(before: pd.Series, *, in_legend: bool) -> go.Scatter:
 def plot_edit_layers(
     df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
 ) -> Figure:
-    """Draw what an edit does by the layer that is edited: rows are groups, lines methods.
+    """Draw the effect of an edit by the layer that is edited: rows are groups, lines methods.
 
-    Args:
-        df: as for `plot_edits`, with a column `layer`.
-        title: above everything.
-        subtitle: below the title.
-
-    Raises:
-        ValueError: a column is missing, or there is nothing to draw.
+    Arguments and errors are those of `plot_edits`; `df` has a column `layer`.
     """
     return curves(df, "layer", title=title, subtitle=subtitle)
 
@@ -138,22 +137,16 @@ def plot_edit_layers(
 def plot_sequences(
     df: pd.DataFrame, *, title: str | None = None, subtitle: str | None = None
 ) -> Figure:
-    """Draw what becomes of edits as more of them follow: rows are groups, lines methods.
+    """Draw how well edits last as more of them follow: rows are groups, lines methods.
 
-    Args:
-        df: as for `plot_edits`, with a column `n_edits`.
-        title: above everything.
-        subtitle: below the title.
-
-    Raises:
-        ValueError: a column is missing, or there is nothing to draw.
+    Arguments and errors are those of `plot_edits`; `df` has a column `n_edits`.
     """
     named = df.rename(columns={"n_edits": "edits in the model"})
     return curves(named, "edits in the model", title=title, subtitle=subtitle)
 
 
 def curves(df: pd.DataFrame, x: str, *, title: str | None, subtitle: str | None) -> Figure:
-    """Lines of methods and of no edit, in a column per measure and a row per group."""
+    """Draw lines of methods and of no edit, in a column per measure and a row per group."""
     import pandas as pd
 
     shown = drawable(df)
@@ -162,7 +155,7 @@ def curves(df: pd.DataFrame, x: str, *, title: str | None, subtitle: str | None)
         before[name] = before["before"]
     shown = pd.concat([shown, before])
     profile = shown.assign(
-        model=shown["method"], site=shown["measure"].map(MEASURES), role=shown["group"]
+        model=shown["method"], site=shown["measure"].map(MEASURE_TITLES), role=shown["group"]
     )
     return plot_layer_profile(
         profile, x=x, y_title="mean", title=title, subtitle=subtitle, share_y="all"
@@ -170,14 +163,38 @@ def curves(df: pd.DataFrame, x: str, *, title: str | None, subtitle: str | None)
 
 
 def drawable(df: pd.DataFrame) -> pd.DataFrame:
-    """The rows with a measure that is drawn.
-
-    Raises:
-        ValueError: a column is missing, or there are no such rows.
-    """
-    if missing := [name for name in COLUMNS if name not in df.columns]:
+    """Return the rows with a measure that can be drawn."""
+    if missing := [name for name in EDIT_COLUMNS if name not in df.columns]:
         raise ValueError(f"a figure of edits needs the columns {', '.join(missing)} as well")
-    shown = df[df["measure"].isin(list(MEASURES))]
+    shown = df[df["measure"].isin(list(MEASURE_TITLES))]
     if not len(shown):
-        raise ValueError(f"no rows with a measure among {', '.join(MEASURES)}: nothing to draw")
+        raise ValueError(
+            f"no rows with a measure among {', '.join(MEASURE_TITLES)}: nothing to draw"
+        )
     return shown
+
+
+def plot_check(check: EditCheck, *, title: str | None = None) -> Figure:
+    """Draw the share of answers that an edit left as they were, by the kind of question.
+
+    Args:
+        check: its intervals are those of `summary`.
+        title: above everything.
+    """
+    table = check.summary().query("kind != 'the edit'")  # whose answer is to change
+    figure = Figure(
+        go.Bar(
+            x=[
+                f"{row.kind}<br>{row.asked - row.changed} of {row.asked}"
+                for row in table.itertuples()
+            ],
+            y=table["unchanged"],
+            marker={"color": LINES[0].color},
+            error_y=interval(table["unchanged"], table["low"], table["high"]),
+            hovertemplate="%{x}<br>%{y:.2f} unchanged<extra></extra>",
+        )
+    )
+    figure.update_yaxes(range=[0, 1.02], gridcolor=GRID, title_text="answers unchanged")
+    figure.update_layout(layout(width=640, height=360, margin={"t": 70 if title else 30, "l": 60}))
+    figure.update_layout(title_text=title)
+    return figure

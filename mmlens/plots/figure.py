@@ -12,7 +12,7 @@ from mmlens.plots.save import save_figure
 
 
 class Figure(go.Figure):
-    """What every `.plot()` returns: a plotly figure, with `save`.
+    """A plotly figure with `save`, which every `.plot()` returns.
 
     Example:
         >>> trace.plot().save("trace.pdf")

@@ -11,19 +11,19 @@ from mmlens.plots.labels import visible
 from mmlens.plots.style import GRID, INK, LINES, layout, spaced
 
 if TYPE_CHECKING:
-    from mmlens.attribution import AttentionKnockout
+    from mmlens.analyses.attention_knockout import AttentionKnockout
 
 
 SPANS = {"last": "the last token", "text": "the text", "bos": "the first token"}
 
 
-def in_words(span: str) -> str:
-    """A span's name, as one says it."""
+def span_in_words(span: str) -> str:
+    """Return a span's name as it is said in a sentence."""
     return SPANS.get(span, f"the {visible(span)}")
 
 
 def plot_knockout(knockout: AttentionKnockout) -> Figure:
-    """P(answer) by the centre of the window; the dashed line is the run with nothing cut.
+    """Draw P(answer) by the centre of the window; the dashed line is the run with nothing cut.
 
     Example:
         >>> attention_knockout(model, inputs, "image", "last", window=5).plot().save("cut.pdf")
@@ -37,16 +37,9 @@ def plot_knockout(knockout: AttentionKnockout) -> Figure:
         hovertemplate="layer %{x}<br>%{y:.4f}<extra></extra>",
     )
     figure = Figure(line)
-    figure.add_hline(y=knockout.clean, line={"color": INK, "width": 1, "dash": "dash"})
-    figure.add_annotation(
-        text="nothing cut",
-        x=1,
-        xref="paper",
-        xanchor="left",
-        y=knockout.clean,
-        yanchor="middle",
-        showarrow=False,
-    )
+    dashed = {"color": INK, "width": 1, "dash": "dash"}
+    text = {"annotation_text": "nothing cut", "annotation_position": "right"}
+    figure.add_hline(y=knockout.clean, line=dashed, **text)
     cut = "one layer" if knockout.window == 1 else f"{knockout.window} layers"
     figure.update_xaxes(
         title_text=f"layer ({cut} cut)",
@@ -62,7 +55,7 @@ def plot_knockout(knockout: AttentionKnockout) -> Figure:
     source, destination = (knockout.metadata.get(name) for name in ("source", "destination"))
     if source and destination:
         figure.update_layout(
-            title_text=f"P(“{answer}”) with {in_words(destination)} not looking at "
-            f"{in_words(source)}"
+            title_text=f"P(“{answer}”) with {span_in_words(destination)} not attending to "
+            f"{span_in_words(source)}"
         )
     return figure

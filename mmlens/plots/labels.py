@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def visible(text: str) -> str:
-    """The text with line breaks shown, so that a label stays on one line.
+    """Return the text with line breaks shown, so that a label stays on one line.
 
     Angle brackets are replaced by ones that plotly does not take for markup.
     """
@@ -14,7 +14,7 @@ def visible(text: str) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """At most `length` characters, the middle left out: labels differ at their ends."""
+    """Shorten a text to `length` characters by its middle: labels differ at their ends."""
     if len(text) <= length:
         return text
     head = (length - 1) * 2 // 3

@@ -7,22 +7,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmlens.plots.figure import Figure
+from mmlens.plots.folding import Visual
+from mmlens.plots.heatmap import heatmap
 from mmlens.plots.labels import visible
-from mmlens.plots.panels import heatmap
-from mmlens.plots.positions import Visual
-from mmlens.plots.trace import described
+from mmlens.plots.trace import subtitle_of
 
 if TYPE_CHECKING:
-    from mmlens.attribution import DirectLogitAttribution, LogitLens
+    from mmlens.analyses.direct_logit_attribution import DirectLogitAttribution
+    from mmlens.analyses.logit_lens import LogitLens
 
 
-KINDS = {"attn_out": "attention", "mlp_out": "MLP"}
+COMPONENT_TITLES = {"attn_out": "attention", "mlp_out": "MLP"}
 
 
 def plot_lens(lens: LogitLens, *, visual: Visual = "folded", title: str | None = None) -> Figure:
-    """A panel per token asked for: its probability behind every layer, at every position.
+    """Draw each requested token's probability after every layer, at every position.
 
-    A folded picture shows the patch where the token is most probable. The pointer tells what the
+    A folded image shows the patch where the token is most probable. The pointer tells what the
     model would say there instead.
 
     Args:
@@ -47,15 +48,15 @@ def plot_lens(lens: LogitLens, *, visual: Visual = "folded", title: str | None =
         value_title="probability of the token",
         visual=visual,
         texts=[tops.tolist()] * len(names),
-        title=title or f"P({', '.join(f'“{name}”' for name in names)}) behind every layer",
-        subtitle=described(lens.metadata),
+        title=title or f"P({', '.join(f'“{name}”' for name in names)}) after every layer",
+        subtitle=subtitle_of(lens.metadata),
     )
 
 
 def plot_logit_attribution(
     attribution: DirectLogitAttribution, *, visual: Visual = "folded", title: str | None = None
 ) -> Figure:
-    """What attention and MLPs add to the logit, layer by layer, at every position.
+    """Draw how much attention and MLPs add to the logit, layer by layer, at every position.
 
     Where heads are apart they are the rows, at the last of the positions.
 
@@ -76,7 +77,7 @@ def plot_logit_attribution(
     asked = f"“{visible(attribution.token.strip())}”"
     if attribution.contrast:
         asked += f" rather than “{visible(attribution.contrast.strip())}”"
-    names = [KINDS.get(kind, kind.replace("_", " ")) for kind in kinds]
+    names = [COMPONENT_TITLES.get(kind, kind.replace("_", " ")) for kind in kinds]
     per_head = "attn_out" not in kinds
     where = f"at “{visible(attribution.labels[-1].strip())}”"
     return heatmap(
@@ -87,5 +88,5 @@ def plot_logit_attribution(
         value_title="added to the logit",
         visual=visual,
         title=title or f"what speaks for {asked}",
-        subtitle=described(attribution.metadata),
+        subtitle=subtitle_of(attribution.metadata),
     )

@@ -1,27 +1,57 @@
-"""Figures as files: a web page that needs no network, or a picture."""
+"""Figures as files: a web page that needs no network, or an image."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmlens.files import write_atomically
+import jinja2
+from markupsafe import Markup
+
+from mmlens.plots.policy import content_policy
 from mmlens.plots.style import SLIDER_PIXELS
+from mmlens.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from plotly import graph_objects as go
 
+SCRIPT = """
+"use strict";
+const figure = JSON.parse(document.getElementById("figure").textContent);
+Plotly.newPlot("plot", figure.data, figure.layout, { responsive: true }).then(() => {
+  if (figure.frames) Plotly.addFrames("plot", figure.frames);
+});
+"""
+PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+    """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{{ policy }}
+<title>{{ title }}</title>
+<style>html, body { height: 100%; margin: 0 }</style>
+<script>{{ library }}</script>
+</head>
+<body>
+<div id="plot" class="plotly-graph-div" style="{{ size }}"></div>
+<script type="application/json" id="figure">{{ figure }}</script>
+<script>{{ script }}</script>
+</body>
+</html>
+"""
+)
 SUFFIXES = (".html", ".png", ".pdf", ".svg")
 
 
 class FigureNotSaved(RuntimeError):
-    """A figure could not be written as a picture; the message says what is missing."""
+    """A figure could not be written as an image; the message says what is missing."""
 
 
 def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> Path:
     """Write a figure; the suffix of `path` decides how.
 
-    ``.html`` is one self-contained page (about 5 MB: plotly.js is inside) that works offline.
+    ``.html`` is one self-contained page (about 5 MB: plotly.js is inside) that works offline, and
+    whose content policy lets no other script run and nothing be fetched.
     ``.png``, ``.pdf`` and ``.svg`` are drawn by kaleido in a Chrome or Chromium on this machine.
     The file appears whole or not at all.
 
@@ -45,14 +75,31 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> P
     if suffix not in SUFFIXES:
         raise ValueError(f"a figure is saved as {', '.join(SUFFIXES)}, not as {path.name!r}")
     if suffix == ".html":
-        content = figure.to_html(include_plotlyjs=True, full_html=True).encode()
+        content = figure_page(figure).encode()
     else:
         content = render(still(figure), suffix[1:], scale)
     return write_atomically(path, content)
 
 
+def figure_page(figure: go.Figure) -> str:
+    """Return a page with the figure, plotly.js and nothing else: only these two scripts can run."""
+    from plotly.offline import get_plotlyjs
+
+    library = get_plotlyjs().replace("\r\n", "\n")
+    width, height = figure.layout.width, figure.layout.height
+    return PAGE.render(
+        policy=content_policy([library, SCRIPT]),
+        title=figure.layout.title.text or "mmlens",
+        size=f"width: {f'{width}px' if width else '100%'}; "
+        f"height: {f'{height}px' if height else '100%'}",
+        figure=Markup(figure.to_json().replace("<", "\\u003c")),  # no text in it ends the script
+        library=Markup(library),
+        script=Markup(SCRIPT),
+    )
+
+
 def still(figure: go.Figure) -> go.Figure:
-    """The figure without what is there to be clicked; where sliders stand becomes its subtitle."""
+    """Return the figure without controls; the positions of its sliders become its subtitle."""
     from plotly import graph_objects as go
 
     sliders = [slider for slider in figure.layout.sliders if slider.steps]
@@ -73,7 +120,7 @@ def still(figure: go.Figure) -> go.Figure:
 
 
 def render(figure: go.Figure, image_format: str, scale: float) -> bytes:
-    """The figure as ``png``, ``pdf`` or ``svg``, drawn by kaleido."""
+    """Render the figure as ``png``, ``pdf`` or ``svg`` with kaleido."""
     try:
         import kaleido
         from kaleido.errors import ChromeNotFoundError

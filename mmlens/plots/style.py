@@ -7,11 +7,13 @@ effect, and the two ends differ in hue for every kind of colour vision.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from plotly import graph_objects as go
 from plotly.colors import sample_colorscale
 
 SITE_TITLES = {
@@ -41,7 +43,7 @@ DIVERGING = (
 
 
 def heat_scale(low: float, high: float, steps: int = 32) -> list[tuple[float, str]]:
-    """The piece of the diverging scale between two values, for plotly: zero is always white.
+    """Return the part of the diverging scale between two values, for plotly: zero is always white.
 
     Both signs share one unit, the larger of ``-low`` and `high`, so equal colours are equal sizes.
     """
@@ -61,7 +63,7 @@ class LineStyle:
     symbol: str
 
     def fill(self, alpha: float = 0.18) -> str:
-        """The colour as a translucent fill, for bands around the line."""
+        """Return the colour as a translucent fill, for bands around the line."""
         red, green, blue = (int(self.color[i : i + 2], 16) for i in (1, 3, 5))
         return f"rgba({red},{green},{blue},{alpha})"
 
@@ -84,19 +86,17 @@ SITE_LINES = {
 
 
 def site_title(site: str) -> str:
-    """A site in words: ``"mlp_out"`` is "MLP output", ``"vision.mlp_out"`` "vision MLP output"."""
-    tower, _, name = site.rpartition(".")
-    words = SITE_TITLES.get(name, name)
-    return f"{tower} {words}" if tower else words
+    """Name a site in words: ``"vision.mlp_out"`` is "vision MLP output"."""
+    return re.sub(r"\w+", lambda word: SITE_TITLES.get(word[0], word[0]), site).replace(".", " ")
 
 
 def site_line(site: str, index: int) -> LineStyle:
-    """The line of a site: its own, or the `index`-th of the palette."""
+    """Return the line style of a site: its own, or the `index`-th of the palette."""
     return SITE_LINES.get(site, LINES[index % len(LINES)])
 
 
 def layout(**changes: Any) -> dict[str, Any]:
-    """The layout shared by all figures, with `changes` on top."""
+    """Return the layout shared by all figures, with `changes` on top."""
     common: dict[str, Any] = {
         "template": "plotly_white",
         "font": {"family": "DejaVu Sans, Verdana, Arial, sans-serif", "size": 13, "color": INK},
@@ -117,12 +117,7 @@ def layout(**changes: Any) -> dict[str, Any]:
 
 
 def color_axis(values: Any, limits: tuple[float, float] | None = None) -> dict[str, Any]:
-    """A colour scale with white at zero, from the smallest to the largest value.
-
-    Args:
-        values: a numpy array; NaN counts as 0.
-        limits: the ends, instead.
-    """
+    """Return a colour scale, white at zero, between the ends of an array (NaN is 0) or `limits`."""
     low, high = limits or (float(np.nan_to_num(values).min()), float(np.nan_to_num(values).max()))
     # An effect of nothing at all still needs a scale with two ends.
     extreme = max(high, -low, 1e-6)
@@ -133,7 +128,7 @@ def color_axis(values: Any, limits: tuple[float, float] | None = None) -> dict[s
 
 
 def spaced(columns: Sequence[int | str], most: int = 9) -> list[int]:
-    """Which columns get a label: at most so many, of layers those with round numbers."""
+    """Return which columns get a label: at most so many, of layers those with round numbers."""
     if len(columns) <= most:
         return list(range(len(columns)))
     numbers = [column for column in columns if isinstance(column, int)]
@@ -143,7 +138,8 @@ def spaced(columns: Sequence[int | str], most: int = 9) -> list[int]:
     return [index for index, number in enumerate(numbers) if number % step == 0]
 
 
-def color_bar(title: str) -> dict[str, Any]:
-    """A colour bar at the right of a panel."""
-    text = {"text": title, "side": "right", "font": {"size": 12}}
-    return {"title": text, "thickness": 12, "outlinewidth": 0, "exponentformat": "power"}
+def set_titles(figure: go.Figure, title: str | None, subtitle: str | None) -> None:
+    """Set the headings that are given."""
+    figure.update_layout(title_text=title)
+    if subtitle:
+        figure.update_layout(title_subtitle={"text": subtitle, "font": {"size": 12}})

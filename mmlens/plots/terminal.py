@@ -16,12 +16,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
 from rich.text import Text
 
+from mmlens.plots.folding import foldings
 from mmlens.plots.labels import shorten
-from mmlens.plots.positions import views
 from mmlens.plots.style import site_title
 
 if TYPE_CHECKING:
-    from mmlens.tracing import CausalTrace
+    from mmlens.analyses.causal_trace import CausalTrace
 
 SHADES = " ·░▒▓█"
 NEGATIVE = ("#00224e", "#d7499a")
@@ -102,7 +102,7 @@ class TerminalHeatmap:
         return f"  {values[best]:+.3f} at {self.layers[best]}"
 
     def _axis(self, cell: int, merged: int, room: int) -> str:
-        """Layer numbers below the cells, as many as fit."""
+        """Return layer numbers below the cells, as many as fit."""
         shown = self.layers[::merged]
         axis = ""
         for index, layer in enumerate(shown):
@@ -113,7 +113,7 @@ class TerminalHeatmap:
         return f"{axis}  layer" if len(axis) + 7 <= room else axis
 
     def _legend(self, indent: int, width: int, colored: bool) -> Text:
-        """The scale, from the largest negative effect (if there is any) to the largest one."""
+        """Return the scale, from the largest negative effect (if there is one) to the largest."""
         legend = Text(no_wrap=True)
         steps = [(step / 9) ** 2 * self.unit for step in range(10)]
         if self.has_negative and width >= NARROW:
@@ -131,14 +131,14 @@ class TerminalHeatmap:
         return Text(" " * max(0, min(indent, width - len(legend)))) + legend
 
 
-Rows = list[tuple[str, list[float]]]
+LabelledRows = list[tuple[str, list[float]]]
 
 
-def _blocks(trace: CausalTrace) -> tuple[list[tuple[str, Rows]], int]:
-    """Titles and rows of the blocks, and how many positions there is no room for."""
+def _blocks(trace: CausalTrace) -> tuple[list[tuple[str, LabelledRows]], int]:
+    """Return titles and rows of the blocks, and how many positions there is no room for."""
     sites = [site_title(site) for site in trace.sites]
     effects = trace.indirect_effect.detach().float().cpu().numpy()
-    view = views(trace.group_labels)[0]
+    view = foldings(trace.group_labels)[0]
     values, _ = view.fold(effects, "peak")
     if len(view.rows) <= MAX_BLOCKS:
         return [

@@ -8,16 +8,16 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
 from mmlens.plots.figure import Figure
+from mmlens.plots.folding import Visual
+from mmlens.plots.heatmap import heatmap
 from mmlens.plots.labels import shorten, visible
-from mmlens.plots.panels import heatmap
-from mmlens.plots.positions import Visual
-from mmlens.plots.style import GRID, INK, layout, site_line, site_title, spaced
+from mmlens.plots.style import GRID, INK, layout, set_titles, site_line, site_title, spaced
 
 if TYPE_CHECKING:
-    from mmlens.attribution import AttributionPatching
-    from mmlens.tracing import CausalTrace
+    from mmlens.analyses.attribution_patching import AttributionPatching
+    from mmlens.analyses.causal_trace import CausalTrace
 
-Value = Literal["restored", "indirect_effect", "recovery"]
+TraceValue = Literal["restored", "indirect_effect", "recovery"]
 
 AXIS_TITLES = {
     "restored": "P(answer)",
@@ -32,7 +32,7 @@ def plot_trace(
     trace: CausalTrace,
     *,
     kind: Literal["auto", "heatmap", "profile"] = "auto",
-    value: Value | None = None,
+    value: TraceValue | None = None,
     title: str | None = None,
     visual: Visual = "folded",
 ) -> Figure:
@@ -75,14 +75,14 @@ def plot_trace(
             value_title=AXIS_TITLES[value],
             visual=visual,
         )
-    figure.update_layout(title_text=title or trace_title(trace))
-    if subtitle := trace_subtitle(trace):
-        figure.update_layout(title_subtitle={"text": subtitle, "font": {"size": 12}})
+    answer = visible(trace.answer.strip())
+    title = title or f"P(“{answer}”): {trace.clean:.3f} clean, {trace.corrupted:.3f} corrupted"
+    set_titles(figure, title, subtitle_of(trace.metadata, how_restored(trace)))
     return figure
 
 
 def plot_patching(patching: AttributionPatching, *, visual: Visual = "folded") -> Figure:
-    """Estimated effects as a trace's are drawn: a panel per site, tokens downwards.
+    """Draw estimated effects as a trace's are drawn: a panel per site, tokens downwards.
 
     Example:
         >>> attribution_patching(model, clean, corrupted).plot()
@@ -96,35 +96,24 @@ def plot_patching(patching: AttributionPatching, *, visual: Visual = "folded") -
         value_title="effect, estimated by a gradient",
         visual=visual,
         title=f"“{answer}”: {patching.clean:.3f} clean, {patching.corrupted:.3f} corrupted",
-        subtitle=described(patching.metadata),
+        subtitle=subtitle_of(patching.metadata),
     )
 
 
-def trace_title(trace: CausalTrace) -> str:
-    """What was traced: the answer, with its probability in the clean and the corrupted run."""
-    answer = visible(trace.answer.strip())
-    return f"P(“{answer}”): {trace.clean:.3f} clean, {trace.corrupted:.3f} corrupted"
-
-
-def trace_subtitle(trace: CausalTrace) -> str:
-    """How it was traced: model, question and window."""
-    return described(trace.metadata, how_restored(trace))
-
-
 def how_restored(trace: CausalTrace) -> str:
-    """How many layers together, in words."""
+    """Return how many layers were restored together, in words."""
     window = "one layer" if trace.window == 1 else f"a window of {trace.window} layers"
     return f"restoring {window}"
 
 
-def described(metadata: dict[str, Any], *more: str) -> str:
-    """Model, question, and what else there is to say, for a subtitle."""
+def subtitle_of(metadata: dict[str, Any], *more: str) -> str:
+    """Return model, question and further remarks, for a subtitle."""
     parts = [metadata.get("model"), metadata.get("prompt"), *more]
     return " · ".join(shorten(visible(str(part)), 80) for part in parts if part)
 
 
-def _profile(trace: CausalTrace, value: Value) -> Figure:
-    """A panel per group of positions, a line per site."""
+def _profile(trace: CausalTrace, value: TraceValue) -> Figure:
+    """Draw a panel per group of positions, a line per site."""
     values = getattr(trace, value).detach().float().cpu().numpy()
     n_groups = len(trace.groups)
     figure: Figure = make_subplots(
@@ -155,8 +144,8 @@ def _profile(trace: CausalTrace, value: Value) -> Figure:
     return figure
 
 
-def _profile_axes(figure: Figure, trace: CausalTrace, value: Value) -> None:
-    """Whole layers to the right, probabilities from zero, the legend below."""
+def _profile_axes(figure: Figure, trace: CausalTrace, value: TraceValue) -> None:
+    """Set whole layers to the right, probabilities from zero, the legend below."""
     margin = 0.02 * (trace.layers[-1] - trace.layers[0]) + 0.5
     figure.update_xaxes(
         title_text="layer",
@@ -177,8 +166,8 @@ def _profile_axes(figure: Figure, trace: CausalTrace, value: Value) -> None:
     )
 
 
-def _reference_lines(figure: Figure, trace: CausalTrace, value: Value) -> None:
-    """Where the line would lie if restoring did everything (clean) or nothing (corrupted)."""
+def _reference_lines(figure: Figure, trace: CausalTrace, value: TraceValue) -> None:
+    """Draw where the line would lie if restoring did everything (clean) or nothing (corrupted)."""
     levels = {
         "restored": (trace.clean, trace.corrupted),
         "indirect_effect": (trace.clean - trace.corrupted, 0.0),

@@ -6,52 +6,34 @@ The paper: AUROC 0.63 for the constraint's contribution to the last token (mean 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import pandas as pd
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from mmlens import attribution
+from mmlens.analyses import correctness
+from mmlens.plots.figure_folder import FigureWithTables
 from mmlens.plots.style import GRID, INK, LINES, layout
 from mmlens.reproduce.correctness import answers
-from mmlens.reproduce.figure import Figure
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from mmlens.reproduce.study import Study
+from mmlens.reproduce.study import Study
 
 
-def auroc(study: Study) -> Figure:
+def auroc_figure(study: Study) -> FigureWithTables:
     """AUROC of contributions by layer, of chosen layers in held-out folds, and of confidence."""
-    import pandas as pd
-
     known = answers(study)
     right = known.right.numpy()
     by_layer, held_out, chosen = [], [], {}
     for source, values in known.contributions.items():
-        by_layer.append(
-            pd.DataFrame(
-                {
-                    "source": source,
-                    "layer": range(values.shape[1]),
-                    "auroc": [attribution.auroc(column, right) for column in values.T],
-                }
-            )
-        )
-        found = attribution.predict_correctness(
-            values,
-            known.confidence,
-            right,
-            samples=study.settings.samples,
-            level=study.settings.level,
-            seed=study.settings.seed,
+        aurocs = [correctness.auroc(column, right) for column in values.T]
+        columns = {"source": source, "layer": range(len(aurocs)), "auroc": aurocs}
+        by_layer.append(pd.DataFrame(columns))
+        found = correctness.predict_correctness(
+            values, known.confidence, right, known.clusters, **study.resampling
         )
         held_out.append(found.to_dataframe().assign(source=source))
         chosen[source] = found.layers
     table = pd.concat(held_out)
     layers = pd.concat(by_layer)
-    figure = draw(layers, table)
+    figure = draw_auroc(layers, table)
     figure.update_layout(
         title_text="Telling right answers from wrong ones",
         title_subtitle={
@@ -59,7 +41,7 @@ def auroc(study: Study) -> Figure:
             "font": {"size": 12},
         },
     )
-    return Figure(
+    return FigureWithTables(
         "auroc",
         figure,
         {"table": table, "layers": layers},
@@ -69,7 +51,7 @@ def auroc(study: Study) -> Figure:
     )
 
 
-def draw(layers: pd.DataFrame, table: pd.DataFrame) -> go.Figure:
+def draw_auroc(layers: pd.DataFrame, table: pd.DataFrame) -> go.Figure:
     """Lines by layer, and points with intervals for what was predicted out of sight."""
     titles = ("each layer, seen in hindsight", "two layers, chosen in other folds")
     figure = make_subplots(

@@ -6,15 +6,13 @@ early and middle layers. Here either constraint is replaced, in questions where 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
 from mmlens.data import VisualQuestion
-from mmlens.plots.profile import plot_layer_profile
-from mmlens.reproduce.figure import Figure
+from mmlens.plots.figure_folder import FigureWithTables
+from mmlens.plots.layer_profile import plot_layer_profile
+from mmlens.reproduce.study import Study
 from mmlens.reproduce.tables import early_tests, peaks, raw_effects
-
-if TYPE_CHECKING:
-    from mmlens.reproduce.study import Study
 
 SITES = ("attn_out", "mlp_out")
 ROLES = ("constraint", "text constraint", "last token")
@@ -26,9 +24,8 @@ LINES = {
 }
 
 
-def constraints(study: Study) -> Figure:
+def constraints_figure(study: Study) -> FigureWithTables:
     """Questions with and without a text constraint, restored at either constraint."""
-    import pandas as pd
 
     def has_two(question: VisualQuestion) -> bool:
         return bool(question.text_constraints)
@@ -52,7 +49,7 @@ def constraints(study: Study) -> Figure:
         title="One constraint and two",
         subtitle=study.describe(n_used, f"{WINDOW} layers restored"),
     )
-    return Figure(
+    return FigureWithTables(
         "constraints",
         figure,
         {"table": table, "peaks": peaks(table), "tests": early_tests(profiles)},

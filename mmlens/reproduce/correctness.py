@@ -1,26 +1,23 @@
 """Right and wrong answers: what the last token receives from the constraint, layer by layer.
 
-The paper: more in right answers, in layers 16 and 17 of 32. What it receives from the picture is
+The paper: more in right answers, in layers 16 and 17 of 32. What it receives from the image is
 shown beside it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmlens.attribution import attention_contribution
-from mmlens.plots.profile import plot_layer_profile
-from mmlens.reproduce.figure import Figure
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from mmlens.reproduce.study import Study
+from mmlens.analyses.attention_contribution import AttentionContribution, attention_contribution
+from mmlens.analyses.result import long_table
+from mmlens.plots.figure_folder import FigureWithTables
+from mmlens.plots.layer_profile import plot_layer_profile
+from mmlens.reproduce.study import Study, StudyQuestion
 
 SOURCES = ("constraint", "image")
 
@@ -38,17 +35,13 @@ class Answers:
 
     def raw(self) -> pd.DataFrame:
         """One row per question, source and layer."""
-        import pandas as pd
-
         tables = []
         for source, values in self.contributions.items():
-            index = pd.MultiIndex.from_product(
-                [range(values.shape[0]), range(values.shape[1])], names=["question", "layer"]
-            )
-            table = pd.DataFrame({"contribution": values.flatten().numpy()}, index=index)
-            table = table.reset_index().assign(source=source)
+            axes = {"question": range(values.shape[0]), "layer": range(values.shape[1])}
+            table = long_table(axes, {"contribution": values}).assign(source=source)
             table["right"] = self.right.numpy()[table["question"]]
             table["confidence"] = self.confidence.numpy()[table["question"]]
+            table["cluster"] = [self.clusters[question] for question in table["question"]]
             tables.append(table)
         return pd.concat(tables, ignore_index=True)
 
@@ -59,38 +52,36 @@ def answers(study: Study) -> Answers:
     Raises:
         ValueError: a question without known answers; answers all right or all wrong.
     """
-    if study.answers is None:
-        study.answers = asked_answers(study)
-    return study.answers
-
-
-def asked_answers(study: Study) -> Answers:
-    """`answers`, anew."""
+    if "answers" in study.shared:
+        return study.shared["answers"]
     chosen, counts = study.choose(limit=study.settings.asked, corruptions=(), only_right=False)
     asked = [each["seen"] for each in chosen]
     if unknown := sum(not each.question.answers for each in asked):
         raise ValueError(f"{unknown} of {len(asked)} questions have no answers to compare with")
-    right, found = [], {source: [] for source in SOURCES}  # type: ignore[var-annotated]
-    for each in study.progress(asked, "contributions"):
-        right.append(bool(each.right))
-        for source in SOURCES:
-            values = attention_contribution(study.model, each.inputs, source, "last").values
-            found[source].append(values.double().mean(dim=(1, 2)))
+    right, contributions = [bool(each.right) for each in asked], {}
+    for source in SOURCES:
+
+        def received(each: StudyQuestion, source: str = source) -> AttentionContribution:
+            return attention_contribution(each.model, each.inputs, source, "last")
+
+        what = ["contributions", source, "last"]
+        found = study.of_each(asked, what, AttentionContribution, received)
+        means = [each.values.double().mean(dim=(1, 2)) for each in found]
+        contributions[source] = torch.stack(means)
     if all(right) or not any(right):
         raise ValueError(f"{sum(right)} of {len(right)} answers are right: both kinds are needed")
-    return Answers(
-        contributions={source: torch.stack(values) for source, values in found.items()},
+    study.shared["answers"] = Answers(
+        contributions=contributions,
         confidence=torch.tensor([each.confidence for each in asked], dtype=torch.float64),
         right=torch.tensor(right),
         clusters=tuple(each.cluster for each in asked),
         counts=counts | {"right": sum(right)},
     )
+    return study.shared["answers"]
 
 
-def correctness(study: Study) -> Figure:
+def correctness_figure(study: Study) -> FigureWithTables:
     """Mean contributions of right and of wrong answers, by layer."""
-    import pandas as pd
-
     known = answers(study)
     tables = []
     for source, values in known.contributions.items():
@@ -109,4 +100,4 @@ def correctness(study: Study) -> Figure:
         subtitle=study.describe(f"{n_right} right and {len(known.right) - n_right} wrong"),
         share_y="none",
     )
-    return Figure("correctness", figure, {"table": table}, known.raw(), known.counts)
+    return FigureWithTables("correctness", figure, {"table": table}, known.raw(), known.counts)

@@ -6,20 +6,16 @@ constraint (1 to 4 of 32), in Vicuna those a little later (4 to 7).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
-from mmlens.plots.profile import plot_layer_profile
-from mmlens.reproduce.figure import Figure
+from mmlens.plots.figure_folder import FigureWithTables
+from mmlens.plots.layer_profile import plot_layer_profile
+from mmlens.reproduce.study import Study
 from mmlens.reproduce.tables import LABELS, early_tests, peaks, raw_effects
 
-if TYPE_CHECKING:
-    from mmlens.reproduce.study import Study
 
-
-def layers(study: Study) -> Figure:
+def layers_figure(study: Study) -> FigureWithTables:
     """The same questions seen and in words alone, restored layer by layer."""
-    import pandas as pd
-
     chosen, counts = study.choose(("seen", "named"))
     profiles = {
         LABELS[kind]: study.trace([each[kind] for each in chosen]) for kind in ("seen", "named")
@@ -29,7 +25,7 @@ def layers(study: Study) -> Figure:
     title = "Which layers carry the answer: seeing, and told the name"
     figure = plot_layer_profile(table, title=title, subtitle=subtitle)
     probabilities = {name: each.metadata for name, each in profiles.items()}
-    return Figure(
+    return FigureWithTables(
         "layers",
         figure,
         {"table": table, "peaks": peaks(table), "tests": early_tests(profiles)},

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mmlens.data import VisualQuestion
 
 
 @dataclass(frozen=True)
@@ -17,18 +11,22 @@ class Settings:
 
     model: str = "demo"
     language_model: str | None = None
-    """Who is asked in words alone; None is the model's own language model."""
+    """Who is told the name in words; by default the model's own language model."""
     data: str = "demo"
-    """See `mmlens.data.open_questions`."""
+    """"demo", a csv of VQA-Constraints, or a jsonl file or folder of your own (see
+    `mmlens.data.open_questions`)."""
     images: str | None = None
+    """The folder of the csv's images; by default its own."""
     annotations: tuple[str, str] | None = None
-    """OK-VQA's questions and annotations, with the answers to `okvqa.csv`."""
+    """OK-VQA's questions and annotations (two files), with the answers to okvqa.csv."""
     template: str | None = "auto"
     limit: int = 60
     """Questions that are traced, after filtering."""
     asked: int = 180
-    """Questions of which right answers are compared with wrong ones."""
+    """Questions of which right answers are compared with wrong ones; on the command line by default
+    three times as many as are traced."""
     replacement: str = "Paris"
+    """The word that takes the constraint's place in the corrupted run."""
     minimum_gap: float = 0.05
     """Least clean - corrupted probability of a question that is traced."""
     windows: tuple[int, ...] = (1, 3, 5, 6)
@@ -38,15 +36,4 @@ class Settings:
     """Resamples of the bootstrap."""
     level: float = 0.95
     seed: int = 0
-
-
-def open_questions(settings: Settings) -> Sequence[VisualQuestion]:
-    """The questions that the settings name.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file of another kind; annotations for something else than a csv.
-    """
-    from mmlens.data.opening import open_questions as opened
-
-    return opened(settings.data, settings.images, settings.annotations, seed=settings.seed)
+    """Of the choice of questions and of the resampling."""

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from mmlens.aggregation import AggregatedTraces, aggregate_traces, role_positions
-from mmlens.corruptions import replacement_tokens, swap_span
-from mmlens.data import VisualQuestion, is_right
-from mmlens.inputs import MultimodalInputs
-from mmlens.model import HookedMultimodalTransformer
-from mmlens.reproduce.settings import Settings, open_questions
-from mmlens.resampling import bootstrap_mean
-from mmlens.spans import SpanNotFoundError
-from mmlens.tracing import causal_trace_many
-
-if TYPE_CHECKING:
-    from mmlens.reproduce.correctness import Answers
+from mmlens.analyses.aggregation import AggregatedTraces, aggregate_traces
+from mmlens.analyses.causal_trace import causal_trace
+from mmlens.analyses.corruptions import replacement_tokens, swap_span
+from mmlens.analyses.greedy_answer import answers_rightly
+from mmlens.analyses.trace_result import CausalTrace
+from mmlens.branching.recording import Recording
+from mmlens.data import VisualQuestion, is_right, open_questions
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.spans import SpanNotFoundError
+from mmlens.model.transformer import HookedMultimodalTransformer
+from mmlens.plots.figure_folder import stamp as figure_stamp
+from mmlens.reproduce.settings import Settings
+from mmlens.sweeps.items import content
+from mmlens.sweeps.task import roles_of
+from mmlens.utils.grad_mode import gradients
+from mmlens.utils.progress import progress_bar
+from mmlens.utils.resumable import ResultFile, Resumable, as_json, hashed
+from mmlens.utils.statistics import bootstrap_mean
 
 Kind = Literal["seen", "named"]
+Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
-class Asked:
+class StudyQuestion:
     """A question put to a model; what the model makes of it is computed when it is wanted."""
 
     model: HookedMultimodalTransformer
@@ -49,11 +54,8 @@ class Asked:
     @cached_property
     def right(self) -> bool | None:
         """Whether the greedy continuation is an accepted answer; None where none is known."""
-        if not self.question.answers:
-            return None
         n_tokens = self.settings.max_new_tokens
-        said = str(self.model.generate(self.inputs, max_new_tokens=n_tokens))
-        return self.question.is_right(said)
+        return answers_rightly(self.model, self.question, self.inputs, n_tokens)
 
     @cached_property
     def confidence(self) -> float:
@@ -62,7 +64,7 @@ class Asked:
 
     @cached_property
     def _first(self) -> tuple[int, float]:
-        with torch.no_grad():
+        with gradients(False):
             most = self.model(self.inputs)[0, -1].float().softmax(-1).max(-1)
         return int(most.indices), float(most.values)
 
@@ -78,7 +80,7 @@ class Asked:
         """What the corruption takes from the first token's probability."""
         if spans not in self._gaps:
             token, confidence = self._first
-            with torch.no_grad():
+            with gradients(False):
                 after = self.model(self.corrupted(spans))[0, -1].float().softmax(-1)[token]
             self._gaps[spans] = confidence - float(after)
         return self._gaps[spans]
@@ -102,16 +104,24 @@ class Study:
     ) -> None:
         self.settings = settings
         self.models = {"seen": model, "named": language_model or model}
+        self.n_refused = len(getattr(questions, "refused", ()))
+        """Rows of the data set that could not be used."""
         self.questions = list(questions)
         random.Random(settings.seed).shuffle(self.questions)
-        self._asked: dict[tuple[int, str], Asked] = {}
-        self.answers: Answers | None = None
-        """Of `mmlens.reproduce.correctness`, once they are there."""
+        chosen = {"samples": settings.samples, "level": settings.level, "seed": settings.seed}
+        self.resampling: dict[str, Any] = chosen
+        """How intervals are made."""
+        self._asked: dict[tuple[int, str], StudyQuestion] = {}
+        self.unfinished: Path | None = None
+        """Where results of single questions are kept until a figure is complete; or nowhere."""
+        self.shared: dict[str, Any] = {}
+        """What several figures need, once it is there."""
 
     @classmethod
     def open(cls, settings: Settings, **options: object) -> Study:
         """Load models (with `options` of `from_pretrained`) and questions."""
-        questions = open_questions(settings)
+        chosen = settings.data, settings.images, settings.annotations
+        questions = open_questions(*chosen, seed=settings.seed)
         names = [settings.model, *([settings.language_model] if settings.language_model else [])]
         load = HookedMultimodalTransformer.from_pretrained
         models = [load(name, **options) for name in names]  # type: ignore[arg-type]
@@ -122,11 +132,11 @@ class Study:
         """The one that sees."""
         return self.models["seen"]
 
-    def ask(self, index: int, kind: Kind) -> Asked:
-        """A question with its picture, or in words alone; the same object each time.
+    def ask(self, index: int, kind: Kind) -> StudyQuestion:
+        """A question with its image, or in words alone; the same object each time.
 
         Raises:
-            ValueError: it cannot be put: no such constraint, no picture, no subject to name.
+            ValueError: it cannot be put: no such constraint, no image, no subject to name.
         """
         if (index, kind) not in self._asked:
             question = self.questions[index]
@@ -137,7 +147,9 @@ class Study:
                 spans=question.spans(),
                 template=self.settings.template,
             )
-            self._asked[index, kind] = Asked(self.models[kind], question, inputs, self.settings)
+            self._asked[index, kind] = StudyQuestion(
+                self.models[kind], question, inputs, self.settings
+            )
         return self._asked[index, kind]
 
     def choose(
@@ -148,7 +160,7 @@ class Study:
         limit: int | None = None,
         corruptions: Sequence[tuple[str, ...]] = (("constraint",),),
         only_right: bool = True,
-    ) -> tuple[list[dict[str, Asked]], dict[str, int]]:
+    ) -> tuple[list[dict[str, StudyQuestion]], dict[str, int]]:
         """The first questions that pass every filter, and how many fell to which.
 
         Args:
@@ -164,9 +176,9 @@ class Study:
         """
         limit = self.settings.limit if limit is None else limit
         dropped: Counter[str] = Counter()
-        chosen: list[dict[str, Asked]] = []
+        chosen: list[dict[str, StudyQuestion]] = []
         considered = 0
-        with tqdm(total=limit, desc="choosing", unit="question", disable=not is_terminal()) as bar:
+        with progress_bar("choosing questions") as moved:
             for index in range(len(self.questions)):
                 if len(chosen) == limit:
                     break
@@ -178,8 +190,10 @@ class Study:
                     dropped[reason] += 1
                     continue
                 chosen.append(asked)
-                bar.update()
+                moved(len(chosen), limit)
         counts = {"considered": considered, **dropped, "used": len(chosen)}
+        if self.n_refused:
+            counts["rows that could not be used"] = self.n_refused
         if not chosen:
             raise ValueError(f"none of {len(self.questions)} questions can be used: {counts}")
         return chosen, counts
@@ -190,7 +204,7 @@ class Study:
         kinds: Sequence[Kind],
         corruptions: Sequence[tuple[str, ...]],
         only_right: bool,
-    ) -> tuple[dict[str, Asked], str]:
+    ) -> tuple[dict[str, StudyQuestion], str]:
         """A question in all its ways, and why it does not count (empty if it does)."""
         question = self.questions[index]
         if not question.visual_constraint:
@@ -198,11 +212,11 @@ class Study:
         if question.subject and is_right(question.subject, question.answers):
             return {}, "asks for the name of what is seen"
         try:
-            asked: dict[str, Asked] = {kind: self.ask(index, kind) for kind in kinds}
+            asked: dict[str, StudyQuestion] = {kind: self.ask(index, kind) for kind in kinds}
         except SpanNotFoundError:
             return {}, "constraint not found"
         except ValueError:
-            return {}, "no picture, or no subject"
+            return {}, "no image, or no subject"
         for kind, each in asked.items():
             if only_right and each.right is False:
                 return {}, f"answered wrongly ({kind})"
@@ -213,7 +227,7 @@ class Study:
 
     def trace(
         self,
-        asked: Sequence[Asked],
+        asked: Sequence[StudyQuestion],
         *,
         sites: Sequence[str] = ("resid_post", "attn_out", "mlp_out"),
         roles: Sequence[str] = ("constraint", "last token"),
@@ -221,55 +235,63 @@ class Study:
         corrupt: Sequence[str] = ("constraint",),
     ) -> AggregatedTraces:
         """The first token's trace for every question, at these roles, aggregated."""
+        earlier: list[Recording] = []
 
-        def positions(inputs: MultimodalInputs) -> list[Int[Tensor, " _"]]:
-            return list(roles_of(inputs, roles).values())
+        def positions_of(each: StudyQuestion) -> dict[str, Int[Tensor, " _"]]:
+            there = roles_of(each.inputs)
+            return {name: there[name] for name in roles if name in there}
 
-        traces = causal_trace_many(
-            asked[0].model,
-            [(each.inputs, each.corrupted(corrupt)) for each in asked],
-            positions=positions,
-            sites=sites,
-            window=window,
-            progress=is_terminal(),
-        )
+        def traced(each: StudyQuestion) -> CausalTrace:
+            return causal_trace(
+                each.model,
+                each.inputs,
+                each.corrupted(corrupt),
+                positions=list(positions_of(each).values()),
+                sites=sites,
+                window=window,
+                earlier=earlier,
+            )
+
+        what = ["trace", sites, roles, window, corrupt]
         return aggregate_traces(
-            traces,
-            [roles_of(each.inputs, roles) for each in asked],
+            self.of_each(asked, what, CausalTrace, traced),
+            list(map(positions_of, asked)),
             clusters=[each.cluster for each in asked],
-            samples=self.settings.samples,
-            level=self.settings.level,
-            seed=self.settings.seed,
+            **self.resampling,
         )
 
     def bootstrap(
         self, values: Float[Tensor, "question ..."], clusters: Sequence[str]
     ) -> dict[str, Float[Tensor, "*cell"]]:
         """`mean`, `low` and `high` over questions, with the settings' resamples and level."""
-        chosen = self.settings
-        found = bootstrap_mean(
-            values, clusters, samples=chosen.samples, level=chosen.level, seed=chosen.seed
-        )
-        return dict(zip(("mean", "low", "high"), found, strict=True))
+        return bootstrap_mean(values, clusters, **self.resampling)._asdict()
 
     def describe(self, n_questions: int | str, *more: str) -> str:
         """A subtitle: how many questions, which interval, and what else there is to say."""
         interval = f"{self.settings.level:.0%} bootstrap interval"
         return ", ".join((f"{n_questions} questions", interval, *more))
 
-    def progress(self, asked: Sequence[Asked], what: str) -> Iterable[Asked]:
-        """The same, behind a progress bar."""
-        return tqdm(asked, desc=what, unit="question", disable=not is_terminal())
+    def of_each(
+        self,
+        asked: Sequence[StudyQuestion],
+        what: Sequence[Any],
+        kind: type[Result],
+        make: Callable[[StudyQuestion], Result],
+    ) -> list[Result]:
+        """Return a result for every question; what an earlier run has left is read.
 
+        Args:
+            what: the kind of result in words, and whatever else it depends on beside the settings.
+        """
 
-def roles_of(inputs: MultimodalInputs, names: Sequence[str]) -> dict[str, Int[Tensor, " _"]]:
-    """The positions of some roles, those of the text constraint among them."""
-    roles = dict(role_positions(inputs))
-    if "text_constraint" in inputs.spans[0]:
-        roles["text constraint"] = inputs.span("text_constraint").cpu()
-    return {name: roles[name] for name in names if name in roles}
+        def file(each: StudyQuestion) -> ResultFile[Result] | None:
+            if self.unfinished is None:
+                return None
+            about = [*what, content(each.question), str(each.model.W_E.dtype)]
+            stamp = figure_stamp(str(what[0]), self.settings) | {"question": as_json(about)}
+            path = self.unfinished / f"{hashed(stamp)}.safetensors"
+            return ResultFile(kind, path, {"made for": stamp})
 
-
-def is_terminal() -> bool:
-    """Whether somebody sees progress bars."""
-    return sys.stderr.isatty()
+        with progress_bar(str(what[0])) as moved:
+            run = Resumable({each: file(each) for each in asked}, moved)
+            return list(run.each(make).values())

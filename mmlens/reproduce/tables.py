@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
-from mmlens.aggregation import AggregatedTraces
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
+from mmlens.analyses.aggregation import AggregatedTraces
+from mmlens.analyses.result import long_table
 
-LABELS = {"seen": "sees the picture", "named": "told the name, without picture"}
+LABELS = {"seen": "sees the image", "named": "told the name, without image"}
 
 
 def peaks(table: pd.DataFrame) -> pd.DataFrame:
@@ -22,8 +21,6 @@ def peaks(table: pd.DataFrame) -> pd.DataFrame:
 
 def raw_effects(profiles: Mapping[str, AggregatedTraces]) -> pd.DataFrame:
     """Every question's effects: model, question, cluster, site, role, layer, value."""
-    import pandas as pd
-
     tables = []
     for name, profile in profiles.items():
         axes = {
@@ -32,9 +29,8 @@ def raw_effects(profiles: Mapping[str, AggregatedTraces]) -> pd.DataFrame:
             "role": profile.roles,
             "layer": profile.layers,
         }
-        index = pd.MultiIndex.from_product(axes.values(), names=axes.keys())
-        values = pd.DataFrame({profile.effect: profile.values.flatten().numpy()}, index=index)
-        values = values.reset_index().assign(model=name, window=profile.window)
+        values = long_table(axes, {profile.effect: profile.values})
+        values = values.assign(model=name, window=profile.window)
         values["cluster"] = [str(profile.clusters[question]) for question in values["question"]]
         tables.append(values)
     return pd.concat(tables, ignore_index=True)
@@ -46,8 +42,6 @@ def early_tests(profiles: Mapping[str, AggregatedTraces]) -> pd.DataFrame:
     The same for the first eighth without layer 0. Means over the layers, at every role and site;
     permutation tests of "the first is larger", one-sided, not corrected for their number.
     """
-    import pandas as pd
-
     rows = []
     for name, profile in profiles.items():
         n_layers = len(profile.layers)

@@ -5,23 +5,19 @@ The paper: one layer is enough in LLaVA; in Vicuna effects show with five or mor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
-from mmlens.plots.profile import plot_layer_profile
-from mmlens.reproduce.figure import Figure
+from mmlens.plots.figure_folder import FigureWithTables
+from mmlens.plots.layer_profile import plot_layer_profile
+from mmlens.reproduce.study import Study
 from mmlens.reproduce.tables import LABELS, peaks, raw_effects
 
-if TYPE_CHECKING:
-    from mmlens.reproduce.study import Study
-
 SITES = ("attn_out", "mlp_out")
-ROWS = {"seen": "sees the picture", "named": "told the name"}
+ROWS = {"seen": "sees the image", "named": "told the name"}
 
 
-def windows(study: Study) -> Figure:
+def windows_figure(study: Study) -> FigureWithTables:
     """Windows as lines, at the constraint; seeing above, told below."""
-    import pandas as pd
-
     chosen, counts = study.choose(("seen", "named"))
     tables, profiles = [], {}
     for kind in ("seen", "named"):
@@ -36,7 +32,7 @@ def windows(study: Study) -> Figure:
     figure = plot_layer_profile(
         table, title="How many layers are restored together", subtitle=subtitle
     )
-    return Figure(
+    return FigureWithTables(
         "windows",
         figure,
         {"table": table, "peaks": peaks(table)},

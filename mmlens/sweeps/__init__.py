@@ -6,27 +6,20 @@
 - `task`: what is done with a question; `trace`, `contributions`, `edit`, or a dataclass of your own
 - `items`, `plan`: which questions, in which shards, and whose turn it is
 - `folder`: the files: whole or not at all, and never mixed
-- `worker`: one model that turns shards into files, in this process or as a Ray actor
-- `engines`, `ray_engine`: where workers live
+- `worker`, `ray_engine`: models that turn shards into files, in this process or as Ray actors
 - `progress`: the live line and the log
 - `run`: `sweep`, which puts them together
 - `results`, `summary`: what was written, and its means
 """
 
-from mmlens.sweeps.contributions import ContributionsTask
-from mmlens.sweeps.edit import EditTask
-from mmlens.sweeps.folder import FolderInUse, OtherSettings
+from mmlens.sweeps.folder import OtherSettings
 from mmlens.sweeps.ray_engine import RayMissing, WorkersLost
 from mmlens.sweeps.results import Sweep
 from mmlens.sweeps.run import sweep
 from mmlens.sweeps.summary import Summary, summarize
 from mmlens.sweeps.task import Asked, Carried, ImpossibleTask, Task
-from mmlens.sweeps.trace import TraceTask
-
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (TraceTask, ContributionsTask, EditTask)
-}
-"""The built-in tasks by their names."""
+from mmlens.sweeps.tasks import TASKS, ContributionsTask, EditTask, TraceTask
+from mmlens.utils.resumable import FolderInUse
 
 __all__ = [
     "TASKS",

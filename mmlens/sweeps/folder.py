@@ -12,21 +12,20 @@ has, or it is not there. `failures.parquet` only repeats them in one place.
 
 from __future__ import annotations
 
-import errno
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmlens.files import write_atomically
-
-__all__ = ["Failure", "Folder", "FolderInUse", "OtherSettings", "ShardReport"]
+from mmlens.analyses.result import matches
+from mmlens.utils.files import remove_unfinished, write_atomically
+from mmlens.utils.resumable import differing, hashed, locked
+from mmlens.utils.temporary import Changes, temporary
 
 KEY = b"mmlens"
 FAILURES = pa.schema(
@@ -40,13 +39,19 @@ FAILURES = pa.schema(
     ]
 )
 
+MANIFEST = {
+    "identity": dict[str, Any],
+    "n_questions": int,
+    "model": dict[str, Any],
+    "keys": list[str],
+    "measures": list[str],
+    "columns": dict[str, str],
+    "versions": list[dict[str, str]],
+}
+
 
 class OtherSettings(ValueError):
     """The folder holds a sweep with other settings; the message says which."""
-
-
-class FolderInUse(ValueError):
-    """Another process is writing to the folder."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class ShardReport:
     """What is in a shard's file besides its rows."""
 
     sweep: str
-    """Hash of what must be the same in all files of a folder."""
+    """See `Folder.sweep`."""
     shard: int
     n_questions: int
     failures: tuple[Failure, ...] = ()
@@ -76,81 +81,39 @@ class ShardReport:
     worker: str = ""
     """Host and process."""
 
-    @classmethod
-    def from_json(cls, text: bytes | str) -> ShardReport:
-        """What `to_json` wrote."""
-        found = json.loads(text)
-        return cls(**found | {"failures": tuple(Failure(**each) for each in found["failures"])})
 
-    def to_json(self) -> str:
-        """For the metadata of the file."""
-        return json.dumps(asdict(self))
-
-
-@dataclass(frozen=True)
 class Folder:
     """Where a sweep is written to.
 
+    Args:
+        path: of the folder.
+        sweep: hash of what must be the same in all of its files, once the sweep is begun.
+
     Example:
         >>> with Folder(path).locked() as folder:
-        ...     folder.begin(manifest)
-        ...     done = folder.finished()
+        ...     folder = folder.begin(manifest)
+        ...     done, remarks = folder.finished()
     """
 
-    path: Path
-
-    @property
-    def results(self) -> Path:
-        """Complete shards."""
-        return self.path / "results"
-
-    @property
-    def unfinished(self) -> Path:
-        """What is being written."""
-        return self.path / ".unfinished"
-
-    @property
-    def failures(self) -> Path:
-        """The questions that failed."""
-        return self.path / "failures.parquet"
-
-    @property
-    def log(self) -> Path:
-        """What happened."""
-        return self.path / "log.txt"
+    def __init__(self, path: Path, sweep: str = "") -> None:
+        self.path, self.sweep = path, sweep
+        self.results = path / "results"
+        self.unfinished = path / ".unfinished"
+        self.failures = path / "failures.parquet"
+        self.log = path / "log.txt"
 
     def shard(self, index: int) -> Path:
         """The file of a shard."""
         return self.results / f"shard-{index:06d}.parquet"
 
-    @contextmanager
-    def locked(self) -> Iterator[Folder]:
-        """Make the folder, and keep others from writing to it; the system lets go if we are killed.
-
-        Raises:
-            FolderInUse: (a ValueError) another process has it.
-            OSError: the folder cannot be made.
-        """
-        import fcntl
-
-        self.results.mkdir(parents=True, exist_ok=True)
+    @temporary
+    def locked(self) -> Changes[Folder]:
+        """Make the folder, and keep others from writing to it; see `mmlens.utils.resumable`."""
+        yield locked(self.path, "sweep", ".lock")
+        self.results.mkdir(exist_ok=True)
         self.unfinished.mkdir(exist_ok=True)
-        with (self.path / ".lock").open("a") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.EACCES):
-                    raise FolderInUse(
-                        f"another sweep is writing to {self.path}: wait for it or choose another "
-                        "folder"
-                    ) from error
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                    raise
-                # Some network file systems have no locks. Two sweeps would still only do the same
-                # work twice: a shard's file is the same whoever writes it.
-            for left in self.unfinished.iterdir():  # by a process that was killed
-                left.unlink(missing_ok=True)
-            yield self
+        remove_unfinished(self.unfinished)
+        return self
 
     # The manifest
 
@@ -159,11 +122,22 @@ class Folder:
 
         Raises:
             FileNotFoundError: no sweep was begun here.
+            ValueError: what is there is no manifest; the message has the path.
         """
         path = self.path / "manifest.json"
         if not path.is_file():
             raise FileNotFoundError(f"{self.path} holds no sweep: there is no manifest.json in it")
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is not a JSON object, but a {type(found).__name__}")
+        wrong = [name for name, kind in MANIFEST.items() if not matches(found.get(name), kind)]
+        wrong = wrong or sorted({*found["keys"], *found["measures"]} - found["columns"].keys())
+        if wrong or not isinstance(found["model"].get("name"), str):
+            raise ValueError(f"{path} is no manifest of a sweep: see {', '.join(wrong) or 'model'}")
+        return found
 
     def check(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """The manifest, if there is one and it agrees in everything that `identity` names.
@@ -186,58 +160,47 @@ class Folder:
             )
         return there
 
-    def begin(self, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest, or check that the one that is there agrees.
+    def begin(self, manifest: Mapping[str, Any]) -> Folder:
+        """Write the manifest, or `check` the one that is there; returns the folder of this sweep.
 
         Versions of other packages may differ; each set of them is noted.
-
-        Raises:
-            OtherSettings: (a ValueError) it does not agree.
-            OSError: it cannot be written.
         """
         there = self.check(manifest["identity"])
         content = dict(manifest)
         if there is not None:
-            seen = there["versions"]
-            new = [each for each in manifest["versions"] if each not in seen]
-            if not new:
-                return
-            content = there | {"versions": seen + new}
-        write_atomically(
-            self.path / "manifest.json", json.dumps(content, indent=2) + "\n", self.unfinished
-        )
+            new = [each for each in manifest["versions"] if each not in there["versions"]]
+            content = there | {"versions": there["versions"] + new}
+        if content != there:
+            text = json.dumps(content, indent=2) + "\n"
+            write_atomically(self.path / "manifest.json", text, self.unfinished)
+        return Folder(self.path, hashed(manifest["identity"]))
 
     # Shards
 
     def write(
-        self, report: ShardReport, rows: Sequence[Mapping[str, Any]], schema: pa.Schema
+        self, report: ShardReport, tables: Sequence[pa.Table], schema: pa.Schema
     ) -> ShardReport:
-        """Write a shard's rows and failures, whole or not at all.
-
-        Raises:
-            OSError: the disk is full, or cannot be written.
-        """
-        report = replace(report, n_rows=len(rows))
-        table = pa.Table.from_pylist(list(rows), schema=schema)
-        content = as_parquet(table.replace_schema_metadata({KEY: report.to_json()}))
+        """Write a shard's rows, a table for each question, and failures: whole or not at all."""
+        table = pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
+        report = replace(report, n_rows=len(table))
+        content = as_parquet(table.replace_schema_metadata({KEY: json.dumps(asdict(report))}))
         write_atomically(self.shard(report.shard), content, self.unfinished)
         return report
 
-    def finished(self, sweep: str) -> tuple[dict[int, ShardReport], list[str]]:
+    def finished(self) -> tuple[dict[int, ShardReport], list[str]]:
         """The shards that are complete, and remarks on files that were thrown away.
 
-        A file that was cut off by something else than us, or belongs to another sweep, is deleted,
-        so that its shard is done again.
+        A file is, so that its shard is done again, if it was cut off or is of another sweep.
         """
         reports, remarks = {}, []
         for path in sorted(self.results.glob("shard-*.parquet")):
             try:
                 report = read_report(path)
-                if report.sweep != sweep or self.shard(report.shard) != path:
+                if report.sweep != self.sweep or self.shard(report.shard) != path:
                     raise ValueError("it belongs to another sweep")
             except PermissionError:
                 raise
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError) as error:
                 remarks.append(f"{path.name} is thrown away and done again: {error}")
                 path.unlink()
                 continue
@@ -245,27 +208,33 @@ class Folder:
         return reports, remarks
 
     def write_failures(self, reports: Mapping[int, ShardReport]) -> None:
-        """Put the failures of all shards into one file.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        rows = [
-            asdict(failure) | {"shard": index}
-            for index, report in sorted(reports.items())
-            for failure in report.failures
-        ]
-        content = as_parquet(pa.Table.from_pylist(rows, schema=FAILURES))
+        """Put the failures of all shards into one file."""
+        content = as_parquet(failures_of(reports.values()))
         write_atomically(self.failures, content, self.unfinished)
 
 
-def read_report(path: Path) -> ShardReport:
-    """The report in a shard's file.
+def failures_of(reports: Iterable[ShardReport]) -> pa.Table:
+    """One row per question without results, in the order of the shards."""
+    rows = [
+        asdict(failure) | {"shard": report.shard}
+        for report in sorted(reports, key=lambda report: report.shard)
+        for failure in report.failures
+    ]
+    return pa.Table.from_pylist(rows, schema=FAILURES)
 
-    Raises:
-        OSError, ValueError, KeyError: it is cut off, or no shard.
-    """
-    return ShardReport.from_json(pq.read_schema(path).metadata[KEY])
+
+def read_report(path: Path) -> ShardReport:
+    """The report in a shard's file; a ValueError says that it is cut off, or no shard."""
+    try:
+        found = json.loads(pq.read_schema(path).metadata[KEY])
+        failures = tuple(Failure(**each) for each in found["failures"])
+        report = ShardReport(**found | {"failures": failures})
+        for name, kind in get_type_hints(ShardReport).items():
+            if not matches(getattr(report, name), kind):
+                raise TypeError(f"{name} is {getattr(report, name)!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no shard of a sweep: {error}") from error
+    return report
 
 
 def as_parquet(table: pa.Table) -> bytes:
@@ -273,15 +242,3 @@ def as_parquet(table: pa.Table) -> bytes:
     buffer = BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
-
-
-def differing(
-    was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Names and both values where `now` is not what `was` is; what `now` lacks is not compared."""
-    for name, value in now.items():
-        before = was.get(name)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            yield from differing(before, value, f"{prefix}{name}.")
-        elif before != value:
-            yield f"{prefix}{name}", before, value

@@ -11,9 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmlens.data import VisualQuestion
-from mmlens.sweeps.items import Item, content, image_name, question_of, with_absolute_paths
-
-__all__ = ["Planned", "Shard", "Turns", "data_hash", "plan"]
+from mmlens.data.reading import Refused
+from mmlens.sweeps.items import (
+    Item,
+    content,
+    image_name,
+    item_at,
+    question_of,
+    rows_of,
+    with_absolute_paths,
+)
 
 
 @dataclass(frozen=True)
@@ -22,9 +29,10 @@ class Planned:
 
     row: int
     """Where it stands in the data set, from 0."""
-    item: Item
+    item: Item | Refused
+    """Or a row that its reader could not use: it is a failure, as a missing image is."""
     images: tuple[str, ...]
-    """Names of its pictures, by which questions about the same ones are found."""
+    """Names of its images, by which questions about the same ones are found."""
 
     @property
     def question(self) -> VisualQuestion:
@@ -45,22 +53,25 @@ def plan(
 ) -> list[Shard]:
     """Shards of all questions, or of `limit` that the seed chooses; the same for the same data.
 
-    Questions about the same pictures follow each other and are in one shard, unless they are more
-    than a shard holds. Paths become absolute, so that workers elsewhere find them.
+    Questions about the same images follow each other and are in one shard, unless they are more
+    than a shard holds. Paths become absolute, so that workers elsewhere find them. Rows that could
+    not be read count as questions.
 
     Raises:
         ValueError: no questions, or a shard of none.
     """
+    there = rows_of(items)
     if not len(items) or shard_size < 1 or (limit is not None and limit < 1):
         raise ValueError(
             f"{len(items)} questions, limit {limit}, shards of {shard_size}: nothing to sweep"
         )
-    rows: Sequence[int] = range(len(items))
+    rows: Sequence[int] = range(len(there))
     if limit is not None and limit < len(rows):
         rows = sorted(random.Random(seed).sample(rows, limit))
     together: dict[tuple[str, ...], list[Planned]] = {}
     for row in rows:
-        item = items[row]
+        found = there[row]
+        item = found if isinstance(found, Refused) else item_at(items, found)
         names = tuple(map(image_name, question_of(item).images))
         each = Planned(row, with_absolute_paths(item), names)
         together.setdefault(names or (f"question {row}",), []).append(each)
@@ -76,18 +87,21 @@ def plan(
 
 
 def data_hash(shards: Iterable[Shard]) -> str:
-    """A hash of the questions, their words, answers and names of pictures, and of their order."""
+    """A hash of the questions, their words, answers and names of images, and of their order."""
     digest = hashlib.sha256()
     for shard in shards:
         for each in shard.questions:
-            digest.update(json.dumps([shard.index, each.row, content(each.item)]).encode())
+            about = [shard.index, each.row, content(each.item)]
+            # A field of a kind that JSON has not makes its row a failure, later.
+            text = json.dumps(about, default=lambda x: type(x).__name__, skipkeys=True)
+            digest.update(text.encode())
     return digest.hexdigest()
 
 
 class Turns:
     """Which shard is whose turn: workers take from one line, and from each other at its end.
 
-    A worker is told of the shard behind its own, to read its pictures in the meantime. When the
+    A worker is told of the shard after its own, to read its images in the meantime. When the
     line is empty, what was only announced to one worker goes to another that has nothing to do.
 
     Example:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from contextlib import AbstractContextManager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mmlens.sweeps.folder import ShardReport
-
-__all__ = ["Log", "SweepProgress", "duration"]
+from mmlens.utils.printable import printable
+from mmlens.utils.temporary import Changes, Temporary
+from mmlens.utils.terminal import SafeConsole, say
 
 
 class Log:
@@ -22,37 +19,39 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._said = False
 
     def __call__(self, text: str) -> None:
-        """Append a line. A full disk is for the results to complain about; here it is only said."""
-        line = f"{datetime.now(UTC).isoformat(' ', 'milliseconds')} {text}\n"
+        """Append a line. A full disk is for the results to complain about; here it is said once."""
+        line = f"{datetime.now(UTC).isoformat(' ', 'milliseconds')} {printable(text)}\n"
         try:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(line)
         except OSError as error:
-            print(f"mmlens: {self.path} cannot be written ({error}): {line}", file=sys.stderr)
+            if not self._said:
+                say(f"{self.path} cannot be written: {error}")
+            self._said = True
 
 
-class SweepProgress(AbstractContextManager["SweepProgress"]):
+class SweepProgress(Temporary["SweepProgress"]):
     """Counts questions, and says how fast they go.
 
     Args:
         log: where a line per shard goes.
         total: questions of the sweep.
-        done: of these, by earlier runs.
-        failed: of these, without results.
+        done, failed: how many of these earlier runs have done, and how many of those failed.
         live: whether to show a line in the terminal; None where stderr is one.
     """
 
     def __init__(
         self, log: Log, total: int, done: int, failed: int, live: bool | None = None
     ) -> None:
+        super().__init__(self._shown)
         self.log, self.total, self.done, self.failed = log, total, done, failed
         self.memory = 0
-        self._before = done
-        self._written = done
+        self._before = self._written = done
         self._began = time.monotonic()
-        console = Console(stderr=True, highlight=False)
+        console = SafeConsole(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -64,22 +63,16 @@ class SweepProgress(AbstractContextManager["SweepProgress"]):
         )
         self._task = self._bar.add_task("questions", total=total, completed=done, status="")
 
-    def __enter__(self) -> SweepProgress:
+    def _shown(self) -> Changes[SweepProgress]:
+        """What a `with` block does."""
+        yield self._bar.stop
         self._bar.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
-
-    @property
-    def rate(self) -> float:
-        """Questions per second, of this run."""
-        return (self.done - self._before) / max(time.monotonic() - self._began, 1e-9)
-
     def status(self) -> str:
-        """Rate, time left, failures and memory."""
-        rate = self.rate
-        left = duration((self.total - self.done) / rate) if rate else "unknown time"
+        """Rate of this run, time left, failures and memory."""
+        rate = (self.done - self._before) / max(time.monotonic() - self._began, 1e-9)
+        left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "unknown time"
         memory = f", {self.memory / 2**30:.1f} GiB" if self.memory else ""
         return f"{rate:.3g} questions/s, {left} left, {self.failed} failed{memory}"
 
@@ -101,12 +94,3 @@ class SweepProgress(AbstractContextManager["SweepProgress"]):
             f"{report.n_rows} rows, {report.seconds:.1f} s; {self._written} of {self.total}, "
             f"{self.status()}"
         )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says it."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"

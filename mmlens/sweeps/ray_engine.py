@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mmlens.sweeps.engines import Remark
-from mmlens.sweeps.folder import ShardReport
+from mmlens.sweeps.folder import Folder, ShardReport
 from mmlens.sweeps.plan import Shard, Turns
 from mmlens.sweeps.task import Task
-from mmlens.sweeps.worker import ModelRecord, ModelSource, Target, Tell, Worker, failure_of
+from mmlens.sweeps.worker import ModelRecord, ModelSource, Tell, Worker, failure_of
 
-__all__ = ["OnRay", "RayMissing", "WorkersLost"]
+PATIENCE = 60.0
+"""Seconds after which it is said, again and again, what the start of the first worker needs."""
 
 
 class RayMissing(ValueError):
@@ -43,7 +43,8 @@ class OnRay:
     workers: int | None = None
     """By default one per GPU, or one where there is none."""
     retries: int = 2
-    remark: Remark = print
+    remark: Callable[[str], None] = print
+    """Takes a line for the log."""
     _busy: dict[Any, tuple[Any, Shard | None]] = field(default_factory=dict, init=False)
     """What is awaited, of which worker, and its shard: None while it starts."""
     _idle: list[Any] = field(default_factory=list, init=False)
@@ -74,10 +75,15 @@ class OnRay:
         if gpus and self.model.device != "cpu":
             self._needs = {"num_gpus": min(1.0, gpus / n_workers)}
         else:  # Ray gives a worker as many threads as it has CPUs
-            self._needs = {"num_cpus": max(1.0, cpus // n_workers)}
+            nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+            self._needs = {"num_cpus": float(cpus_of_a_worker(nodes, n_workers))}
         for _ in range(n_workers):
             self._hire()
-        ready, _ = ray.wait(list(self._busy), num_returns=1)
+        while not (ready := ray.wait(list(self._busy), num_returns=1, timeout=PATIENCE)[0]):
+            self.remark(
+                f"Ray ({self.address}): no worker is ready. They load the model, or wait for a "
+                f"place: each needs {self._needs}, and free are {ray.available_resources()}"
+            )
         try:
             self._record: ModelRecord = ray.get(ready[0])
         except ray.exceptions.RayActorError as error:
@@ -88,7 +94,7 @@ class OnRay:
         )
         return self._record
 
-    def run(self, target: Target, shards: Sequence[Shard], tell: Tell) -> Iterator[ShardReport]:
+    def run(self, folder: Folder, shards: Sequence[Shard], tell: Tell) -> Iterator[ShardReport]:
         """Shards go to whoever is free; reports come in the order in which shards are done.
 
         Raises:
@@ -98,9 +104,11 @@ class OnRay:
         turns, left = Turns(shards), len(shards)
         while left:
             for worker in list(self._idle):
-                self._give(worker, target, turns)
+                if (turn := turns.take(worker)) is not None:
+                    self._idle.remove(worker)
+                    self._busy[worker.run.remote(folder, *turn)] = (worker, turn[0])
             ready, _ = self._ray.wait(list(self._busy), num_returns=1)
-            report = self._finished(ready[0], target, turns)
+            report = self._finished(ready[0], folder, turns)
             if report is not None:
                 for index in range(report.n_questions):
                     tell(index >= len(report.failures))
@@ -111,10 +119,12 @@ class OnRay:
         """End the workers, and Ray if it was started here."""
         if not hasattr(self, "_was_there"):
             return
-        for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
-            self._ray.kill(worker)
-        if not self._was_there:
-            self._ray.shutdown()
+        try:
+            for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
+                self._ray.kill(worker)
+        finally:
+            if not self._was_there:
+                self._ray.shutdown()
 
     def _hire(self) -> None:
         """A new worker; it is awaited like a shard."""
@@ -122,14 +132,7 @@ class OnRay:
         worker = worker.remote(self.model, self.task)
         self._busy[worker.record.remote()] = (worker, None)
 
-    def _give(self, worker: Any, target: Target, turns: Turns) -> None:
-        """Let a worker do what is next, if there is anything."""
-        turn = turns.take(worker)
-        if turn is not None:
-            self._idle.remove(worker)
-            self._busy[worker.run.remote(target, *turn)] = (worker, turn[0])
-
-    def _finished(self, done: Any, target: Target, turns: Turns) -> ShardReport | None:
+    def _finished(self, done: Any, folder: Folder, turns: Turns) -> ShardReport | None:
         """What became of a call: a report, or None where there is none to wait for."""
         worker, shard = self._busy.pop(done)
         try:
@@ -137,7 +140,7 @@ class OnRay:
         except (self._ray.exceptions.RayActorError, torch.AcceleratorError) as error:
             self._ray.kill(worker)
             turns.give_back(worker)
-            return self._lost(shard, last_line(error), target, turns)
+            return self._lost(shard, last_line(error), folder, turns)
         self._idle.append(worker)
         if shard is not None:
             return found
@@ -149,7 +152,7 @@ class OnRay:
         return None
 
     def _lost(
-        self, shard: Shard | None, why: str, target: Target, turns: Turns
+        self, shard: Shard | None, why: str, folder: Folder, turns: Turns
     ) -> ShardReport | None:
         """Replace a worker that was at work; its shard is done again, or given up."""
         if shard is None:
@@ -168,16 +171,27 @@ class OnRay:
         failures = tuple(
             failure_of(each, WorkersLost(why), "worker lost") for each in shard.questions
         )
-        report = ShardReport(target.sweep, shard.index, len(shard.questions), failures)
-        return target.folder.write(report, [], self.task.schema())
+        report = ShardReport(folder.sweep, shard.index, len(shard.questions), failures)
+        return folder.write(report, [], self.task.schema())
+
+
+def cpus_of_a_worker(nodes: Sequence[float], n_workers: int) -> int:
+    """Return the most CPUs that each worker can have if all are to have a place; 1 at least.
+
+    A worker is on one machine, and Ray waits for ever for more CPUs than any machine has.
+
+    Args:
+        nodes: CPUs of each machine.
+    """
+    whole = [int(cpus) for cpus in nodes]
+    return next(
+        (n for n in range(max(whole, default=1), 1, -1) if sum(c // n for c in whole) >= n_workers),
+        1,
+    )
 
 
 def import_ray() -> Any:
-    """The package.
-
-    Raises:
-        RayMissing: it is not installed.
-    """
+    """The package."""
     try:
         import ray
     except ImportError as error:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from mmlens.sweeps.folder import Folder, ShardReport, read_report
-from mmlens.sweeps.summary import Summary, summarize
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["Sweep"]
+from mmlens.sweeps.folder import Folder, ShardReport, failures_of, read_report
+from mmlens.sweeps.summary import Summary, columns_of, summarize
 
 
 class Sweep:
@@ -67,13 +64,18 @@ class Sweep:
         """All rows that are there, or some of their columns; texts come as dictionaries.
 
         Raises:
-            ValueError: nothing is there yet.
+            ValueError: nothing is there yet, or a file has other columns than the rest.
             OSError: a file is damaged.
         """
         files = self._files
         if not files:
             raise ValueError(f"{self.folder.path} has no results yet")
-        schema = pq.read_schema(files[0])
+        for path in files:
+            schema = pq.read_schema(path)
+            there = {field.name: str(field.type) for field in schema}
+            if other := there.items() ^ self.manifest["columns"].items():
+                names = ", ".join(sorted({name for name, _ in other}))
+                raise ValueError(f"{path} has other columns than manifest.json says: {names}")
         texts = [field.name for field in schema if field.type == pa.string()]
         reading = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
         format = ds.ParquetFileFormat(
@@ -89,8 +91,20 @@ class Sweep:
 
     def failures(self) -> pd.DataFrame:
         """One row per question without results: why."""
-        return pq.read_table(self.folder.failures).to_pandas()
+        return failures_of(self._reports).to_pandas()
 
-    def summarize(self, **options: Any) -> Summary:
+    def counts(self) -> dict[str, Any]:
+        """Count questions: planned, done, failed, and why those failed."""
+        reasons = self.failures()["reason"].value_counts()
+        return {
+            "planned": self.n_questions,
+            "done": self.n_done,
+            "failed": self.n_failed,
+            "why": {str(reason): int(n) for reason, n in reasons.items()},
+        }
+
+    def summarize(self, *, minimum_gap: float | None = None, **options: Any) -> Summary:
         """Means over questions with intervals; see `mmlens.sweeps.summarize`."""
-        return summarize(self, **options)
+        rows = self.results(columns_of(self.manifest, minimum_gap is not None))
+        found = summarize(rows, self.manifest, minimum_gap=minimum_gap, **options)
+        return replace(found, counts=self.counts() | found.counts)

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mmlens.sweeps.engines import Engine, Here
-from mmlens.sweeps.folder import Folder
+from mmlens.demo import is_embedded
+from mmlens.model.transformer import HookedMultimodalTransformer
+from mmlens.sweeps.folder import Folder, ShardReport
 from mmlens.sweeps.items import Item
 from mmlens.sweeps.plan import Shard, data_hash, plan
 from mmlens.sweeps.progress import Log, SweepProgress
 from mmlens.sweeps.ray_engine import OnRay
 from mmlens.sweeps.results import Sweep
 from mmlens.sweeps.task import Task
-from mmlens.sweeps.worker import ModelRecord, ModelSource, Target
-
-if TYPE_CHECKING:
-    from mmlens.model import HookedMultimodalTransformer
-
-__all__ = ["sweep"]
+from mmlens.sweeps.tasks import TASKS
+from mmlens.sweeps.worker import Here, ModelSource
+from mmlens.utils.resumable import Resumable, versions
 
 FORMAT = 1
 """Of the folder; another number means other columns, or another meaning of them."""
@@ -60,13 +56,13 @@ def sweep(
     Args:
         task: "trace", "contributions" or "edit", or a `Task` of your own.
         model: a model, or a name for `from_pretrained` (on Ray a name, since workers load it).
-        data: questions (for "edit": `EditCase`s), or what the task's `open` takes: "demo", a path,
-            "name:path", see `mmlens.data.open_questions`.
+        data: questions (for "trace" also `ImagePair`s, for "edit" `EditCase`s), or what the task's
+            `open` takes: "demo", a path, "name:path", see `mmlens.data.open_questions`.
         out: the folder; see `docs/sweeps.md` for what is in it.
-        images: the folder of the pictures.
+        images: the folder of the images.
         annotations: OK-VQA's questions and annotations, with the answers.
         limit: a random sample of so many questions; by default all.
-        seed: of the sample, and of the choice among several pictures of a question.
+        seed: of the sample, and of the choice among several images of a question.
         shard_size: questions that are written, or done again, together.
         device: where the model goes; by default the GPU if there is one.
         dtype: of its weights, "bfloat16"; by default the checkpoint's own.
@@ -99,7 +95,7 @@ def sweep(
     if isinstance(model, str | Path):
         source = ModelSource(absolute_if_there(model), device, dtype)
     log = Log(Folder(Path(out)).log)
-    engine: Engine = Here(source, chosen)
+    engine: Here | OnRay = Here(source, chosen)
     if ray is not None:
         if not isinstance(source, ModelSource):
             raise ValueError(
@@ -121,7 +117,7 @@ def swept(
     folder: Folder,
     task: Task,
     shards: Sequence[Shard],
-    engine: Engine,
+    engine: Here | OnRay,
     log: Log,
     retry_failures: bool,
     live: bool | None,
@@ -141,38 +137,42 @@ def swept(
     model = engine.start()
     log(f"{model.name} ({model.dtype}, sha256 {model.hash[:12]}) on {model.device}")
     identity["model"] = model.hash
-    folder.begin(manifest(identity, task, model, total))
-    target = Target(folder, hashed(identity))
-    done, remarks = folder.finished(target.sweep)
+    manifest = {
+        "identity": identity,
+        "n_questions": total,
+        "model": asdict(model),
+        "keys": list(task.keys),
+        "measures": list(task.measures),
+        "columns": {field.name: str(field.type) for field in task.schema()},
+        "versions": [versions(PACKAGES)],
+        "begun": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+    }
+    folder = folder.begin(manifest)
+    # Workers write the files, so that no results go from one process to another.
+    run: Resumable[int, ShardReport] = Resumable(dict.fromkeys(range(len(shards))))
+    run.found, remarks = folder.finished()
     for remark in remarks:
         log(remark)
     if retry_failures:
-        for index in [index for index, report in done.items() if report.failures]:
+        for index in [index for index, report in run.found.items() if report.failures]:
             folder.shard(index).unlink()
-            del done[index]
-    folder.write_failures(done)
-    n_done = sum(report.n_questions for report in done.values())
-    n_failed = sum(len(report.failures) for report in done.values())
-    missing = [shard for shard in shards if shard.index not in done]
-    log(f"{len(done)} shards are there ({n_done} questions, {n_failed} failed)")
+            del run.found[index]
+    folder.write_failures(run.found)
+    n_done = sum(report.n_questions for report in run.found.values())
+    n_failed = sum(len(report.failures) for report in run.found.values())
+    log(f"{len(run.found)} shards are there ({n_done} questions, {n_failed} failed)")
+    missing = [shards[index] for index in run.missing]
     with SweepProgress(log, total, n_done, n_failed, live) as shown:
-        for report in engine.run(target, missing, shown.question):
-            done[report.shard] = report
+        for report in engine.run(folder, missing, shown.question):
+            run.add(report.shard, report)
             shown.shard(report)
             if report.failures:
-                folder.write_failures(done)
+                folder.write_failures(run.found)
     log(f"complete: {shown.total} questions, {shown.failed} failed")
 
 
 def make_task(task: str | Task, options: dict[str, Any]) -> Task:
-    """A task by its name and settings.
-
-    Raises:
-        ValueError: no such task; settings for one that has them already.
-        TypeError: the task has no such setting.
-    """
-    from mmlens.sweeps import TASKS
-
+    """A task by its name and settings."""
     if isinstance(task, Task):
         if options:
             raise ValueError(f"{type(task).__name__} has its settings already: {sorted(options)}")
@@ -185,26 +185,4 @@ def make_task(task: str | Task, options: dict[str, Any]) -> Task:
 def absolute_if_there(model: str | Path) -> str:
     """A folder or file by its absolute path, for workers elsewhere; a name as it is."""
     path = Path(model).expanduser()
-    embedded = str(model) in ("demo", "demo-tuned")
-    return str(path.absolute()) if path.exists() and not embedded else str(model)
-
-
-def manifest(
-    identity: dict[str, Any], task: Task, model: ModelRecord, n_questions: int
-) -> dict[str, Any]:
-    """What is written about the sweep as a whole."""
-    return {
-        "identity": identity,
-        "n_questions": n_questions,
-        "model": asdict(model),
-        "keys": list(task.keys),
-        "measures": list(task.measures),
-        "columns": {field.name: str(field.type) for field in task.schema()},
-        "versions": [{name: version(name) for name in PACKAGES}],
-        "begun": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
-    }
-
-
-def hashed(identity: dict[str, Any]) -> str:
-    """By which files of one sweep know each other."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return str(path.absolute()) if path.exists() and not is_embedded(model) else str(model)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
-from mmlens.files import write_atomically
-from mmlens.resampling import bootstrap_mean
 from mmlens.sweeps.task import ROLES
+from mmlens.utils.csv_files import write_csv
+from mmlens.utils.files import write_atomically
+from mmlens.utils.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
-    import pandas as pd
     from plotly.graph_objects import Figure
-
-    from mmlens.sweeps.results import Sweep
-
-__all__ = ["Summary", "summarize"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +32,7 @@ class Summary:
     figures: dict[str, Figure]
     """One per measure: a panel per site and role, layers to the right, a line per window."""
     counts: dict[str, Any]
-    """Questions: planned, done, failed and why, used here and why the others are not."""
+    """Questions: used here, and why others are not; of a `Sweep`, planned, done, failed and why."""
 
     def write(self, out: str | Path) -> list[Path]:
         """Write `table.csv`, `peaks.csv`, `counts.json` and every figure as html and png.
@@ -53,14 +51,22 @@ class Summary:
             except FigureNotSaved as error:
                 remarks[f"no {name}.png"] = str(error)
         for name, table in (("table", self.table), ("peaks", self.peaks)):
-            content = table.round(6).to_csv(index=False)
-            written.append(write_atomically(folder / f"{name}.csv", content))
+            written.append(write_csv(table.round(6), folder / f"{name}.csv"))
         counts = json.dumps(self.counts | remarks, indent=2) + "\n"
         return [*written, write_atomically(folder / "counts.json", counts)]
 
 
+def columns_of(manifest: Mapping[str, Any], with_gap: bool) -> list[str]:
+    """The columns that `summarize` needs; with a gap, the clean and corrupted probabilities."""
+    gap = ["clean", "corrupted"] if with_gap else []
+    if not set(gap) <= manifest["columns"].keys():
+        raise ValueError("minimum_gap is for traces; this sweep has no corrupted runs")
+    return ["question", "cluster", "is_right", *manifest["keys"], *manifest["measures"], *gap]
+
+
 def summarize(
-    sweep: Sweep,
+    rows: pd.DataFrame,
+    manifest: Mapping[str, Any],
     *,
     only_right: bool = False,
     minimum_gap: float | None = None,
@@ -70,10 +76,12 @@ def summarize(
 ) -> Summary:
     """Means over the questions that are done, with intervals of a bootstrap over clusters.
 
-    Questions about the same subject, or the same picture where none is named, are resampled
+    Questions about the same subject, or the same image where none is named, are resampled
     together.
 
     Args:
+        rows: of the questions, with `columns_of` the manifest.
+        manifest: of the sweep; see `Sweep.manifest`.
         only_right: leave out questions that are not known to be answered rightly.
         minimum_gap: leave out traces whose clean - corrupted probability is smaller.
         samples: resamples.
@@ -84,22 +92,18 @@ def summarize(
         ValueError: no rows are there, or none that pass the filters.
 
     Example:
-        >>> summarize(Sweep("runs/trace"), minimum_gap=0.05).table
+        >>> sweep = Sweep("runs/trace")
+        >>> summarize(sweep.results(), sweep.manifest, minimum_gap=0.05).table
     """
-    import pandas as pd
-
-    keys, measures = sweep.manifest["keys"], sweep.manifest["measures"]
-    gap = ["clean", "corrupted"] if minimum_gap is not None else []
-    if not set(gap) <= sweep.manifest["columns"].keys():
-        raise ValueError("minimum_gap is for traces; this sweep has no corrupted runs")
-    rows = sweep.results(["question", "cluster", "is_right", *keys, *measures, *gap])
-    rows, dropped = filtered(rows, only_right, minimum_gap)
+    keys, measures = manifest["keys"], manifest["measures"]
+    rows = rows[columns_of(manifest, minimum_gap is not None)]
+    rows, dropped = passing_questions(rows, only_right, minimum_gap)
     rows = rows.sort_values("question", kind="stable")
     tables = []
     for measure in measures:
         values, cells, clusters = as_matrix(rows, keys, measure)
         found = bootstrap_mean(values, clusters, samples=samples, seed=seed, level=level)
-        numbers = {name: x.numpy() for name, x in zip(("mean", "low", "high"), found, strict=True)}
+        numbers = {name: x.numpy() for name, x in found._asdict().items()}
         n = (~values.isnan()).sum(dim=0).numpy()
         tables.append(in_order(cells.assign(measure=measure, n=n, **numbers)))
     table = pd.concat(tables, ignore_index=True)
@@ -107,29 +111,15 @@ def summarize(
     best = table.dropna(subset="mean").groupby([*there, "measure"], sort=False, observed=True)
     peaks = table.loc[best["mean"].idxmax()].reset_index(drop=True)
     n_used = int(rows["question"].nunique())
-    reasons = sweep.failures()["reason"].value_counts()
-    counts = {
-        "planned": sweep.n_questions,
-        "done": sweep.n_done,
-        "failed": sweep.n_failed,
-        "why": {str(reason): int(n) for reason, n in reasons.items()},
-        **dropped,
-        "used": n_used,
-    }
-    model = sweep.manifest["model"]["name"]
-    subtitle = f"{model}, {n_used} questions, {level:.0%} bootstrap interval"
-    figures = {measure: draw(table, measure, subtitle) for measure in measures}
-    return Summary(table, peaks, figures, counts)
+    subtitle = f"{manifest['model']['name']}, {n_used} questions, {level:.0%} bootstrap interval"
+    figures = {measure: draw_measure(table, measure, subtitle) for measure in measures}
+    return Summary(table, peaks, figures, {**dropped, "used": n_used})
 
 
-def filtered(
+def passing_questions(
     rows: pd.DataFrame, only_right: bool, minimum_gap: float | None
 ) -> tuple[pd.DataFrame, dict[str, int]]:
-    """The rows of questions that pass, and how many questions do not.
-
-    Raises:
-        ValueError: none passes.
-    """
+    """The rows of questions that pass, and how many questions do not."""
     dropped: dict[str, int] = {}
 
     def kept(rows: pd.DataFrame, passes: pd.Series, why: str) -> pd.DataFrame:
@@ -172,9 +162,9 @@ def in_order(cells: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def draw(table: pd.DataFrame, measure: str, subtitle: str) -> Figure:
+def draw_measure(table: pd.DataFrame, measure: str, subtitle: str) -> Figure:
     """A panel per site and role (or group of questions), a line per window (or method)."""
-    from mmlens.plots.profile import plot_layer_profile
+    from mmlens.plots.layer_profile import plot_layer_profile
 
     points = table[table["measure"] == measure].copy()
     for name in ("site", "role"):

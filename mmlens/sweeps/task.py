@@ -20,36 +20,27 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pyarrow as pa
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mmlens.aggregation import role_positions
-from mmlens.data import VisualQuestion, open_questions
-from mmlens.inputs import MultimodalInputs
-from mmlens.passes import is_out_of_memory
-from mmlens.spans import SpanNotFoundError
+from mmlens.analyses.aggregation import role_positions
+from mmlens.analyses.greedy_answer import answers_rightly
+from mmlens.branching.recording import Recording
+from mmlens.data import ImagePair, VisualQuestion, open_questions
+from mmlens.data.reading import shown
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.processor import Processor
+from mmlens.inputs.spans import SpanNotFoundError
+from mmlens.model.transformer import HookedMultimodalTransformer
 from mmlens.sweeps.items import Item, question_of
-
-if TYPE_CHECKING:
-    from mmlens.branching import Recording
-    from mmlens.model import HookedMultimodalTransformer
-
-__all__ = [
-    "COMMON",
-    "ROLES",
-    "Asked",
-    "Carried",
-    "Columns",
-    "ImpossibleTask",
-    "Task",
-    "UnreadableImage",
-    "reason_of",
-]
+from mmlens.utils.memory import is_out_of_memory
+from mmlens.utils.resumable import as_json
 
 Columns = Mapping[str, pa.DataType]
 Row = dict[str, Any]
@@ -73,7 +64,14 @@ COMMON: Columns = {
 
 
 ROLES = (
-    *("image", "before constraint", "constraint", "constraint first", "constraint last"),
+    *(
+        "image",
+        "after image",
+        "before constraint",
+        "constraint",
+        "constraint first",
+        "constraint last",
+    ),
     *("after constraint", "last token", "text constraint"),
 )
 """What `Asked.roles` may give."""
@@ -84,7 +82,11 @@ class ImpossibleTask(ValueError):
 
 
 class UnreadableImage(ValueError):
-    """A picture that is not there or cannot be decoded."""
+    """An image that is not there or cannot be decoded."""
+
+
+class UnusableRow(ValueError):
+    """A row of the data set that its reader could not use, or with fields of another kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,8 @@ class Asked:
 
     item: Item
     inputs: MultimodalInputs
+    corrupted: MultimodalInputs | None = None
+    """Of a pair of images: the same prompt with the counterfactual one."""
 
     @property
     def question(self) -> VisualQuestion:
@@ -105,20 +109,20 @@ class Asked:
         Raises:
             ValueError: the question names no visual constraint.
         """
-        if "constraint" not in self.inputs.spans[0]:
+        named = "constraint" in self.inputs.spans[0]
+        if self.corrupted is not None:
+            return image_roles(self.inputs) | (roles_of(self.inputs) if named else {})
+        if not named:
             raise ValueError("the question names no visual constraint")
-        roles = dict(role_positions(self.inputs))
-        if "text_constraint" in self.inputs.spans[0]:
-            roles["text constraint"] = self.inputs.span("text_constraint").cpu()
-        return roles
+        return roles_of(self.inputs)
 
 
 @dataclass
 class Carried:
     """What is carried from one question of a shard to the next."""
 
-    like: Recording | None = None
-    """Of the question before, which this one may begin like: the same picture is read once."""
+    earlier: list[Recording] = field(default_factory=list)
+    """Of the question before, which this one may begin like: the same image is read once."""
     batch_rows: int | None = None
     """The most rows computed at once; set when memory ran out."""
 
@@ -129,7 +133,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     columns: ClassVar[Columns]
-    """What rows have behind those of `COMMON`."""
+    """What rows have after those of `COMMON`."""
     measures: ClassVar[tuple[str, ...]]
     """Columns that must be finite, and are averaged by `mmlens summarize`."""
     keys: ClassVar[tuple[str, ...]] = ("site", "role", "layer", "window")
@@ -153,23 +157,27 @@ class Task(ABC):
     def check(self, model: HookedMultimodalTransformer) -> None:  # noqa: B027 (nothing to check)
         """Raise a ValueError where the model lacks what the settings name."""
 
-    def read(self, model: HookedMultimodalTransformer, item: Item) -> Asked:
-        """Open the question's pictures and put it to the model; runs in the reading thread.
+    def read(self, processor: Processor, item: Item) -> Asked:
+        """Open the question's images and make inputs of it; runs in the reading thread.
+
+        Args:
+            processor: the model's, with a tokenizer that only the reading thread uses.
+            item: what is read.
 
         Raises:
-            UnreadableImage: (a ValueError) a picture is missing or damaged.
+            UnreadableImage: (a ValueError) an image is missing or damaged.
             SpanNotFoundError: (a ValueError) a constraint is not in the question.
         """
+        if isinstance(item, ImagePair):
+            raise ValueError(f"{self.name} takes questions, not pairs of images; trace takes pairs")
         question = question_of(item)
         spans = question.spans()
         try:
             pictures = question.open_images()
         except (ValueError, TypeError, OSError) as error:
             raise UnreadableImage(str(error)) from error
-        inputs = model.prepare(
-            question.prompt(), pictures or None, spans=spans, template=self.template
-        )
-        return Asked(item, replace(inputs, images=None))
+        inputs = processor(question.prompt(), pictures or None, spans=spans, template=self.template)
+        return Asked(item, inputs.without_images())
 
     @abstractmethod
     def rows(self, model: HookedMultimodalTransformer, asked: Asked, carried: Carried) -> list[Row]:
@@ -191,14 +199,11 @@ class Task(ABC):
 
     def settings(self) -> dict[str, Any]:
         """What rows depend on, as JSON holds it."""
-        return {name: as_json(value) for name, value in asdict(self).items()}
+        return as_json(asdict(self))
 
     def is_right(self, model: HookedMultimodalTransformer, asked: Asked) -> bool | None:
         """Whether the greedy continuation is an accepted answer; None where none is known."""
-        if not asked.question.answers or not self.max_new_tokens:
-            return None
-        said = str(model.generate(asked.inputs, max_new_tokens=self.max_new_tokens))
-        return asked.question.is_right(said)
+        return answers_rightly(model, asked.question, asked.inputs, self.max_new_tokens)
 
     def check_finite(self, rows: Iterable[Row]) -> None:
         """Raise a FloatingPointError where a measure is NaN or infinite."""
@@ -209,15 +214,31 @@ class Task(ABC):
                     raise FloatingPointError(f"{name} is {row[name]} at {where}")
 
 
-def as_json(value: Any) -> Any:
-    """Tuples as lists, as they come back from a file."""
-    if isinstance(value, Mapping):
-        return {str(name): as_json(each) for name, each in value.items()}
-    return [as_json(each) for each in value] if isinstance(value, list | tuple) else value
+def roles_of(inputs: MultimodalInputs) -> dict[str, Int[Tensor, " _"]]:
+    """The positions of the roles of a prompt with a constraint, as `Asked.roles` gives them."""
+    roles = dict(role_positions(inputs))
+    if "text_constraint" in inputs.spans[0]:
+        roles["text constraint"] = inputs.span("text_constraint").cpu()
+    return roles
 
 
-def described(question: VisualQuestion, images: Sequence[str]) -> Row:
-    """The columns of a row that say which question it is about."""
+def image_roles(inputs: MultimodalInputs) -> dict[str, Int[Tensor, " _"]]:
+    """The positions of a prompt by what a changed image can change: itself, and what follows it.
+
+    `image`; `after image`, the words between it and the last token; `last token`.
+    """
+    image, last = inputs.is_image[0].cpu().nonzero().flatten(), inputs.span("last").cpu()
+    words = inputs.span("text").cpu()
+    after = words[(words > image.max()) & ~torch.isin(words, last)]
+    roles = {"image": image, "after image": after, "last token": last}
+    return {role: positions for role, positions in roles.items() if len(positions)}
+
+
+def question_columns(question: VisualQuestion, images: Sequence[str]) -> Row:
+    """The columns of a row that say which question it is about; all are texts."""
+    for name in ("source", "subject", "relation", "split"):
+        if not isinstance(getattr(question, name), str):
+            raise UnusableRow(f"{name} must be a text, not {shown(getattr(question, name))}")
     image = " ".join(images)
     return {
         "source": question.source,
@@ -230,6 +251,8 @@ def described(question: VisualQuestion, images: Sequence[str]) -> Row:
 
 def reason_of(error: BaseException) -> str:
     """Why a question failed, in a few words."""
+    if isinstance(error, UnusableRow):
+        return "unusable row"
     if isinstance(error, UnreadableImage):
         return "unreadable image"
     if isinstance(error, SpanNotFoundError):

@@ -1,7 +1,9 @@
 """A worker: one model on one device, which turns shards into files.
 
-The same class works in this process and as a Ray actor. While it computes, a thread of its own
-reads the questions to come: opens pictures, preprocesses and tokenises.
+The same class works in this process (`Here`) and as a Ray actor (`mmlens.sweeps.ray_engine`): both
+hand out shards by `Turns`, workers write the results, and what comes back are reports. While a
+worker computes, a thread of its own reads the questions to come: opens images, preprocesses and
+tokenises.
 """
 
 from __future__ import annotations
@@ -12,23 +14,31 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
+import pyarrow as pa
 import torch
 
-from mmlens.passes import is_out_of_memory
+from mmlens.data.reading import Refused
+from mmlens.model.transformer import HookedMultimodalTransformer
 from mmlens.sweeps.folder import Failure, Folder, ShardReport
-from mmlens.sweeps.plan import Planned, Shard
-from mmlens.sweeps.task import Asked, Carried, ImpossibleTask, Task, described, reason_of
-
-if TYPE_CHECKING:
-    from mmlens.model import HookedMultimodalTransformer
-
-__all__ = ["ModelRecord", "ModelSource", "Target", "Worker", "failure_of", "model_hash"]
+from mmlens.sweeps.plan import Planned, Shard, Turns
+from mmlens.sweeps.task import (
+    Asked,
+    Carried,
+    ImpossibleTask,
+    Task,
+    UnusableRow,
+    question_columns,
+    reason_of,
+)
+from mmlens.utils.memory import is_out_of_memory
+from mmlens.utils.printable import printable
+from mmlens.utils.threads import requested
 
 BACK_OFF = (64, 8, 1)
 """Rows computed at once after memory ran out, one after the other."""
@@ -49,8 +59,6 @@ class ModelSource:
 
     def load(self) -> HookedMultimodalTransformer:
         """The model, on its device."""
-        from mmlens.model import HookedMultimodalTransformer
-
         dtype = getattr(torch, self.dtype) if self.dtype else None
         return HookedMultimodalTransformer.from_pretrained(
             self.name, device=self.device, dtype=dtype
@@ -68,15 +76,6 @@ class ModelRecord:
     worker: str
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where results go."""
-
-    folder: Folder
-    sweep: str
-    """Hash of what must be the same in all files of the folder."""
-
-
 class Worker:
     """Turns shards into files.
 
@@ -86,13 +85,15 @@ class Worker:
 
     Raises:
         ImpossibleTask: (a ValueError) the model lacks what the task names.
+        ValueError: `MMLENS_THREADS` is no number of threads, so that no question could be done.
 
     Example:
         >>> worker = Worker(ModelSource("demo"), TraceTask())
-        >>> worker.run(target, shards[0], shards[1])
+        >>> worker.run(folder, shards[0], shards[1])
     """
 
     def __init__(self, model: HookedMultimodalTransformer | ModelSource, task: Task) -> None:
+        requested()
         given: Any = model
         self.model = given.load() if isinstance(given, ModelSource) else given
         self.task = task
@@ -102,24 +103,24 @@ class Worker:
             raise ImpossibleTask(str(error)) from error
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         # A tokenizer cannot be used by two threads at once, so the reading one has its own.
-        self._reader: Any = copy.copy(self.model)
-        self._reader.tokenizer = copy.deepcopy(self.model.tokenizer)
+        own = copy.deepcopy(self.model.tokenizer)
+        self._processor = replace(self.model.processor, tokenizer=own)
         self._reading = ThreadPoolExecutor(1, "reading")
         self._read: dict[int, list[Future[Asked]]] = {}
 
     def record(self) -> ModelRecord:
         """Which model this is; takes a second per GB of weights or so."""
-        cfg = self.model.cfg
+        device = self.model.device
         return ModelRecord(
-            name=cfg.model_name or "",
+            name=self.model.cfg.model_name or "",
             hash=model_hash(self.model),
             dtype=str(self.model.W_E.dtype).removeprefix("torch."),
-            device=device_name(self.model.device),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             worker=self._name,
         )
 
     def run(
-        self, target: Target, shard: Shard, then: Shard | None = None, tell: Tell | None = None
+        self, folder: Folder, shard: Shard, then: Shard | None = None, tell: Tell | None = None
     ) -> ShardReport:
         """Do the questions of a shard and write its file; read those of `then` in the meantime.
 
@@ -134,13 +135,15 @@ class Worker:
             for future in self._read.pop(index):  # another worker took that shard
                 future.cancel()
         for each in (shard, then):
-            self._read_ahead(each)
-        rows: list[dict[str, Any]] = []
+            if each is not None and each.index not in self._read:
+                asked = [self._reading.submit(self._asked, planned) for planned in each.questions]
+                self._read[each.index] = asked
+        tables: list[pa.Table] = []
         failures: list[Failure] = []
         carried = Carried()
         for planned, future in zip(shard.questions, self._read.pop(shard.index), strict=True):
             try:
-                rows += self._rows(planned, future.result(), carried)
+                tables.append(self._rows(planned, future.result(), carried))
             except torch.AcceleratorError:
                 raise
             except Exception as error:  # whatever it is, the other questions go on
@@ -148,7 +151,7 @@ class Worker:
             if tell is not None:
                 tell(not (failures and failures[-1].question == planned.row))
         report = ShardReport(
-            sweep=target.sweep,
+            sweep=folder.sweep,
             shard=shard.index,
             n_questions=len(shard.questions),
             failures=tuple(failures),
@@ -156,21 +159,22 @@ class Worker:
             memory=memory_used(self.model.device),
             worker=self._name,
         )
-        return target.folder.write(report, rows, self.task.schema())
+        return folder.write(report, tables, self.task.schema())
 
     def close(self) -> None:
         """Read no more."""
         self._reading.shutdown(wait=False, cancel_futures=True)
 
-    def _read_ahead(self, shard: Shard | None) -> None:
-        if shard is not None and shard.index not in self._read:
-            self._read[shard.index] = [
-                self._reading.submit(self.task.read, self._reader, each.item)
-                for each in shard.questions
-            ]
+    def _asked(self, planned: Planned) -> Asked:
+        """A question as the model takes it, on its device; runs in the reading thread."""
+        if isinstance(planned.item, Refused):
+            raise UnusableRow(planned.item.why)
+        question_columns(planned.question, planned.images)
+        asked = self.task.read(self._processor, planned.item)
+        return replace(asked, inputs=asked.inputs.to(self.model.device))
 
-    def _rows(self, planned: Planned, asked: Asked, carried: Carried) -> list[dict[str, Any]]:
-        """The rows of a question; with fewer at once where memory runs out."""
+    def _rows(self, planned: Planned, asked: Asked, carried: Carried) -> pa.Table:
+        """The rows of a question as they are written; fewer at once where memory runs out."""
         before = carried.batch_rows
         tries = [before, *(n for n in BACK_OFF if before is None or n < before)]
         found = None
@@ -183,14 +187,40 @@ class Worker:
                     carried.batch_rows = before
                     raise
             # Outside of the handler, whose traceback holds on to tensors.
-            carried.like = None
+            carried.earlier.clear()
             gc.collect()
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
         assert found is not None  # the last attempt returns or raises
         self.task.check_finite(found)
-        common = {"question": planned.row, **described(planned.question, planned.images)}
-        return [common | row for row in found]
+        common = {"question": planned.row, **question_columns(planned.question, planned.images)}
+        rows = [common | row for row in found]
+        return pa.Table.from_pylist(rows, schema=self.task.schema())
+
+
+class Here:
+    """One worker, in this process."""
+
+    def __init__(self, model: HookedMultimodalTransformer | ModelSource, task: Task) -> None:
+        self._model, self._task = model, task
+        self._worker: Worker | None = None
+
+    def start(self) -> ModelRecord:
+        """Load the model, unless it is one already, and say which it is."""
+        self._worker = Worker(self._model, self._task)
+        return self._worker.record()
+
+    def run(self, folder: Folder, shards: Sequence[Shard], tell: Tell) -> Iterator[ShardReport]:
+        """One shard after the other: a report of each, once its file is there."""
+        assert self._worker is not None
+        turns = Turns(shards)
+        while (turn := turns.take(self._worker)) is not None:
+            yield self._worker.run(folder, *turn, tell)
+
+    def stop(self) -> None:
+        """End the reading thread."""
+        if self._worker is not None:
+            self._worker.close()
 
 
 def failure_of(planned: Planned, error: BaseException, reason: str | None = None) -> Failure:
@@ -199,10 +229,10 @@ def failure_of(planned: Planned, error: BaseException, reason: str | None = None
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     return Failure(
         question=planned.row,
-        source=planned.question.source,
-        image=" ".join(planned.images),
+        source=printable(str(planned.question.source)),
+        image=printable(" ".join(planned.images)),
         reason=reason or reason_of(error),
-        message=f"{kind}{' '.join(str(message).split())}"[:500],
+        message=printable(f"{kind}{' '.join(str(message).split())}"[:500]),
     )
 
 
@@ -215,11 +245,6 @@ def model_hash(model: HookedMultimodalTransformer) -> str:
         for part in content.split(CHUNK):
             digest.update(part.cpu().numpy())
     return digest.hexdigest()
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def memory_used(device: torch.device) -> int:

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from countries import read_countries
 from student import N_VISUAL
 from torch import Tensor
 
-from mmlens.demo.countries import read_countries
 from mmlens.demo.language_model import language_model_folder
 
 CAPTION = " A photo of the flag of {}."

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from captions import token_ids
+from countries import Country, read_countries
 from student import N_VISUAL
 from teacher import DEPTH, Asked, may_be_asked
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from mmlens.demo.countries import Country, read_countries
 
 #: how often a prompt of a relation is drawn, relative to one prompt of the scored relations
 NAMING_SHARE = 0.15

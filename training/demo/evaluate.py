@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from captions import caption_tokens
+from countries import read_countries
 from questions import rows, write
 from relations import with_name
 from renderings import Renderings, on_grey
 
 from mmlens import HookedMultimodalTransformer
 from mmlens.data import VisualQuestion, demo_questions
-from mmlens.demo.countries import read_countries
 
 NEW_TOKENS = 6
 BATCH = 50

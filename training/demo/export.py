@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from countries import read_countries
 from PIL import Image
 from prepare import PREPROCESS
 from renderings import UNSEEN, Renderings, on_grey
 from safetensors.torch import save_file
 from student import EMBED_DIM, PACKAGE, VISION_CONFIG
 
-from mmlens.demo.countries import read_countries
 from mmlens.demo.language_model import FOLDER_NAME
 
 PICTURE_SIDE = 160

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from captions import caption_tokens, load_language_model, token_ids
+from countries import read_countries
 from loop import load_average
 from student import UNSEEN, Pictures, Student
 from teacher import low_precision
 from torch import Tensor
 
 from mmlens.data import VisualQuestion, demo_questions
-from mmlens.demo.countries import read_countries
 
 NEW_TOKENS = 6
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from countries import read_countries
 from PIL import Image
 from renderings import TRAINED, UNSEEN, Renderings, on_grey
-
-from mmlens.demo.countries import read_countries
 
 IMAGE_SIZE = 128
 FLAT_SIZE = 192

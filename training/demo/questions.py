@@ -9,9 +9,8 @@
 import csv
 from pathlib import Path
 
+from countries import Country, read_countries
 from relations import NAMING, PHRASINGS
-
-from mmlens.demo.countries import Country, read_countries
 
 FILE = Path(__file__).parents[2] / "mmlens" / "demo" / "questions.csv"
 VISUAL_CONSTRAINT = "this country"

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from captions import caption_tokens, load_language_model, token_ids
+from countries import Country, read_countries
 from relations import AUXILIARY, NAMING, PHRASINGS
 from torch import Tensor
-
-from mmlens.demo.countries import Country, read_countries
 
 #: tokens of the answer whose distributions are kept, the first one included
 DEPTH = 3

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from captions import load_language_model
+from countries import read_countries
 from distillation import hidden_states
 from relations import AUXILIARY, PHRASINGS, with_name
 from safetensors.torch import save_file
 from teacher import low_precision
 from torch import Tensor
-
-from mmlens.demo.countries import read_countries
 
 LENGTH = 48
 BATCH = 100

@@ -1,9 +1,9 @@
-"""One page to explore a question about a picture: everything in one HTML file.
+"""One page to explore a question about an image: everything in one HTML file.
 
     prompt = reported_prompt(model, clean, corrupted, constraint="this country")
     write_report("report.html", prompt, trace=trace, contributions=[contribution])
 
-The page opens from the disk without a network: picture, numbers, style and script are inside.
+The page opens from the disk without a network: image, numbers, style and script are inside.
 """
 
 from mmlens.plots.report.page import report_page, write_report

@@ -14,16 +14,19 @@ import numpy as np
 from jaxtyping import Float
 from markupsafe import Markup
 
-from mmlens.files import write_atomically
+from mmlens.inputs.image_tokens import Box, Grid
+from mmlens.plots.folding import foldings
+from mmlens.plots.image_mesh import ImageMesh
 from mmlens.plots.labels import visible
-from mmlens.plots.positions import views
+from mmlens.plots.policy import content_policy
 from mmlens.plots.report.prompt import ReportedPrompt
 from mmlens.plots.style import DIVERGING, site_title
 from mmlens.plots.trace import how_restored
+from mmlens.utils.files import write_atomically
 
 if TYPE_CHECKING:
-    from mmlens.attribution import AttentionContribution
-    from mmlens.tracing import CausalTrace
+    from mmlens.analyses.attention_contribution import AttentionContribution
+    from mmlens.analyses.causal_trace import CausalTrace
 
 DIGITS = 4
 #: contributions to more destinations than this would make the page large: the last ones are taken
@@ -37,13 +40,13 @@ def write_report(
     trace: CausalTrace | None = None,
     contributions: Sequence[AttentionContribution] = (),
 ) -> Path:
-    """Write the page: the picture, the question, the answers, and what the results say.
+    """Write the page: the image, the question, the answers, and what the results say.
 
     Args:
         path: ends in .html; appears whole or not at all.
         prompt: what was asked.
         trace: shown as a heatmap per site; positions traced one at a time are best.
-        contributions: shown over the picture and the tokens, one destination at a time.
+        contributions: shown over the image and the tokens, one destination at a time.
 
     Raises:
         ValueError: another suffix.
@@ -62,18 +65,18 @@ def report_page(
     trace: CausalTrace | None = None,
     contributions: Sequence[AttentionContribution] = (),
 ) -> str:
-    """The page as HTML; arguments as `write_report` takes them."""
+    """Return the page as HTML; arguments as `write_report` takes them."""
     maps = [one for each in contributions for one in contribution_data(each)]
     maps += [] if trace is None else trace_maps(trace)
     data = {
-        "picture": picture_data(prompt),
+        "picture": image_data(prompt),
         "tokens": token_data(prompt),
         "maps": maps,
         "start": first_map(prompt, maps),
         "trace": None if trace is None else trace_data(trace),
         "colors": DIVERGING,
     }
-    template, style, script = parts()
+    template, style, script = page_parts()
     return template.render(
         question=question_parts(prompt),
         prompt=prompt,
@@ -83,13 +86,14 @@ def report_page(
         data=data,
         style=Markup(style),
         script=Markup(script),
+        policy=content_policy([script]),
         visible=visible,
     )
 
 
 @cache
-def parts() -> tuple[jinja2.Template, str, str]:
-    """Template, style and script, which lie beside this file. Text is escaped unless marked."""
+def page_parts() -> tuple[jinja2.Template, str, str]:
+    """Return template, style and script from this folder. Text is escaped unless marked."""
     folder = files("mmlens.plots.report")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -102,7 +106,7 @@ def parts() -> tuple[jinja2.Template, str, str]:
 
 
 def question_parts(prompt: ReportedPrompt) -> list[tuple[str, bool]]:
-    """The question in pieces: text, and whether it is the constraint."""
+    """Return the question in pieces: text, and whether it is the constraint."""
     text, spans = prompt.text, prompt.char_spans
     begin, end = spans.get("question", (0, len(text)))
     first, last = spans.get("constraint", (end, end))
@@ -112,25 +116,54 @@ def question_parts(prompt: ReportedPrompt) -> list[tuple[str, bool]]:
     return [(piece, marked) for piece, marked in pieces if piece]
 
 
-def picture_data(prompt: ReportedPrompt) -> dict[str, Any] | None:
-    """The picture, and where its patches lie; None where there is none."""
-    if not len(prompt.picture) or prompt.grid_size is None:
+def image_data(prompt: ReportedPrompt) -> dict[str, Any] | None:
+    """Return the image, and where its patches lie in every view; None where there is none."""
+    if not len(prompt.picture) or not prompt.grids:
         return None
     content = base64.b64encode(bytes(prompt.picture.tolist())).decode()
-    width, height = prompt.picture_size
+    width, height = prompt.image_size
+    frames = [Box(*frame) for frame in prompt.frames]
+    frames = frames or [Box(0, 0, width, height)] * len(prompt.grids)
+    several = len(frames) > 1
+    views = [
+        (f"view {number} ({rows} × {columns} patches)", [(number, (rows, columns), frame)])
+        for number, ((rows, columns), frame) in enumerate(zip(prompt.grids, frames, strict=True))
+    ]
+    if several:
+        views.insert(0, ("all views: their mean", [one for _, (one,) in views]))
     return {
-        "source": f"data:image/{prompt.picture_kind};base64,{content}",
+        "source": f"data:image/{prompt.image_kind};base64,{content}",
         "size": [width, height],
-        "frame": list(prompt.frame or (0, 0, width, height)),
-        "grid": list(prompt.grid_size),
-        "patches": [list(patch) for patch in prompt.patches],
+        "frames": [list(frame) for frame in frames],
+        "patches": [
+            [position, f"{f'{view}:' if several else ''}{row},{column}"]
+            for position, view, row, column in prompt.patches
+        ],
+        "views": [mesh_data(prompt, title, shown) for title, shown in views],
+    }
+
+
+def mesh_data(
+    prompt: ReportedPrompt, title: str, shown: Sequence[tuple[int, Grid, Box]]
+) -> dict[str, Any]:
+    """Return the lines between areas of the image, and the positions that show each area."""
+    cells = [cell for _, *cell in prompt.patches]
+    mesh = ImageMesh.of_cells(cells, shown, several=len(prompt.grids) > 1)
+    return {
+        "title": title,
+        "x": mesh.x.tolist(),
+        "y": mesh.y.tolist(),
+        "at": [
+            [[prompt.patches[token][0] for token in area if token >= 0] for area in row]
+            for row in np.moveaxis(mesh.tokens, 0, -1).tolist()
+        ],
     }
 
 
 def token_data(prompt: ReportedPrompt) -> list[dict[str, Any]]:
-    """The prompt as a row of tokens, each picture one of them."""
+    """Return the prompt as a row of tokens, each image one of them."""
     marked = prompt.spans.get("constraint", ())
-    folded = views(prompt.labels)[0]
+    folded = foldings(prompt.labels)[0]
     return [
         {
             "label": row.label,
@@ -143,13 +176,13 @@ def token_data(prompt: ReportedPrompt) -> list[dict[str, Any]]:
 
 
 def first_map(prompt: ReportedPrompt, maps: Sequence[dict[str, Any]]) -> int:
-    """What is shown first: what the constraint's last word receives, where that is known."""
+    """Return the map to show first: what the constraint's last word receives, where it is known."""
     words = prompt.spans.get("constraint", [])
     return next((i for i, one in enumerate(maps) if one.get("to") in words[-1:]), 0)
 
 
 def contribution_data(contribution: AttentionContribution) -> list[dict[str, Any]]:
-    """One map for each destination: [layer][source] and the positions of the sources."""
+    """Return a map for each destination: [layer][source] and the positions of the sources."""
     values = contribution.values.float()
     values = values.mean(dim=1) if contribution.per_head else values
     maps = []
@@ -168,7 +201,7 @@ def contribution_data(contribution: AttentionContribution) -> list[dict[str, Any
 
 
 def trace_maps(trace: CausalTrace) -> list[dict[str, Any]]:
-    """A map for each site, where positions were restored one at a time."""
+    """Return a map for each site, where positions were restored one at a time."""
     if any(len(group) > 1 for group in trace.groups):
         return []
     effects = trace.indirect_effect.float().cpu().numpy()
@@ -184,12 +217,12 @@ def trace_maps(trace: CausalTrace) -> list[dict[str, Any]]:
 
 
 def trace_data(trace: CausalTrace) -> dict[str, Any]:
-    """A panel per site: [site][row][layer], visual tokens in one row and in the picture's rows."""
+    """Return [site][row][layer], with visual tokens in one row and in the image's rows."""
     effects = trace.indirect_effect.float().cpu().numpy()
     shown: list[dict[str, Any]] = []
-    for view in views(trace.group_labels):
+    for view in foldings(trace.group_labels):
         if view.name == "tokens" and shown:
-            continue  # what every patch does is shown on the picture
+            continue  # what every patch does is shown on the image
         values, _ = view.fold(effects, "peak")
         rows = [
             {
@@ -209,7 +242,7 @@ def trace_data(trace: CausalTrace) -> dict[str, Any]:
 
 
 def rounded(values: Float[np.ndarray, ...]) -> list[Any]:
-    """Numbers with four digits that count, as lists: the page is a text."""
+    """Return numbers with four significant digits, as lists: the page is a text."""
     size = np.abs(np.nan_to_num(values)).max() if values.size else 0.0
     decimals = DIGITS - int(np.floor(np.log10(size))) if size > 0 else DIGITS
     return np.round(np.nan_to_num(values).astype(np.float64), decimals).tolist()

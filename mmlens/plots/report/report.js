@@ -61,7 +61,7 @@
     make(parent, "span", {}, `${number(high)} ${name}`);
   }
 
-  // ---- the picture, the tokens and the layers of a map
+  // ---- the image, the tokens and the layers of a map
 
   const map = () => data.maps[state.map];
   const pictured = (data.picture?.patches ?? []).map(([position]) => position);
@@ -73,33 +73,60 @@
   }
 
   function drawPicture() {
-    const { size, frame, grid, patches, source } = data.picture;
-    const [left, top, right, bottom] = frame;
-    const x0 = Math.min(0, left), y0 = Math.min(0, top);
-    const width = Math.max(size[0], right) - x0, height = Math.max(size[1], bottom) - y0;
+    const { size, frames, patches, views, source } = data.picture;
+    const side = (i) => frames.map((frame) => frame[i]);
+    const x0 = Math.min(0, ...side(0)), y0 = Math.min(0, ...side(1));
+    const width = Math.max(size[0], ...side(2)) - x0, height = Math.max(size[1], ...side(3)) - y0;
     const svg = make(byId("picture"), "svg", { viewBox: `${x0} ${y0} ${width} ${height}` });
     const stretched = { width: size[0], height: size[1], preserveAspectRatio: "none" };
     make(svg, "image", { href: source, ...stretched });
-    const w = (right - left) / grid[1], h = (bottom - top) / grid[0];
-    svg.classList.toggle("dense", patches.length > 1200);
-    const cells = patches.map(([position, row, column]) => {
-      const at = { x: left + column * w, y: top + row * h, width: w, height: h, class: "patch" };
-      const rect = make(svg, "rect", at);
-      const say = () => `patch ${row},${column}\n${told(position)}`;
-      spot(rect, [position], say);
-      standsFor(rect, [position]);
-      return [position, rect];
-    });
-    paint.push(() => {
+    const names = new Map(patches);
+    let cells = [];
+
+    /** An area of the image, and the positions that show it: one, or one of each view. */
+    function area(group, box, at) {
+      const rect = make(group, "rect", { ...box, class: "patch" });
+      spot(rect, at, () => at.map((position) => `patch ${names.get(position)}\n${told(position)}`).join("\n"));
+      standsFor(rect, at);
+      return [at, rect];
+    }
+
+    function drawView({ x, y, at }) {
+      svg.querySelector("g")?.remove();
+      for (const [position, elements] of standing) {
+        standing.set(position, elements.filter((element) => element.isConnected));
+      }
+      const group = make(svg, "g");
+      cells = at.flatMap((row, r) => row.flatMap((positions, c) => {
+        const box = { x: x[c], y: y[r], width: x[c + 1] - x[c], height: y[r + 1] - y[r] };
+        return positions.length ? [area(group, box, positions)] : [];
+      }));
+      svg.classList.toggle("dense", cells.length > 1200);
+    }
+
+    function paintCells() {
       const shown = values();
-      const own = cells.map(([position]) => shown.get(position) ?? 0);
+      const own = cells.map(([at]) => {
+        const known = at.filter((position) => shown.has(position));
+        return known.reduce((sum, position) => sum + shown.get(position), 0) / (known.length || 1);
+      });
       const unit = largest(own);
       cells.forEach(([, rect], i) => {
         rect.style.fill = color(Math.sign(own[i]) * Math.max(0.5, Math.abs(own[i]) / unit));
         rect.style.fillOpacity = 0.9 * Math.abs(own[i]) / unit;
       });
-      if (data.maps.length) scale(byId("scale"), own, unit, "patches");
+      const shared = cells.some(([at]) => at.length > 1);
+      if (data.maps.length) scale(byId("scale"), own, unit, shared ? "patches, mean of the views" : "patches");
+    }
+
+    const select = byId("image-view");
+    views.forEach((view, i) => make(select, "option", { value: i }, view.title));
+    select.addEventListener("change", () => {
+      drawView(views[select.value]);
+      paintCells();
     });
+    drawView(views[0]);
+    paint.push(paintCells);
     byId("coloured").addEventListener("change", (event) =>
       byId("picture").classList.toggle("coloured", event.target.checked));
   }
@@ -132,7 +159,7 @@
     });
   }
 
-  /** A bar per layer: the sum over the picture, or what comes from the positions pointed at. */
+  /** A bar per layer: the sum over the image, or what comes from the positions pointed at. */
   function drawLayers(at = null) {
     const parent = byId("layers");
     if (!parent || !data.maps.length) return;
@@ -142,7 +169,7 @@
     const sums = map().values.map((row) => columns.reduce((sum, i) => sum + row[i], 0));
     const unit = largest(sums), step = 440 / sums.length, height = 56;
     parent.replaceChildren();
-    const whole = at === null ? (pictured.length ? "the whole picture" : "everywhere") : at.length > 1 ? "these positions" : `position ${at[0]}`;
+    const whole = at === null ? (pictured.length ? "the whole image" : "everywhere") : at.length > 1 ? "these positions" : `position ${at[0]}`;
     const svg = make(parent, "svg", { viewBox: "0 0 440 90", class: "bars" });
     make(svg, "text", { x: 0, y: 10 }, `${map().name}, from ${whole}, by layer (largest: ${number(unit)})`);
     sums.forEach((sum, i) => {
@@ -216,7 +243,7 @@
     scale(make(panel, "div", { class: "scale" }), cells.flat(), unit, "");
   }
 
-  const short = (text) => (text.length > 18 ? `${text.slice(0, 10)}…${text.slice(-7)}` : text);
+  const short = (text) => (text.length > 26 ? `${text.slice(0, 16)}…${text.slice(-9)}` : text);
 
   // ---- pointing
 

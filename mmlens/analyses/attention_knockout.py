@@ -1,0 +1,150 @@
+"""Attention knockout: what is left of the answer when some positions cannot look at others.
+
+Geva et al. 2023 (arXiv 2304.14767, section 4): within a window of layers the attention from the
+destinations to the sources is cut before the softmax, and the change of the answer's probability
+says how much had to flow there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mmlens.analyses.arguments import Where, layers_of, positions_of
+from mmlens.analyses.result import SavedResult, description, long_table
+from mmlens.analyses.targets import record_with_answer
+from mmlens.inputs.checks import check_one_prompt
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.interventions.functions import knockout
+from mmlens.interventions.intervention import Intervention
+from mmlens.interventions.intervention import window as layers_around
+from mmlens.utils.grad_mode import without_gradients
+from mmlens.utils.progress import Progress
+from mmlens.utils.threads import on_free_cores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mmlens.model.transformer import HookedMultimodalTransformer
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionKnockout(SavedResult):
+    """P(answer) with attention cut, for every window of layers.
+
+    Example:
+        >>> cut.effect.argmin()        # the window that matters most
+    """
+
+    SIZES: ClassVar[dict[str, str]] = {"layers": "layer"}
+
+    probability: Float[Tensor, " layer"]
+    """P(answer) with the window around each layer cut."""
+    clean: float
+    """P(answer) with nothing cut."""
+    layers: tuple[int, ...]
+    """Centres of the windows."""
+    window: int
+    """Layers cut together."""
+    source: tuple[int, ...]
+    destination: tuple[int, ...]
+    answer: str
+    answer_tokens: tuple[int, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Model, prompt, and the names of the two spans where they had some."""
+
+    @property
+    def effect(self) -> Float[Tensor, " layer"]:
+        """Probability - clean: negative where the cut attention served the answer."""
+        return self.probability - self.clean
+
+    @property
+    def relative_effect(self) -> Float[Tensor, " layer"]:
+        """Effect / clean, as Geva et al. plot it: -1 where nothing of the answer is left."""
+        return self.effect / self.clean
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per window: layer, window, probability, effect, relative_effect."""
+        names = ("probability", "effect", "relative_effect")
+        table = long_table({"layer": self.layers}, {name: getattr(self, name) for name in names})
+        table.insert(1, "window", self.window)
+        return table
+
+
+@without_gradients
+@on_free_cores
+def attention_knockout(
+    model: HookedMultimodalTransformer,
+    inputs: MultimodalInputs,
+    source: Where,
+    destination: Where,
+    *,
+    layers: Iterable[int] | None = None,
+    window: int = 1,
+    answer: str | int | None = None,
+    batch_rows: int | None = None,
+    progress: Progress | None = None,
+) -> AttentionKnockout:
+    """Keep destinations from looking at sources, window by window.
+
+    Args:
+        inputs: one prompt (samples of noise are averaged over).
+        source: a span or positions that are not looked at: "image".
+        destination: a span or positions that do not look: "question", "last". The tokens of an
+            answer of several tokens are not among them unless their positions are given.
+        layers: centres of the windows; all layers by default.
+        window: layers cut together around each centre, see `mmlens.window`. A window as wide as
+            twice the model cuts everywhere.
+        answer: a text, a token id, or None for the most probable next token.
+        batch_rows: the most rows that are computed at once; None takes what fits into free memory.
+        progress: called with (windows done, windows in all).
+
+    Raises:
+        UnknownSpanError: (a KeyError) no span of that name.
+        ValueError: a batch; positions or layers that are not there; sources that all come after
+            the destinations, which never look at them; an answer without tokens.
+
+    Example:
+        >>> cut = attention_knockout(model, inputs, "image", "last", window=5)
+    """
+    check_one_prompt(len(inputs), "attention_knockout")
+    centres = layers_of(model, layers)
+    recording, target = record_with_answer(model, inputs, answer)
+    sources = positions_of(recording.inputs, source)
+    destinations = positions_of(recording.inputs, destination)
+    if int(sources.min()) > int(destinations.max()):
+        raise ValueError(
+            f"destinations up to {int(destinations.max())} never look at sources from "
+            f"{int(sources.min())} on: attention is causal"
+        )
+    branches = [
+        [Intervention("attn_scores", layers_cut, destinations, knockout(sources))]
+        for layers_cut in (layers_around("attn_scores", at, window, model) for at in centres)
+    ]
+    left = recording.run(
+        branches,
+        target.probability,
+        positions=target.positions,
+        batch_rows=batch_rows,
+        progress=progress,
+    )
+    clean = target.probability(recording.logits(target.positions))
+    return AttentionKnockout(
+        probability=left.mean(dim=1).cpu(),
+        clean=clean.mean().item(),
+        layers=tuple(centres),
+        window=window,
+        source=tuple(sources.tolist()),
+        destination=tuple(destinations.tolist()),
+        answer=target.text,
+        answer_tokens=tuple(target.tokens.tolist()),
+        metadata=description(model, inputs)
+        | {
+            "source": source if isinstance(source, str) else "",
+            "destination": destination if isinstance(destination, str) else "",
+        },
+    )

@@ -1,0 +1,238 @@
+"""Causal tracing: which layers and positions carry the answer.
+
+MultiModalCausalTrace (Basu et al. 2024), after ROME's causal tracing (Meng et al. 2022): a clean
+run, a corrupted run, and for every cell (site, group of positions, layer) a corrupted run in which
+the clean activations of that cell are put back. A cell matters as far as that brings the clean
+answer's probability back.
+
+This is written with what a user can call: `record`, `Intervention`, `window`, `run_with_cache`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mmlens.analyses.result import description
+from mmlens.analyses.targets import Measure, given_answer, record_with_answer, with_answer
+from mmlens.analyses.trace_grid import (
+    SITES,
+    Group,
+    check_pair,
+    layer_centres,
+    position_groups,
+    window_layers,
+)
+from mmlens.analyses.trace_result import CausalTrace
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.interventions.functions import restore
+from mmlens.interventions.intervention import Intervention, hook_names
+from mmlens.utils.grad_mode import without_gradients
+from mmlens.utils.progress import Progress
+from mmlens.utils.threads import on_free_cores
+
+if TYPE_CHECKING:
+    from mmlens.branching.recording import Recording
+    from mmlens.model.transformer import HookedMultimodalTransformer
+
+Method = Literal["branch", "naive"]
+
+
+@without_gradients
+@on_free_cores
+def causal_trace(
+    model: HookedMultimodalTransformer,
+    clean: MultimodalInputs,
+    corrupted: MultimodalInputs,
+    *,
+    sites: Sequence[str] = SITES,
+    layers: Iterable[int] | None = None,
+    window: int = 1,
+    positions: Sequence[Group] | None = None,
+    answer: str | int | None = None,
+    contrast: str | int | None = None,
+    kl: bool = False,
+    method: Method = "branch",
+    batch_rows: int | None = None,
+    earlier: list[Recording] | None = None,
+    progress: Progress | None = None,
+) -> CausalTrace:
+    """Restore clean activations in a corrupted run, cell by cell.
+
+    Args:
+        clean: one prompt.
+        corrupted: the same positions with other words (`swap_span`), noise (`noise_span`), another
+            image.
+        sites: short names of activations, see `mmlens.interventions.intervention.hook_name`; all of
+            the decoder or all of the vision tower. With units in brackets only these are restored:
+            "z[3]" is head 3, "post[0-99]" a group of neurons. Sites without layers
+            ("projector.out", "vision.out", "input_embed") have a single column.
+        layers: centres of the windows; all layers by default.
+        window: layers restored together around each centre, see `mmlens.window`.
+        positions: groups of positions, each restored together; None takes every position from the
+            first that differs, one at a time. The tower's sites have positions of their own: 0 is
+            the class token, then come the patches, row by row. `clean.tiles(4, 4)` are regions of
+            the image.
+        answer: a text, a token id, or None for the clean run's most probable next token. A text of
+            several tokens is scored by its joint probability.
+        contrast: another answer; the difference of their first tokens' logits is followed as well.
+        kl: whether to follow KL(clean || restored) of the whole next-token distribution as well.
+        method: "branch" shares what the runs have in common; "naive" does one full hooked run per
+            cell, and is the reference for the other.
+        batch_rows: the most rows that "branch" computes at once; None takes what fits into free
+            memory.
+        earlier: a list that is handed from trace to trace: what "branch" recorded of the clean run
+            takes the place of what is in it, which the clean run may begin like (the same image).
+        progress: called with (cells done, cells in all).
+
+    Raises:
+        ValueError: inputs that do not match or do not differ, positions or layers that are not
+            there, unknown sites, an answer that the model has no tokens for.
+
+    Example:
+        >>> clean = model.prepare(question, image, spans={"constraint": "this country"})
+        >>> corrupted = swap_span(model, clean, "constraint", "Paris")
+        >>> trace = causal_trace(model, clean, corrupted,
+        ...                      positions=[clean.span("constraint"), clean.span("last")])
+        >>> trace.indirect_effect     # [site, group, layer]
+    """
+    began = time.perf_counter()
+    if method not in get_args(Method):
+        raise ValueError(f"method {method!r}; there are {', '.join(get_args(Method))}")
+    clean, corrupted = model.to_inputs(clean), model.to_inputs(corrupted)
+    check_pair(clean, corrupted)
+    centres = layer_centres(model, sites, layers)
+    groups, labels = position_groups(model, clean, corrupted, sites, positions)
+    windows = {
+        site: [window_layers(model, site, centre, window) for centre in centres] for site in sites
+    }
+    names = {name for site in sites for each in windows[site] for name in hook_names(site, each)}
+    known = [] if earlier is None or method == "naive" else earlier
+    run, target = record_with_answer(model, clean, answer, sorted(names), known)
+    known[:] = [run]
+    put_back = restore(run.cache)
+    cells = [
+        [Intervention(site, layers, group, put_back)]
+        for site in sites
+        for group in groups
+        for layers in windows[site]
+    ]
+    measure = Measure(
+        target,
+        None if contrast is None else given_answer(model, clean, contrast),
+        run.logits(target.positions)[:, 0] if kl else None,
+    )
+    other = with_answer(corrupted, target)
+    base = model.record(other) if method == "naive" else run.record(other)
+    restored = base.run(
+        cells,
+        measure,
+        positions=target.positions,
+        batch_rows=batch_rows,
+        progress=progress,
+        plain=method == "naive",
+    ).mean(dim=1)
+    restored = restored.unflatten(0, (len(sites), len(groups), len(centres))).cpu()
+    clean_logits, corrupted_logits = (each.logits(target.positions) for each in (run, base))
+    return CausalTrace(
+        **measured_values(measure, restored, clean_logits, corrupted_logits),
+        sites=tuple(sites),
+        layers=tuple(centres),
+        window=window,
+        groups=tuple(tuple(group.tolist()) for group in groups),
+        group_labels=tuple(labels),
+        answer=target.text,
+        answer_tokens=tuple(target.tokens.tolist()),
+        method=method,
+        metadata=description(model, clean)
+        | {
+            "str_tokens": clean.labels(),
+            "samples": 1 if corrupted.noise is None else len(corrupted.noise),
+            "seconds": round(time.perf_counter() - began, 3),
+        },
+        contrast="" if measure.contrast is None else measure.contrast.text,
+    )
+
+
+@without_gradients
+def causal_trace_many(
+    model: HookedMultimodalTransformer,
+    pairs: Iterable[tuple[MultimodalInputs, MultimodalInputs]],
+    *,
+    positions: Callable[[MultimodalInputs], Sequence[Group] | None] | None = None,
+    answers: Sequence[str | int | None] | None = None,
+    contrasts: Sequence[str | int | None] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> list[CausalTrace]:
+    """`causal_trace` of many questions.
+
+    Questions that begin alike (about one image, one after the other) share what they have in
+    common. Each question's cells fill the device by themselves: there are sites x layers of them at
+    every position.
+
+    Args:
+        pairs: clean and corrupted inputs of each question.
+        positions: from the clean inputs to the groups of positions to trace, such as
+            `lambda clean: [clean.span("constraint"), clean.span("last")]`.
+        answers: one per question.
+        contrasts: the other answers that each is compared with, see `causal_trace`.
+        progress: called with (cells done, cells in all), where questions to come are taken to be
+            like the one before; `mmlens.utils.progress.progress_bar` shows it.
+        options: of `causal_trace`.
+
+    Raises:
+        ValueError: as `causal_trace`; or another number of answers or contrasts than of pairs.
+
+    Example:
+        >>> pairs = [(clean, swap_span(model, clean, "constraint")) for clean in prompts]
+        >>> traces = causal_trace_many(model, pairs, window=3)
+    """
+    pairs = list(pairs)
+    nothing = [None] * len(pairs)
+    followed = [nothing if each is None else list(each) for each in (answers, contrasts)]
+    for each in followed:
+        if len(each) != len(pairs):
+            raise ValueError(f"{len(each)} answers for {len(pairs)} pairs of inputs")
+    traces: list[CausalTrace] = []
+    earlier: list[Recording] = []
+
+    def advance(done: int, total: int) -> None:
+        finished = sum(trace.restored.numel() for trace in traces)
+        if progress is not None:
+            progress(finished + done, finished + total * (len(pairs) - len(traces)))
+
+    for (clean, corrupted), answer, contrast in zip(pairs, *followed, strict=True):
+        groups = None if positions is None else positions(clean)
+        options |= {"positions": groups, "answer": answer, "contrast": contrast}
+        options |= {"earlier": earlier, "progress": advance}
+        traces.append(causal_trace(model, clean, corrupted, **options))
+    return traces
+
+
+def measured_values(
+    measure: Measure,
+    restored: Float[Tensor, "site group layer measure"],
+    clean: Float[Tensor, "row n d_vocab"],
+    corrupted: Float[Tensor, "samples n d_vocab"],
+) -> dict[str, Any]:
+    """The fields of a trace in which measured values stand."""
+    cells = measure.named(restored)
+    clean_values, corrupted_values = (
+        {name: value.item() for name, value in measure.named(measure(each).mean(dim=0)).items()}
+        for each in (clean, corrupted)
+    )
+    return {
+        "restored": cells["probability"],
+        "clean": clean_values["probability"],
+        "corrupted": corrupted_values["probability"],
+        "logit_difference": cells.get("logit_difference"),
+        "clean_logit_difference": clean_values.get("logit_difference"),
+        "corrupted_logit_difference": corrupted_values.get("logit_difference"),
+        "kl": cells.get("kl"),
+        "corrupted_kl": corrupted_values.get("kl"),
+    }

@@ -1,0 +1,171 @@
+"""Direct logit attribution: a logit as a sum over everything that was added to the residual stream.
+
+Elhage et al. 2021, with the final norm's scale taken as it is; at every position, visual tokens
+included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmlens.analyses.arguments import Where, check_single_run, positions_of, token_id, token_names
+from mmlens.analyses.result import SavedResult, description, long_table
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.interventions.functions import HookFunction
+from mmlens.interventions.intervention import hook_name
+from mmlens.model.components.norm import float32_or_wider
+from mmlens.model.hook_points import HookPoint, reading
+from mmlens.utils.grad_mode import without_gradients
+from mmlens.utils.threads import on_free_cores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mmlens.model.transformer import HookedMultimodalTransformer
+
+
+@dataclass(frozen=True, eq=False)
+class DirectLogitAttribution(SavedResult):
+    """What each component adds to a logit, at every position.
+
+    Example:
+        >>> at_last = attribution.values[:, -1]
+        >>> attribution.components[at_last.argmax()]
+    """
+
+    SIZES: ClassVar[dict[str, str]] = {
+        "components": "component",
+        "positions": "position",
+        "labels": "position",
+    }
+
+    values: Float[Tensor, "component position"]
+    """They sum to `logits` over the components."""
+    logits: Float[Tensor, " position"]
+    """The token's (minus the contrast's) at each position, as the model computes them."""
+    components: tuple[str, ...]
+    """"embed", "0.attn_out" (or "0.head_0", ...), "0.mlp_out", ... and "bias": what comes from no
+    activation."""
+    positions: tuple[int, ...]
+    labels: tuple[str, ...]
+    token: str
+    contrast: str
+    """"" where there is none."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Model and prompt."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per component and position: component, position, value, label."""
+        axes = {"component": self.components, "position": self.positions}
+        table = long_table(axes, {"value": self.values})
+        return table.assign(label=self.labels * len(self.components))
+
+
+@without_gradients
+@on_free_cores
+def direct_logit_attribution(
+    model: HookedMultimodalTransformer,
+    inputs: MultimodalInputs,
+    token: str | int | None = None,
+    *,
+    contrast: str | int | None = None,
+    positions: Where | None = None,
+    per_head: bool = False,
+) -> DirectLogitAttribution:
+    """What embeddings, attention (or heads) and MLPs add to a token's logit, at every position.
+
+    Args:
+        inputs: one prompt.
+        token: an id, or a text (its first token, as it would follow the prompt); by default the
+            most probable next token of the prompt.
+        contrast: a second token, whose logit is subtracted.
+        positions: a span or positions; all by default.
+        per_head: heads apart; attention's output bias then counts as "bias".
+
+    Raises:
+        UnknownSpanError: (a KeyError) no span of that name.
+        ValueError: a batch or samples of noise; positions or tokens that are not there.
+
+    Example:
+        >>> direct_logit_attribution(model, inputs, "Paris", contrast="Rome").to_dataframe()
+    """
+    check_single_run(inputs, "direct_logit_attribution")
+    where = positions_of(inputs, positions)
+    ids = [token_id(model, inputs, token)]
+    ids += [] if contrast is None else [token_id(model, inputs, contrast)]
+    direction, constant = reading_direction(model, ids)
+    added: dict[str, Tensor] = {}
+    scale: list[Tensor] = []
+
+    def keep(activation: Tensor, hook: HookPoint, names: list[str], weights: Tensor) -> None:
+        at = float32_or_wider(activation[0, where.to(activation.device)])
+        # Heads apart [position, head, d_head], or the residual stream [position, d_model].
+        read = (at * weights.to(at.device)).sum(dim=-1).reshape(len(at), -1)
+        added.update(zip(names, read.T.cpu(), strict=True))
+
+    def keep_scale(activation: Tensor, hook: HookPoint) -> None:
+        scale.append(activation[0, where.to(activation.device), 0].cpu())
+
+    hooks: list[tuple[str, HookFunction]] = [
+        (name, reading(partial(keep, names=names, weights=weights)))
+        for name, names, weights in what_is_added(model, direction, per_head)
+    ]
+    with model.hooks(fwd_hooks=[*hooks, ("ln_final.hook_scale", reading(keep_scale))]):
+        logits = float32_or_wider(model(inputs)[0, where.tolist()]).cpu()
+    blocks: Any = model.blocks
+    biases = [float32_or_wider(block.attn.b_O) for block in blocks]
+    carried = sum(float(bias @ direction.to(bias.device)) for bias in biases)
+    rest = constant + (carried if per_head else 0.0) / scale[0]
+    names = token_names(model, ids)
+    labels = inputs.labels()
+    return DirectLogitAttribution(
+        values=torch.stack([*(part / scale[0] for part in added.values()), rest]),
+        logits=logits[:, ids[0]] - (logits[:, ids[1]] if len(ids) > 1 else 0.0),
+        components=(*added, "bias"),
+        positions=tuple(where.tolist()),
+        labels=tuple(labels[position] for position in where.tolist()),
+        token=names[str(ids[0])],
+        contrast=names[str(ids[1])] if len(ids) > 1 else "",
+        metadata=description(model, inputs),
+    )
+
+
+def reading_direction(
+    model: HookedMultimodalTransformer, ids: list[int]
+) -> tuple[Float[Tensor, " d_model"], float]:
+    """What the stream is multiplied with (then divided by its scale) to give the logit; a rest."""
+    norm: Any = model.ln_final
+    columns = float32_or_wider(model.W_U[:, ids])
+    signs = columns.new_tensor([1.0, -1.0][: len(ids)])
+    unembedding = columns @ signs
+    constant = float(float32_or_wider(model.b_U[ids]) @ signs)
+    unembedding = unembedding.to(norm.w.device)
+    direction = float32_or_wider(norm.w) * unembedding
+    if model.cfg.normalization_type == "LN":
+        constant += float(float32_or_wider(norm.b) @ unembedding)
+        # To subtract the stream's mean is to read with a direction without mean.
+        direction = direction - direction.mean()
+    return direction, constant
+
+
+def what_is_added(
+    model: HookedMultimodalTransformer, direction: Float[Tensor, " d_model"], per_head: bool
+) -> list[tuple[str, list[str], Tensor]]:
+    """Every activation that is added to the stream: hook, names of components, reading weights."""
+    parts = [("hook_input_embed", ["embed"], direction)]
+    for layer in range(model.cfg.n_layers):
+        if per_head:
+            attention: Any = model.blocks[layer].attn
+            heads = [f"{layer}.head_{head}" for head in range(model.cfg.n_heads)]
+            weights = float32_or_wider(attention.W_O) @ direction.to(attention.W_O.device)
+            parts.append((hook_name("z", layer), heads, weights))
+        else:
+            parts.append((hook_name("attn_out", layer), [f"{layer}.attn_out"], direction))
+        parts.append((hook_name("mlp_out", layer), [f"{layer}.mlp_out"], direction))
+    return parts

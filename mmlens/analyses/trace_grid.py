@@ -1,0 +1,145 @@
+"""The cells of a causal trace: sites x groups of positions x layers, and what cannot be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mmlens.inputs.common_prefix import common_prefix
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.position_labels import region_label
+from mmlens.interventions.intervention import n_layers_of, site_of, window
+
+if TYPE_CHECKING:
+    from mmlens.model.transformer import HookedMultimodalTransformer
+
+SITES = ("resid_post", "attn_out", "mlp_out")
+Group = int | Sequence[int] | Int[Tensor, " _"]
+
+
+def check_pair(clean: MultimodalInputs, corrupted: MultimodalInputs) -> None:
+    """Raise a ValueError unless both are one prompt with the same positions."""
+    if len(clean) != 1 or len(corrupted) != 1:
+        raise ValueError(
+            f"causal_trace takes one prompt; clean has {len(clean)} rows, corrupted has "
+            f"{len(corrupted)}"
+        )
+    if clean.noise is not None:
+        raise ValueError("the clean inputs have noise; only the corrupted may have some")
+    if (
+        clean.n_pos != corrupted.n_pos
+        or not torch.equal(clean.is_image, corrupted.is_image)
+        or not torch.equal(clean.attention_mask, corrupted.attention_mask)
+    ):
+        raise ValueError(
+            f"clean ({clean.n_pos} positions) and corrupted ({corrupted.n_pos}) must have the same "
+            "positions, visual tokens and padding; swap_span keeps them"
+        )
+
+
+def first_difference(clean: MultimodalInputs, corrupted: MultimodalInputs) -> int:
+    """The first position at which the two runs can differ."""
+    first = common_prefix(clean, corrupted)
+    if first == clean.n_pos:
+        raise ValueError("clean and corrupted inputs are the same: there is nothing to trace")
+    return first
+
+
+def position_groups(
+    model: HookedMultimodalTransformer,
+    clean: MultimodalInputs,
+    corrupted: MultimodalInputs,
+    sites: Sequence[str],
+    positions: Sequence[Group] | None,
+) -> tuple[list[Int[Tensor, " _"]], list[str]]:
+    """The groups of positions as LongTensors, and a label for each."""
+    first = first_difference(clean, corrupted)
+    labels = labels_at(model, clean, sites[0])
+    if positions is None:
+        if site_of(sites[0]).positions != "tokens":
+            raise ValueError(f"site {sites[0]!r} has positions of its own: give them")
+        positions = list(range(first, clean.n_pos))
+    groups = [torch.as_tensor(group, dtype=torch.long).flatten().cpu() for group in positions]
+    if not groups:
+        raise ValueError("no positions to trace; positions=None takes all that can matter")
+    for group in groups:
+        if not len(group) or int(group.min()) < 0 or int(group.max()) >= len(labels):
+            raise ValueError(
+                f"positions {group.tolist()} are not among 0 ... {len(labels) - 1}; each group "
+                "needs at least one"
+            )
+    return groups, [group_label(group.tolist(), labels) for group in groups]
+
+
+def labels_at(model: HookedMultimodalTransformer, clean: MultimodalInputs, site: str) -> list[str]:
+    """A label for each position of a site: tokens, or what stands for the image's patches.
+
+    Positions of the tower are those of one tile: an edit there acts on all tiles alike.
+    """
+    place, vision = site_of(site), model.cfg.vision
+    if place.positions == "tokens" or vision is None:
+        return clean.labels()
+    if place.positions == "visual tokens":
+        labels = clean.labels()
+        return [labels[position] for image in clean.images for position in image.positions]
+    rows, columns = vision.grid
+    if clean.pixel_values is not None:  # of another size than the tower's own, perhaps
+        height, width = clean.pixel_values.shape[-2:]
+        rows, columns = height // vision.patch_size, width // vision.patch_size
+    patches = [f"<patch {row},{column}>" for row in range(rows) for column in range(columns)]
+    if place.positions == "patches":
+        return patches
+    labels = ["<cls>"] * vision.class_token + patches
+    dropped = place.positions == "features" and vision.select == "default"
+    return labels[1:] if dropped else labels
+
+
+def group_label(group: list[int], labels: list[str]) -> str:
+    """The tokens of a group, shortened where there are many; a region of an image as such."""
+    if region := region_label([labels[position] for position in group]):
+        return region
+    if len(group) > 6:
+        return f"{labels[group[0]]} ... {labels[group[-1]]} ({len(group)})"
+    return "".join(labels[position] for position in group)
+
+
+def layer_centres(
+    model: HookedMultimodalTransformer, sites: Sequence[str], layers: Iterable[int] | None
+) -> list[int]:
+    """The centres of the windows; 0 alone for sites without layers."""
+    if isinstance(sites, str) or not sites:
+        raise ValueError(f"sites must be several names, e.g. ('mlp_out',), not {sites!r}")
+    found = [site_of(site) for site in sites]
+    flat = [not site.is_layered for site in found]
+    if len({site.positions for site in found}) > 1:
+        raise ValueError(
+            f"trace the decoder, the vision tower and the visual tokens one at a time, not {sites}"
+        )
+    if any(flat):
+        if layers is not None or not all(flat):
+            raise ValueError(
+                f"{', '.join(sites)}: sites without layers have a single column; trace them apart, "
+                "without layers"
+            )
+        return [0]
+    n_layers = n_layers_of(sites[0], model)
+    centres = list(range(n_layers) if layers is None else layers)
+    outside = [layer for layer in centres if not 0 <= layer < n_layers]
+    if outside or not centres:
+        raise ValueError(f"layers {outside or centres} are not among 0 ... {n_layers - 1}")
+    return centres
+
+
+def window_layers(
+    model: HookedMultimodalTransformer, site: str, centre: int, width: int
+) -> range | None:
+    """The layers of a window; None for sites without layers."""
+    if site_of(site).is_layered:
+        return window(site, centre, width, model)
+    if width != 1:
+        raise ValueError(f"site {site!r} has no layers, and so no window of {width}")
+    return None

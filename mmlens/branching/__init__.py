@@ -1,0 +1,1 @@
+"""Runs that start where they differ from a finished one."""

@@ -1,0 +1,205 @@
+"""Many branches in one pass up the layers, which they join where they first differ.
+
+The branches are packed one after the other along the position axis (`mmlens.branching.packing`):
+row r of the batch is row r of the recording, with all branches. So nothing is computed that belongs
+to no branch, and what a branch's hook functions get is a slice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmlens.branching.packing import Packing
+from mmlens.branching.schedule import Schedule, Start
+from mmlens.branching.shared_past import SharedPast
+from mmlens.branching.state import RecordedRun
+from mmlens.interventions.functions import HookFunction
+from mmlens.interventions.intervention import Intervention, hook_name
+from mmlens.model.hook_points import HookPoint, has_listeners
+from mmlens.model.sites import Site
+from mmlens.utils.tensors import to_device
+
+Branch = Sequence[Intervention | tuple[str, HookFunction]]
+"""What a branch changes. A bare `(hook name, function)` may do anything, so a branch with one of
+them is run from the beginning."""
+
+Declared = Sequence[Intervention]
+
+
+def start_of(recording: RecordedRun, branch: Branch, read: Sequence[int]) -> Start | None:
+    """Where a branch begins; None where that is unknown, since it holds a bare function."""
+    n_layers, n_pos = recording.model.cfg.n_layers, recording.inputs.n_pos
+    layers, firsts, tails = [n_layers], [n_pos - 1, min(read)], [n_pos - 1, min(read)]
+    for part in branch:
+        if not isinstance(part, Intervention):
+            recording.model.check_hook_name(part[0])
+            continue
+        for name, layer in part.places():
+            recording.model.check_hook_name(name)
+            layers.append(entry_layer(part.where, layer, n_layers))
+            if part.first_position is None:
+                continue
+            first = first_changed(recording, part)
+            firsts.append(first)
+            if is_behind_keys(part.where, layer, n_layers):
+                tails.append(first)
+    if not all(isinstance(part, Intervention) for part in branch):
+        return None
+    return Start(min(layers), min(firsts), min(tails))
+
+
+def entry_layer(site: Site, layer: int | None, n_layers: int) -> int:
+    """The first layer whose input a site changes; what it does within one counts as that."""
+    if site.stack != "decoder":
+        return -1
+    if layer is None:
+        return n_layers if site.after else -1
+    return layer + site.after
+
+
+def first_changed(recording: RecordedRun, part: Intervention) -> int:
+    """The first position of the language model that an intervention can change."""
+    if sees(part):
+        starts = [int(image.positions[0]) for image in recording.inputs.images]
+        return min(starts, default=recording.inputs.n_pos - 1)
+    return part.first_position or 0
+
+
+def sees(part: Intervention) -> bool:
+    """Whether an intervention acts on the vision tower or the projector."""
+    return part.where.stack != "decoder"
+
+
+def edits_output(part: Intervention, layer: int | None) -> bool:
+    """Whether an intervention acts on what a layer of the decoder hands on to the next."""
+    return part.where.after and not sees(part) and layer in (part.layers or ())
+
+
+def is_behind_keys(site: Site, layer: int | None, n_layers: int) -> bool:
+    """Whether a site sees only what is needed after the last layer's keys and values."""
+    if site.stack != "decoder":
+        return False
+    return site.after if layer is None else layer == n_layers - 1 and not site.key_side
+
+
+def run_joined(
+    recording: RecordedRun,
+    branches: Sequence[Declared],
+    starts: Sequence[Start],
+    read: Sequence[int],
+) -> Float[Tensor, "row read d_model"]:
+    """What the unembedding gets where it is read: one row per branch (as they join) and row."""
+    model, n_layers = recording.model, recording.model.cfg.n_layers
+    schedule = Schedule.of(starts, read, n_layers, recording.inputs.n_pos)
+    run = recording.past_before(schedule.firsts.first)
+    resid = recording.own.resid[0][:, :0]
+    rotary = model.rotary.cos_sin(recording.inputs.position_ids, resid.dtype)
+    below = streams_from_below(recording, branches, starts)
+    with model.hooks(fwd_hooks=branch_hooks(branches, starts, schedule, n_layers)):
+        for step in schedule.steps:
+            new = [
+                below[i] if i in below else entering(recording, branches[i], starts[i])
+                for i in step.joining
+            ]
+            resid = torch.cat([resid.to(new[0]), *new], dim=1) if new else resid
+            past = SharedPast(run, step.keys, step.queries)
+            at = step.keys.positions[resid.device]
+            cos_sin = tuple(part.to(at.device)[:, at] for part in rotary)
+            for layer in step.layers:
+                resid = model.blocks[layer](resid, past=past, cos_sin=cos_sin, layer=layer)
+        at = to_device(torch.tensor(schedule.read), resid.device)
+        norm: Any = model.ln_final
+        if has_listeners(norm.hook_scale, norm.hook_normalized):
+            final = norm(resid)[:, at]  # interventions on it count positions
+        else:
+            final = norm(resid[:, at])
+    return final.unflatten(1, (len(starts), len(read))).transpose(0, 1).flatten(0, 1)
+
+
+def entering(
+    recording: RecordedRun, branch: Declared, start: Start
+) -> Float[Tensor, "row suffix d_model"]:
+    """The residual stream with which a branch joins.
+
+    What it changes after the layer before is changed here, and that layer left out.
+    """
+    n_layers = recording.model.cfg.n_layers
+    first = start.tail if start.layer == n_layers else start.first
+    stream = recording.resid_from(start.layer, first)
+    for part in branch:
+        if edits_output(part, start.layer - 1):
+            hook = recording.model.hook_dict[hook_name(part.site, start.layer - 1)]
+            stream = part.edit(stream.clone(), hook, first=first)
+    return stream
+
+
+def streams_from_below(
+    recording: RecordedRun, branches: Sequence[Declared], starts: Sequence[Start]
+) -> dict[int, Float[Tensor, "row suffix d_model"]]:
+    """What enters the first layer, for the branches that change it: images or embeddings."""
+    model, encoded_images = recording.model, recording.encoded_images
+    below = [index for index, start in enumerate(starts) if start.layer < 0]
+    if not below:
+        return {}
+    edits = {index: [part for part in branches[index] if sees(part)] for index in below}
+    seeing = {index: parts for index, parts in edits.items() if parts}
+    visual = dict.fromkeys(below, None if encoded_images is None else encoded_images.visual)
+    if seeing and encoded_images is not None:
+        visual |= dict(
+            zip(seeing, encoded_images.edited(model, list(seeing.values())), strict=True)
+        )
+    streams = {}
+    for index in below:
+        flat = (part for part in branches[index] if part.layers is None)
+        parts = [part for part in flat if not (sees(part) or part.where.after)]
+        hooks = [pair for part in parts for pair in part.fwd_hooks()]
+        with model.hooks(fwd_hooks=hooks):
+            stream = model.input_embeddings(recording.inputs, visual[index])
+        streams[index] = stream[:, starts[index].first :]
+    return streams
+
+
+def branch_hooks(
+    branches: Sequence[Declared], starts: Sequence[Start], schedule: Schedule, n_layers: int
+) -> list[tuple[str, HookFunction]]:
+    """One hook function per hook point, which gives each branch's slice to its interventions."""
+    edits: dict[tuple[str, bool], list[tuple[int, Intervention]]] = defaultdict(list)
+    for index, branch in enumerate(branches):
+        for part in branch:
+            for name, layer in part.places():
+                entry = entry_layer(part.where, layer, n_layers)
+                joins = entry == starts[index].layer and edits_output(part, layer)
+                if entry >= 0 and not joins:  # else what enters holds it already
+                    behind = is_behind_keys(part.where, layer, n_layers)
+                    edits[name, behind].append((index, part))
+
+    def edit(
+        activation: Tensor,
+        hook: HookPoint,
+        edits: list[tuple[int, Intervention]],
+        packing: Packing,
+    ) -> Tensor:
+        axis = hook.site.position_axis
+        changed: dict[int, Tensor] = {}
+        for index, part in edits:
+            begin, end = packing.offsets[index : index + 2]
+            before = changed.get(index, activation.narrow(axis, begin, end - begin))
+            changed[index] = part.edit(before, hook, first=packing.starts[index])
+        # The activations of a joined run are its own, so a copy is needed for gradients alone.
+        edited = activation.clone() if torch.is_grad_enabled() else activation
+        for index, after in changed.items():
+            begin, end = packing.offsets[index : index + 2]
+            edited.narrow(axis, begin, end - begin).copy_(after)
+        return edited
+
+    return [
+        (name, partial(edit, edits=each, packing=schedule.tails if behind else schedule.firsts))
+        for (name, behind), each in edits.items()
+    ]

@@ -1,0 +1,296 @@
+"""Branching: runs that differ from a finished one start where they differ.
+
+    recording = model.record(inputs)
+    recording.run([[Intervention("mlp_out", layer, 40, zero())] for layer in range(30)],
+                  readout=lambda logits: logits[:, -1].softmax(-1)[:, answer])
+
+A `Recording` keeps a run's residual stream at every layer and its keys and values. A branch is a
+list of interventions. It cannot change what lies below its first layer, nor (attention is causal)
+what lies before its first position; so it starts at that layer from the recorded residual stream,
+over the remaining positions only, and attends to the recorded keys and values of the others.
+
+`recording.run(branches)` evaluates many branches in one pass up the layers
+(`mmlens.branching.joined`). `recording.record(other_inputs)` is the recording of a prompt that
+begins in the same way: only what follows is computed, and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmlens.branching.encoded_images import EncodedImages
+from mmlens.branching.joined import Branch, run_joined, start_of
+from mmlens.branching.packing import Packing
+from mmlens.branching.passes import Pass, passes
+from mmlens.branching.schedule import Start
+from mmlens.branching.shared_past import SharedPast
+from mmlens.branching.state import RecordedRun, keep_run, with_before
+from mmlens.inputs.checks import check_one_prompt
+from mmlens.inputs.collation import collate
+from mmlens.inputs.common_prefix import common_prefix
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.special_tokens import filler
+from mmlens.interventions.functions import HookFunction
+from mmlens.interventions.intervention import Intervention
+from mmlens.model.hook_points import listens
+from mmlens.model.hooked_root_module import exclusively
+from mmlens.utils.grad_mode import without_gradients
+from mmlens.utils.memory import is_out_of_memory
+from mmlens.utils.progress import Progress
+from mmlens.utils.threads import on_free_cores
+
+if TYPE_CHECKING:
+    from mmlens.model.transformer import HookedMultimodalTransformer
+
+Readout = Callable[[Float[Tensor, "row read n_tokens"]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Recording(RecordedRun):
+    """A finished forward pass that later runs branch from; made by `model.record(inputs)`.
+
+    It is a constant: gradients flow through a branch to what its hook functions hold, not further.
+    """
+
+    @classmethod
+    @without_gradients
+    @on_free_cores
+    def of(
+        cls,
+        model: HookedMultimodalTransformer,
+        inputs: MultimodalInputs,
+        names: Sequence[str] = (),
+        known: EncodedImages | None = None,
+    ) -> Recording:
+        """Run the model once, and keep; images among the `known` ones are not encoded."""
+        inputs = model.to_inputs(inputs)
+        cache, caching, _ = model.get_caching_hooks(names)
+        with model.hooks(fwd_hooks=caching):
+            encoded_images = EncodedImages.encoded(model, inputs, known)
+            resid = model.input_embeddings(
+                inputs, None if encoded_images is None else encoded_images.visual
+            )
+            past, cos_sin = model.attention_context(resid, inputs.attention_mask, None, None)
+            own = keep_run(model, resid, 0, past=past, cos_sin=cos_sin)
+        return cls(model, inputs, own, None, encoded_images, cache)
+
+    @classmethod
+    def of_each(
+        cls,
+        model: HookedMultimodalTransformer,
+        inputs: Sequence[MultimodalInputs],
+        known: EncodedImages | None = None,
+    ) -> list[Recording]:
+        """The recordings of several prompts, run as one batch: for those that share nothing.
+
+        Raises:
+            ValueError: inputs that are no single prompts without noise, or as `collate`.
+        """
+        inputs = [model.to_inputs(each) for each in inputs]
+        for each in inputs:
+            check_one_prompt(len(each), "Recording.of_each")
+            if each.noise is not None:
+                raise ValueError("Recording.of_each takes prompts without noise")
+        if len(inputs) == 1:
+            return [cls.of(model, inputs[0], known=known)]
+        batch = cls.of(model, collate(inputs, filler(model.tokenizer, model.cfg)), known=known)
+        found, image = [], 0
+        for row, each in enumerate(inputs):
+            n_images = sum(each.n_images)
+            encoded_images = batch.encoded_images and batch.encoded_images.part(
+                image, image + n_images
+            )
+            own = batch.own.of_row(row, batch.inputs.n_pos - each.n_pos)
+            found.append(cls(model, each, own, None, encoded_images if n_images else None))
+            image += n_images
+        return found
+
+    @classmethod
+    def of_all(
+        cls,
+        model: HookedMultimodalTransformer,
+        inputs: Iterable[MultimodalInputs],
+        names: Sequence[str] = (),
+        earlier: Sequence[Recording] = (),
+    ) -> list[Recording]:
+        """Record prompts one after the other, each from where it differs from an earlier one.
+
+        Several questions on one image encode and read it once. A prompt is recorded on its own
+        unless most of it is the same as the beginning of an earlier one, or of one in `earlier`.
+        """
+        found: list[Recording] = []
+        for each in map(model.to_inputs, inputs):
+            shared = [common_prefix(one.inputs, each) for one in (*earlier, *found)]
+            most = max(shared, default=0)
+            if 2 * most >= each.n_pos:
+                found.append((*earlier, *found)[shared.index(most)].record(each, names))
+            else:
+                found.append(cls.of(model, each, names))
+        return found
+
+    @exclusively
+    @without_gradients
+    @on_free_cores
+    def record(self, inputs: MultimodalInputs, names: Sequence[str] = ()) -> Recording:
+        """The recording of inputs that begin like these: only the rest is computed and kept.
+
+        Images that are the same are not encoded again. A prompt that has nothing in common with
+        this one is recorded from the beginning.
+
+        Args:
+            names: hook points whose activations are kept besides, in `cache`.
+
+        Example:
+            >>> clean = model.record(inputs)
+            >>> corrupted = clean.record(swap_span(model, inputs, "constraint", "Paris"))
+        """
+        inputs = self.model.to_inputs(inputs)
+        first = min(common_prefix(self.inputs, inputs), inputs.n_pos - 1)
+        rows_fit, cached = self.n_rows in (1, inputs.n_rows), self._joinable(names)
+        if not (first and rows_fit and cached) or listens(self.model):
+            return Recording.of(self.model, inputs, names)
+        encoded_images = EncodedImages.encoded(self.model, inputs, known=self.encoded_images)
+        visual = None if encoded_images is None else encoded_images.visual
+        resid = self.model.input_embeddings(inputs, visual)[:, first:]
+        packing = Packing((first,), inputs.n_pos)
+        past = SharedPast(self.past_before(first, inputs), packing, packing)
+        cos_sin = self.model.rotary.cos_sin(inputs.position_ids[:, first:], resid.dtype)
+        kept, caching, _ = self.model.get_caching_hooks(names)
+        with self.model.hooks(fwd_hooks=caching):
+            own = keep_run(self.model, resid, first, past=past, cos_sin=cos_sin)
+        cache = {name: with_before(self.cache[name][:, :first], new) for name, new in kept.items()}
+        shared = self.own if self.shared is None else self.shared
+        if self.shared is not None and first > self.own.begin:
+            own = own.behind(self.own)
+        return Recording(self.model, inputs, own, shared, encoded_images, cache)
+
+    @exclusively
+    @on_free_cores
+    def logits(
+        self, positions: Int[Tensor, " read"] | Sequence[int] | None = None
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """The recorded run's logits at `positions` (the last one by default)."""
+        read = self._read(positions)
+        first = min(read)
+        resid = self.resid_from(self.model.cfg.n_layers, first)
+        at = torch.tensor(read, device=resid.device) - first
+        if listens(self.model):  # a hook on the final norm counts positions
+            return self.model.unembed(self.model.ln_final(self.resid[-1])[:, at + first])
+        return self.model.unembed(self.model.ln_final(resid[:, at]))
+
+    @exclusively
+    @on_free_cores
+    def run(
+        self,
+        branches: Sequence[Branch],
+        readout: Readout,
+        *,
+        positions: Int[Tensor, " read"] | Sequence[int] | None = None,
+        tokens: Int[Tensor, " n_tokens"] | Sequence[int] | None = None,
+        batch_rows: int | None = None,
+        progress: Progress | None = None,
+        plain: bool = False,
+    ) -> Tensor:
+        """Evaluate every branch, and stack what `readout` makes of it.
+
+        Equal to a plain hooked run of each branch, to rounding. While other hooks are on the
+        model, every branch is a plain run, since there is no saying what they touch.
+
+        A branch costs the positions from the first one that any of its interventions touches, in
+        the layers from the lowest one on. `positions=None` touches position 0, so one such
+        intervention makes the branch compute the whole prompt, visual tokens included, even where
+        it changes nothing (as when a component is frozen at its recorded values). Where only what
+        comes after a position can differ, say so: `range(first, inputs.n_pos)` gives the same
+        numbers, and costs a branch from `first` on.
+
+        Args:
+            branches: what each branch changes.
+            readout: called with the logits [row, read, n_tokens] of some branches, one row per
+                branch and row of the recording; what it returns keeps the first axis.
+            positions: where logits are read; the last position by default.
+            tokens: whose logits are computed; the whole vocabulary by default, which
+                probabilities need.
+            batch_rows: the most rows computed at once (but at least one branch); None takes what
+                fits into free memory and is fast. Either way it is halved when memory runs out.
+            progress: called with (branches done, branches in all).
+            plain: make every branch a full hooked run, the reference for the others.
+
+        Returns:
+            [branch, batch, ...], in the order of `branches`.
+
+        Raises:
+            ValueError: no branches, or `positions` that are not there.
+            IndexError: an intervention's positions are not there.
+            KeyError: the model has no such hook point.
+        """
+        if not branches:
+            raise ValueError("no branches to run")
+        read = self._read(positions)
+        plain = plain or listens(self.model)
+        starts = [None if plain else start_of(self, branch, read) for branch in branches]
+        pending = passes(starts, self.inputs.n_pos, self.n_rows, self.model, batch_rows)
+        results: dict[int, Tensor] = {}
+        while pending:
+            each = pending.pop(0)
+            rows = self._evaluated(each, branches, starts, read, tokens, readout)
+            if rows is None:
+                pending = [part for old in (each, *pending) for part in old.within(each.size // 2)]
+                continue
+            results.update(zip(each.indices, rows, strict=True))
+            if progress is not None:
+                progress(len(results), len(branches))
+        return torch.stack([results[index] for index in range(len(branches))])
+
+    def _evaluated(
+        self,
+        each: Pass,
+        branches: Sequence[Branch],
+        starts: Sequence[Start | None],
+        read: list[int],
+        tokens: Tensor | Sequence[int] | None,
+        readout: Readout,
+    ) -> Tensor | None:
+        """What `readout` makes of a pass [branch, row, ...]; None where memory ran out."""
+        chosen = [branches[index] for index in each.indices]
+        try:
+            if each.is_plain:
+                resid = torch.cat([self._run_plainly(branch, read) for branch in chosen])
+            else:
+                declared: Any = chosen
+                joining: Any = [starts[index] for index in each.indices]
+                resid = run_joined(self, declared, joining, read)
+            logits = self.model.unembed(resid, None if tokens is None else torch.as_tensor(tokens))
+            return readout(logits).unflatten(0, (len(chosen), self.n_rows))
+        except (RuntimeError, MemoryError) as error:
+            if len(chosen) == 1 or not is_out_of_memory(error):
+                raise
+            return None
+
+    def _run_plainly(self, branch: Branch, read: list[int]) -> Tensor:
+        hooks: list[tuple[str, HookFunction]] = []
+        for part in branch:
+            hooks += part.fwd_hooks() if isinstance(part, Intervention) else [part]
+        with self.model.hooks(fwd_hooks=hooks):  # they may count positions of the final norm
+            resid = self.model(self.inputs, stop_at_layer=self.model.cfg.n_layers)
+            return self.model.ln_final(resid)[:, read]
+
+    def _read(self, positions: Tensor | Sequence[int] | None) -> list[int]:
+        n_pos = self.inputs.n_pos
+        given = [n_pos - 1] if positions is None else torch.as_tensor(positions).tolist()
+        if not given or not 0 <= min(given) <= max(given) < n_pos:
+            raise ValueError(f"cannot read at {given}; positions are 0 ... {n_pos - 1}")
+        return given
+
+    def _joinable(self, names: Sequence[str]) -> bool:
+        """Whether activations of a suffix can be put after those kept: position by position."""
+        found = [self.model.SITES.of(name) for name in names]
+        return all(name in self.cache for name in names) and all(
+            site.stack == "decoder" and site.is_layered and site.position_axis == 1
+            for site, _ in found
+        )

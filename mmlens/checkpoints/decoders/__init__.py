@@ -1,0 +1,58 @@
+"""The language models that mmlens reads, one file a family, whichever format they come in.
+
+To add one, write a file like `llama.py` and give it a row in `DECODERS`, under transformers'
+`model_type`; outside of the package, `DECODERS["name"] = Decoder(...)` does the same. The formats
+of a language model alone, of Hugging Face's LLaVA, of TinyLLaVA and of GGUF files then know it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from mmlens.checkpoints.decoders.gpt_neox import GPT_NEOX
+from mmlens.checkpoints.decoders.llama import LLAMA
+from mmlens.checkpoints.decoders.phi import PHI
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.format import Decoder
+from mmlens.checkpoints.hf_configs import known_activation
+from mmlens.checkpoints.names import under
+from mmlens.config import MultimodalConfig
+
+__all__ = ["DECODERS", "Decoder", "decoder_fields", "decoder_names"]
+
+DECODERS = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "phi": PHI, "gpt_neox": GPT_NEOX}
+
+
+def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return `MultimodalConfig` fields of a transformers configuration of one of `DECODERS`."""
+    if config.model_type not in DECODERS:
+        raise CheckpointError(
+            f"a {config.model_type!r} decoder; supported are {', '.join(DECODERS)}"
+        )
+    eos = config.eos_token_id
+    head_dim = getattr(config, "head_dim", None)
+    return {
+        "decoder_type": config.model_type,
+        "n_layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
+        "n_heads": config.num_attention_heads,
+        "n_key_value_heads": getattr(config, "num_key_value_heads", None),
+        "d_head": head_dim or config.hidden_size // config.num_attention_heads,
+        "d_mlp": config.intermediate_size,
+        "act_fn": known_activation(config.hidden_act, "hidden_act of the decoder"),
+        "d_vocab": config.vocab_size,
+        "n_ctx": config.max_position_embeddings,
+        "rope_parameters": dict(config.rope_parameters),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None),
+        "pad_token_id": config.pad_token_id,
+    } | DECODERS[config.model_type].choices(config)
+
+
+def decoder_names(cfg: MultimodalConfig, outer: str = "") -> dict[str, str]:
+    """Return the name table of a configuration's decoder, whose names begin with `outer`."""
+    decoder = DECODERS[cfg.decoder_type]
+    return under(outer + decoder.prefix, decoder.names) | {outer + decoder.head: "unembed"}

@@ -1,0 +1,62 @@
+"""Llama (Vicuna, SmolLM2 ...), Mistral and Qwen2: RMSNorm, rotary positions, gated MLPs.
+
+Source: transformers, `configuration_*.py` and `modeling_*.py` of llama, mistral and qwen2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.format import Decoder
+
+NAMES = {
+    "embed_tokens.weight": "embed.W_E",
+    "layers.{}.input_layernorm": "blocks.{}.ln1",
+    "layers.{}.self_attn.q_proj": "blocks.{}.attn.qkv[q]",
+    "layers.{}.self_attn.k_proj": "blocks.{}.attn.qkv[k]",
+    "layers.{}.self_attn.v_proj": "blocks.{}.attn.qkv[v]",
+    "layers.{}.self_attn.o_proj": "blocks.{}.attn.o",
+    "layers.{}.post_attention_layernorm": "blocks.{}.ln2",
+    "layers.{}.mlp.gate_proj": "blocks.{}.mlp.gate",
+    "layers.{}.mlp.up_proj": "blocks.{}.mlp.up",
+    "layers.{}.mlp.down_proj": "blocks.{}.mlp.down",
+    "norm": "ln_final",
+}
+
+
+def choices(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what the three have in common, and where they differ: biases and windows.
+
+    Raises:
+        CheckpointError: layers that have a window, and no window.
+    """
+    biased = getattr(config, "attention_bias", False)
+    types: Any = None
+    if not getattr(config, "sliding_window", None):
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            raise CheckpointError(
+                "layer_types has sliding_attention, but there is no sliding_window (in Qwen2 it "
+                "needs use_sliding_window as well)"
+            )
+    else:
+        # Mistral has no list of layers: all of them have the window.
+        listed = getattr(config, "layer_types", None) or ["sliding_attention"] * (
+            config.num_hidden_layers
+        )
+        types = tuple("local" if kind == "sliding_attention" else "global" for kind in listed)
+    return {
+        "normalization_type": "RMS",
+        "eps": config.rms_norm_eps,
+        "gated_mlp": True,
+        "qkv_bias": biased or config.model_type == "qwen2",
+        "o_bias": biased,
+        "mlp_bias": getattr(config, "mlp_bias", False),
+        "window_size": config.sliding_window if types else None,
+        "attn_types": types,
+    }
+
+
+LLAMA = Decoder(NAMES, choices)

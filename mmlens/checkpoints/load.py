@@ -1,0 +1,226 @@
+"""The one way in for checkpoints of every format: `load_model`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmlens.checkpoints.devices import DeviceMap
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.formats import FORMATS, Format
+from mmlens.checkpoints.hf_configs import generation_config
+from mmlens.checkpoints.hub import find_folder
+from mmlens.checkpoints.json_files import check_folder, read_json
+from mmlens.checkpoints.loader import Weights, build, check_layers, has_own_head
+from mmlens.checkpoints.paths import checkpoint_errors, regular_file
+from mmlens.checkpoints.processors import (
+    add_image_token,
+    chat_template,
+    load_image_processor,
+    load_tokenizer,
+)
+from mmlens.checkpoints.towers.named_towers import Tower, with_tower
+from mmlens.checkpoints.weight_files import warn_of_another_set, weight_files
+from mmlens.config import MultimodalConfig
+from mmlens.demo import is_embedded
+from mmlens.inputs.images import largest_edge
+from mmlens.inputs.processor import Processor
+from mmlens.model.transformer import HookedMultimodalTransformer
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    device_map: DeviceMap | None = None,
+    vision_tower: str | Path | None = None,
+) -> HookedMultimodalTransformer:
+    """The model of a checkpoint folder, a GGUF file, a hub name, "demo" or "demo-tuned".
+
+    Args:
+        vision_tower: a folder or hub name to take the tower from, for the formats of LLaVA's code;
+            by default it is the checkpoint's own, or else the one that config.json names.
+
+    Raises:
+        CheckpointError: it is not there, is of no known format, is quantised, or does not fit its
+            config.json; or `device_map` does not fit the model; or the tower is not to be had.
+        ValueError: both `device` and `device_map`.
+    """
+    if device is not None and device_map is not None:
+        raise ValueError(f"device={device!r} and device_map={device_map!r}: give one of the two")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if is_embedded(name_or_path):
+        from mmlens.checkpoints.formats import demo
+
+        return demo.load(str(name_or_path), where, dtype or torch.float32)
+    file = Path(os.path.expanduser(name_or_path))
+    if file.suffix == ".gguf" and file.exists():
+        from mmlens.checkpoints.formats import gguf
+
+        return gguf.load(regular_file(file), where, dtype or torch.float32)
+    folder = find_folder(name_or_path, revision)
+    check_folder(folder)
+    format = format_of(folder)
+    own_dtype = checkpoint_dtype(folder)
+    with checkpoint_errors(folder / "config.json"):
+        tower = tower_of(format, folder, vision_tower)
+        cfg = format.config(folder, tower)
+    weights = weights_of(format, folder, cfg, tower, always=vision_tower is not None)
+    warn_of_another_set(folder)
+    model = build(
+        cfg,
+        weights,
+        dtype=dtype or own_dtype,
+        device=where,
+        device_map=device_map,
+        where=str(folder),
+    )
+    cfg.model_name = str(name_or_path)
+    model.checkpoint = folder.absolute()
+    equip(model, folder, tower)
+    return model
+
+
+def load_processor(name_or_path: str | Path, *, revision: str | None = None) -> Processor:
+    """The processor of a checkpoint, whose weights are not read.
+
+    Raises:
+        CheckpointError: it is not there, or is of no known format.
+    """
+    if is_embedded(name_or_path):
+        from mmlens.checkpoints.formats import demo
+
+        return demo.load_processor(str(name_or_path))
+    file = Path(os.path.expanduser(name_or_path))
+    if file.suffix == ".gguf" and file.exists():
+        from mmlens.checkpoints.formats import gguf
+
+        return gguf.load_processor(regular_file(file))
+    folder = find_folder(name_or_path, revision)
+    check_folder(folder)
+    format = format_of(folder)
+    with checkpoint_errors(folder / "config.json"):
+        tower = tower_of(format, folder, None)
+        cfg = format.config(folder, tower)
+    return processor_of(cfg, folder, tower)
+
+
+def weights_of(
+    format: Format,
+    folder: Path,
+    cfg: MultimodalConfig,
+    tower: Tower | None,
+    *,
+    always: bool,
+) -> Weights:
+    """Return the weight files of a model, and where their tensors go; `cfg` learns of a tie.
+
+    Args:
+        always: take the tower's own weights even where the checkpoint has some.
+    """
+    files = weight_files(folder)
+    with checkpoint_errors(folder / "config.json"):
+        tied, untied = (
+            format.table(replace(cfg, tie_word_embeddings=tie)) for tie in (True, False)
+        )
+    if cfg.tie_word_embeddings:
+        cfg.tie_word_embeddings = not has_own_head(files, format.rename, untied)
+    table = tied if cfg.tie_word_embeddings else untied
+    weights = Weights(files, table, format.ignored, format.rename)
+    if tower is not None and cfg.vision is not None:
+        with checkpoint_errors(folder):
+            weights = with_tower(weights, tower, cfg.vision, always=always)
+    check_layers(cfg, weights.files, folder)
+    return weights
+
+
+def tower_of(format: Format, folder: Path, given: str | Path | None) -> Tower | None:
+    """Return the tower that a format of LLaVA's code names; None for other formats."""
+    if format.tower is not None:
+        return format.tower(folder, given)
+    if given is not None:
+        raise CheckpointError(
+            f"vision_tower={str(given)!r}: {folder} has a format that holds its own tower, or none"
+        )
+    return None
+
+
+def equip(model: HookedMultimodalTransformer, folder: Path, tower: Tower | None) -> None:
+    """Give the model the folder's tokenizer, image processor, template and generation config."""
+    model.generation_config = generation_config(folder, model.cfg.pad_token_id)
+    processor = processor_of(model.cfg, folder, tower)
+    model.tokenizer, model.image_processor = processor.tokenizer, processor.image_processor
+
+
+def processor_of(cfg: MultimodalConfig, folder: Path, tower: Tower | None) -> Processor:
+    """The folder's tokenizer and image processor; `cfg` learns the template and the image token."""
+    tokenizer = load_tokenizer(folder)
+    if tower is None:
+        if tokenizer is not None:
+            cfg.default_template = chat_template(folder, tokenizer, cfg.vision is not None)
+        image_processor = load_image_processor(folder) if cfg.vision else None
+    else:
+        with checkpoint_errors(folder, "the image processor: "):
+            image_processor = tower.image_processor()
+        if tokenizer is not None:
+            cfg.image_token_id = add_image_token(tokenizer)
+    check_processor(image_processor, cfg, folder)
+    return Processor(cfg, tokenizer, image_processor)
+
+
+def check_processor(processor: Any, cfg: MultimodalConfig, folder: Path) -> None:
+    """Raise a CheckpointError where images are made far larger than the tower takes them."""
+    edge = largest_edge(processor)
+    if cfg.vision is not None and edge > 8 * max(cfg.vision.image_size):
+        raise CheckpointError(
+            f"{folder}: its image processor scales images to {edge:,} pixels, but its tower takes "
+            f"{max(cfg.vision.image_size):,}"
+        )
+
+
+def format_of(folder: Path) -> Format:
+    """Return the format that recognises the folder's config.json."""
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        others = sorted(folder.glob("*.gguf"))
+        hint = f"; {others[0]} is a checkpoint by itself" if others else ""
+        raise CheckpointError(f"{folder} has no config.json: not a checkpoint folder{hint}")
+    config = read_json(path, folder)
+    if quantised := config.get("quantization_config"):
+        named = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        method = named or "an unknown method"
+        raise CheckpointError(
+            f"{path} says that the weights are quantised ({method}); mmlens reads and edits plain "
+            "ones: take the checkpoint that it was made from"
+        )
+    with checkpoint_errors(path):
+        for format in reversed(FORMATS.values()):
+            if format.recognises(config):
+                return format
+    raise CheckpointError(
+        f"{path}: model_type {config.get('model_type')!r}, architectures "
+        f"{config.get('architectures')} is no format that mmlens knows; it knows "
+        f"{', '.join(FORMATS)}"
+    )
+
+
+def checkpoint_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype that config.json names (at the top or for the text model), else float32."""
+    path = folder / "config.json"
+    config = read_json(path, folder)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        name = part.get("dtype") or part.get("torch_dtype")
+        if name:
+            if str(name).removeprefix("torch.") not in DTYPES:
+                raise CheckpointError(f"{path}: dtype is {name!r}; known are {', '.join(DTYPES)}")
+            return getattr(torch, str(name).removeprefix("torch."))
+    return torch.float32

@@ -1,0 +1,1 @@
+"""Vision towers that a checkpoint names, or that open_clip has."""

@@ -1,0 +1,380 @@
+r"""Questions and images -> `MultimodalInputs`: what `model.prepare` does.
+
+    processor = Processor.from_pretrained("llava-hf/llava-1.5-7b-hf")    # needs no weights
+    processor("What is the capital of this country?", flag, spans={"constraint": "this country"})
+
+A prompt is text with one `<image>` per image. It is tokenised as such, with character offsets,
+and then every `<image>` token becomes the tokens of its image (`mmlens.inputs.layouts`); spans
+are found in the text and move with the tokens.
+
+Public names: `Processor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+
+from mmlens.inputs.checks import (
+    check_mask,
+    check_span_name,
+    check_vocabulary,
+    standard_spans,
+)
+from mmlens.inputs.collation import collate
+from mmlens.inputs.images import load_images
+from mmlens.inputs.layouts import ImageLayout, ProcessedImage, image_layout
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.spans import (
+    PLACEHOLDER,
+    EncodedText,
+    SpanNotFoundError,
+    encode,
+    find_span,
+    token_strings,
+)
+from mmlens.inputs.special_tokens import Side, filler, padding_at, special_tokens_around
+from mmlens.inputs.templates import ChatTemplate, Phrase, Template, fill_template
+from mmlens.inputs.visual import Visual
+
+if TYPE_CHECKING:
+    from mmlens.config import MultimodalConfig
+else:
+    MultimodalConfig = Any  # anything with image_token_id, bos_token_id and vision will do
+
+__all__ = ["Processor"]
+
+Spans = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Processor:
+    """A tokenizer, an image processor and a template, which together make a model's inputs.
+
+    `model.processor` is the model's; a thread that only reads prompts needs no weights.
+
+    Example:
+        >>> processor = Processor.from_pretrained("llava-hf/llava-v1.6-mistral-7b-hf")
+        >>> inputs = processor("What is this?", "photo.jpg")
+    """
+
+    cfg: MultimodalConfig
+    """The model's configuration."""
+    tokenizer: Any
+    """A fast Hugging Face tokenizer that knows `<image>` as one special token."""
+    image_processor: Any = None
+    """transformers', open_clip's, or any `mmlens.inputs.images.ImageProcessor`."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> Processor:
+        """Load a checkpoint's processor without its weights.
+
+        Args:
+            name_or_path: as in `HookedMultimodalTransformer.from_pretrained`.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            CheckpointError: not found, or no format knows it.
+        """
+        from mmlens.checkpoints.load import load_processor
+
+        return load_processor(name_or_path, revision=revision)
+
+    @property
+    def layout(self) -> ImageLayout:
+        """How images become visual tokens."""
+        return image_layout(self.cfg)
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        image: Any = None,
+        *,
+        spans: Spans = None,
+        template: Template = "auto",
+        prepend_bos: bool | None = None,
+        device: torch.device | str | None = None,
+    ) -> MultimodalInputs:
+        """Return tokens, pixels and named positions of one question or a batch of them.
+
+        Args:
+            text: a question, or a list of them: a batch, padded on the left. Without `<image>` in
+                it or in the template, its images come in front of the prompt.
+            image: the images. For one text: None, one or a list; for a list of texts a list with
+                None, one or a list for each. What one is: see `mmlens.inputs.images.load_image`.
+            spans: names for phrases of the text, `{"constraint": "this country"}`, or for
+                characters of it (start, end); for a batch also a list of such. A phrase that the
+                question does not hold may be in the template. `question` names the whole text by
+                itself. A span holds text only, no visual tokens.
+            template: what stands around the question. A text with `{question}` and, if the images
+                have their place in it, `<image>` (once for all of them or once each); a function
+                of (question, number of images) that gives the prompt; None for BOS, images, the
+                text as it is; "auto" for the model's own (`cfg.default_template`), in which an
+                `<image>` counts only when there is an image.
+            prepend_bos: begin with the tokenizer's BOS, if it has one and the prompt does not
+                begin with it already; None does what the model was trained with
+                (`cfg.default_prepend_bos`), or else what transformers' tokenizer does.
+            device: where the tensors go.
+
+        Raises:
+            ValueError: no tokenizer or image processor, images for a model that sees none, another
+                number of `<image>` than of images, a list of the wrong length, a reserved span
+                name.
+            SpanNotFoundError: (a ValueError) a phrase that is not in the text.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "the model has no tokenizer (its folder has no tokenizer.json), so it cannot take "
+                "text: put the file there, set model.tokenizer, or use inputs_from_tokens"
+            )
+        automatic = template == "auto"
+        if automatic:
+            template = self.cfg.default_template
+        if prepend_bos is None:
+            prepend_bos = self.cfg.default_prepend_bos
+        rows = []
+        for question, pictures, phrases in _rows(text, image, spans):
+            images = load_images(pictures)
+            if isinstance(template, ChatTemplate):
+                question, phrases = template.asked(question, phrases)
+            prompt, at = fill_template(template, question, len(images), optional_images=automatic)
+            complete = isinstance(template, ChatTemplate) and not template.adds_special_tokens
+            encoded = encode(tokenizer, prompt)
+            around = special_tokens_around(
+                tokenizer, prompt, encoded.ids, prepend_bos, is_complete=complete
+            )
+            rows.append(self._row(encoded, around, _char_spans(encoded, at, phrases), images))
+        inputs = rows[0] if len(rows) == 1 else collate(rows, filler(tokenizer, self.cfg))
+        return inputs if device is None else inputs.to(device)
+
+    def _row(
+        self,
+        encoded: EncodedText,
+        around: tuple[list[int], list[int]],
+        chars: dict[str, tuple[int, int]],
+        images: tuple[Image.Image, ...],
+    ) -> MultimodalInputs:
+        """Return one row; `around` are the special tokens before and after the encoded prompt."""
+        image_token = self.cfg.image_token_id
+        processed = self._processed(images)
+        _check_image_token(self.tokenizer, encoded, image_token, len(images))
+        before, after = around
+        waiting = iter(processed)
+        pieces: list[Sequence[int]] = [
+            next(waiting).ids if token == image_token else [token]
+            for token in [*before, *encoded.ids, *after]
+        ]
+        starts = list(accumulate(map(len, pieces), initial=0))
+        ids = [token for piece in pieces for token in piece]
+        if not ids:
+            raise ValueError("the prompt is empty: no text, no image, and no BOS in front of it")
+        first = len(before)
+        places = [starts[first + i] for i, token in enumerate(encoded.ids) if token == image_token]
+        placed = tuple(
+            replace(one.tokens, start=start) for one, start in zip(processed, places, strict=True)
+        )
+        tokens = torch.tensor([ids])
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        (standard,) = standard_spans(tokens, mask, placed, bos_token_id=self.tokenizer.bos_token_id)
+        return MultimodalInputs(
+            tokens=tokens,
+            attention_mask=mask,
+            visual=Visual.joined([Visual.of_one(one.visual) for one in processed]),
+            spans=(standard | _text_spans(encoded, starts[first:], chars, image_token),),
+            images=placed,
+            image_token_id=image_token,
+            str_tokens=(token_strings(self.tokenizer, ids),),
+            texts=(encoded.text,),
+            char_spans=(chars,),
+        )
+
+    def _processed(self, images: tuple[Image.Image, ...]) -> list[ProcessedImage]:
+        if not images:
+            return []
+        if self.cfg.vision is None:
+            raise ValueError(
+                f"{len(images)} image(s) for a language model that sees none (cfg.vision is None)"
+            )
+        if self.image_processor is None:
+            raise ValueError(
+                "the model has no image processor (its folder has no preprocessor_config.json), so "
+                "it cannot take images: put the file there, set model.image_processor, or give "
+                "pixel_values to inputs_from_tokens"
+            )
+        return self.layout.processed(self.image_processor, self.tokenizer, images)
+
+    def from_tokens(
+        self,
+        tokens: Int[Tensor, "*batch pos"],
+        pixel_values: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        spans: Spans = None,
+        padding_side: Side | None = None,
+        **visual: Tensor,
+    ) -> MultimodalInputs:
+        """Make inputs from ready token ids, as Hugging Face's processors give them.
+
+        Args:
+            tokens: one id per position, the image token's at every visual token; one row may come
+                without a batch dimension.
+            pixel_values: all images in reading order, as the family's processor in transformers
+                returns them. For LLaVA, `[image, channel, height, width]`; of another size than
+                the config's they have another number of patches, and the tower interpolates its
+                positions.
+            attention_mask: 0 or False at the padding, which must be on the left; None takes the
+                padding tokens at the left of each row for padding
+                (`mmlens.inputs.special_tokens.padding_at`).
+            spans: names for positions, `{"constraint": [590, 591]}`; for a batch also a list of
+                such. Positions count from the beginning of the padded row.
+            padding_side: "right" allows padding tokens outside of the vocabulary at the end of
+                rows. They stay unmasked, for nothing before them attends to them.
+            visual: what else that processor returns, such as `image_sizes`.
+
+        Raises:
+            ValueError: everything that does not fit: image tokens and images, ids outside of the
+                vocabulary, a mask of another shape or with padding elsewhere, positions outside.
+        """
+        cfg, tokenizer = self.cfg, self.tokenizer
+        if tokens.ndim not in (1, 2):
+            raise ValueError(f"tokens must be [batch, pos] or [pos], not {tuple(tokens.shape)}")
+        tokens = tokens.reshape(-1, tokens.shape[-1]).long()
+        if attention_mask is None:
+            mask = ~padding_at("left", tokens, tokenizer, cfg)
+        else:
+            mask = attention_mask.bool()
+            mask = mask[None] if mask.ndim == 1 else mask
+        check_mask(tokens, mask)
+        real = mask
+        if padding_side == "right":
+            real = mask & ~padding_at("right", tokens, tokenizer, cfg)
+        check_vocabulary(tokens[real], getattr(cfg, "d_vocab", None), cfg.image_token_id)
+        if pixel_values is not None:
+            visual = {"pixel_values": pixel_values, **visual}
+        packed, images = self.layout.located(tokens, mask, tokenizer, visual)
+        bos = cfg.bos_token_id if tokenizer is None else tokenizer.bos_token_id
+        rows = standard_spans(tokens, mask, images, bos_token_id=bos)
+        if spans is None or isinstance(spans, Mapping):
+            spans = [spans] * len(tokens)
+        for row, named in zip(rows, _one_each("spans", spans, len(tokens)), strict=True):
+            for name, positions in (named or {}).items():
+                check_span_name(name)
+                row[name] = _positions(name, positions, tokens.device)
+        strings = None
+        if tokenizer is not None:
+            strings = tuple(token_strings(tokenizer, row) for row in tokens.tolist())
+        return MultimodalInputs(
+            tokens=tokens,
+            attention_mask=mask,
+            visual=packed,
+            spans=rows,
+            images=images,
+            image_token_id=cfg.image_token_id,
+            str_tokens=strings,
+        )
+
+
+def _rows(
+    text: str | Sequence[str], image: Any, spans: Spans
+) -> list[tuple[str, Any, Mapping[str, Phrase]]]:
+    """Return texts, images and spans of each row of the batch."""
+    if isinstance(text, str):
+        one = spans if isinstance(spans, Mapping | None) else _one_each("spans", spans, 1)[0]
+        return [(text, image, one or {})]
+    if not text:
+        raise ValueError("the list of texts is empty")
+    n = len(text)
+    images = [None] * n if image is None else _one_each("image", image, n)
+    if spans is None or isinstance(spans, Mapping):
+        spans = [spans] * n
+    phrases = [row or {} for row in _one_each("spans", spans, n)]
+    return list(zip(text, images, phrases, strict=True))
+
+
+def _one_each(name: str, values: Any, n: int) -> Sequence[Any]:
+    if not isinstance(values, list | tuple):
+        raise ValueError(
+            f"for a list of {n} text(s), {name} must be a list with one entry for each (None where "
+            f"there is nothing), not {type(values).__name__}"
+        )
+    if len(values) != n:
+        raise ValueError(
+            f"{n} text(s), but {name} has {len(values)} entries: give one for each text (None "
+            f"where there is nothing; a list for several images of one text)"
+        )
+    return values
+
+
+def _text_spans(
+    encoded: EncodedText,
+    starts: Sequence[int],
+    chars: Mapping[str, tuple[int, int]],
+    image_token_id: int | None,
+) -> dict[str, Tensor]:
+    """Return positions of spans of characters; `starts` is where each token begins."""
+    spans = {}
+    for name, (start, end) in chars.items():
+        covered = [i for i in encoded.tokens_in(start, end) if encoded.ids[i] != image_token_id]
+        if not covered:
+            raise SpanNotFoundError(
+                f"span {name!r} = {encoded.text[start:end]!r} (characters {start} to {end}) holds "
+                f"no text token of {encoded.text!r}"
+            )
+        spans[name] = torch.tensor([starts[i] for i in covered])
+    return spans
+
+
+def _check_image_token(
+    tokenizer: Any, encoded: EncodedText, image_token_id: int | None, n_images: int
+) -> None:
+    found = 0 if image_token_id is None else encoded.ids.count(image_token_id)
+    if found != n_images:
+        pieces = tokenizer.tokenize(PLACEHOLDER)
+        raise ValueError(
+            f"{n_images} image(s), but {found} token(s) with the image token's id {image_token_id}:"
+            f" the tokenizer must know {PLACEHOLDER} as one special token with that id, and makes "
+            f"{pieces} = {tokenizer.convert_tokens_to_ids(pieces)} of it"
+        )
+
+
+def _char_spans(
+    encoded: EncodedText, question: tuple[int, int], phrases: Mapping[str, Phrase]
+) -> dict[str, tuple[int, int]]:
+    """Return characters of the question and of every phrase; the question is searched first."""
+    prompt, (begin, end) = encoded.text, question
+    asked = prompt[begin:end].replace(PLACEHOLDER, "")
+    has_words = asked.strip() and encoded.tokens_in(begin, end)
+    chars = {"question": question} if has_words else {}
+    for name, phrase in phrases.items():
+        check_span_name(name)
+        if isinstance(phrase, str):
+            try:
+                chars[name] = find_span(prompt, phrase, within=question)
+            except SpanNotFoundError:
+                chars[name] = find_span(prompt, phrase)
+            continue
+        start, stop = phrase
+        if not 0 <= start < stop <= end - begin:
+            raise SpanNotFoundError(
+                f"span {name!r} = characters ({start}, {stop}) are not in the text, which has "
+                f"{end - begin}: {prompt[begin:end]!r}"
+            )
+        chars[name] = (begin + start, begin + stop)
+    return chars
+
+
+def _positions(name: str, positions: Any, device: torch.device) -> Tensor:
+    """Return positions as an ascending LongTensor."""
+    values = torch.as_tensor(list(positions) if isinstance(positions, range) else positions)
+    if values.is_floating_point() or values.dtype == torch.bool or not values.numel():
+        raise ValueError(f"span {name!r} must be positions (integers), not {positions!r}")
+    return values.flatten().long().unique().to(device)

@@ -1,0 +1,1 @@
+"""What to do with an activation (`functions`), and where (`intervention`)."""

@@ -1,0 +1,278 @@
+"""An intervention: a hook function, and where it acts.
+
+    site x layers x positions x hook function
+
+Since an intervention says where it acts, the engine (`mmlens.branching`) knows what it cannot
+change: everything below its first layer, and every position before its first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mmlens.interventions.functions import HookFunction, stretch
+from mmlens.model.hook_points import HookPoint, check_replacement
+from mmlens.model.run_positions import PassPositions, Positions, current_pass, takes_positions
+from mmlens.model.sites import Site, split_site
+from mmlens.model.transformer import HookedMultimodalTransformer
+from mmlens.utils.tensors import to_device
+
+LAYERED_SITES = tuple(
+    name
+    for name, site in HookedMultimodalTransformer.SITES.items()
+    if site.stack == "decoder" and site.is_layered
+)
+"""The short names of what every layer of the decoder may have."""
+
+
+def site_of(site: str) -> Site:
+    """The entry of a site (with or without units) in the table of sites."""
+    return HookedMultimodalTransformer.SITES[split_site(site)[0]]
+
+
+def hook_name(site: str, layer: int | None = None) -> str:
+    """The hook point of a short site name.
+
+    Args:
+        site: one of `LAYERED_SITES`, with "vision." before it for the tower; or a site without
+            layers, such as "input_embed", "vision.out" and "projector.out".
+        layer: which block; None for a site without layers.
+
+    Raises:
+        ValueError: no such site, or a layer missing or too many.
+
+    Example:
+        >>> hook_name("mlp_out", 3)
+        'blocks.3.hook_mlp_out'
+        >>> hook_name("vision.z", 0)
+        'vision.blocks.0.attn.hook_z'
+    """
+    return HookedMultimodalTransformer.SITES.hook_name(site, layer)
+
+
+def hook_names(site: str, layers: Iterable[int] | None) -> list[str]:
+    """The hook points of a site (with or without units) in these layers."""
+    name, _ = split_site(site)
+    return [hook_name(name, layer) for layer in ([None] if layers is None else layers)]
+
+
+def window(
+    site: str,
+    center: int,
+    width: int,
+    model: HookedMultimodalTransformer | None = None,
+) -> range:
+    """The layers of a window of `width` around `center`, clipped to the model.
+
+    They are center - width // 2 ... center - width // 2 + width - 1, as in ROME (Meng et al. 2022):
+    1 is the layer alone, 3 is one to each side. (The paper's released script takes 2 w + 1 layers
+    for its `--window w`.)
+
+    Args:
+        site: decides whose layers are meant, the decoder's or (with "vision.") the tower's.
+        model: clips at its last layer; without it only at layer 0.
+
+    Raises:
+        ValueError: a width below 1, or a centre outside of the model.
+
+    Example:
+        >>> window("mlp_out", 5, 3)
+        range(4, 7)
+    """
+    if width < 1:
+        raise ValueError(f"a window of {width} layers; it needs at least 1")
+    n_layers = None if model is None else n_layers_of(site, model)
+    if center < 0 or (n_layers is not None and center >= n_layers):
+        last = "" if n_layers is None else f" ... {n_layers - 1}"
+        raise ValueError(f"a window around layer {center}; layers are 0{last}")
+    first = center - width // 2
+    stop = first + width if n_layers is None else min(first + width, n_layers)
+    return range(max(first, 0), stop)
+
+
+def n_layers_of(site: str, model: HookedMultimodalTransformer) -> int:
+    """How many layers the stack of a site has."""
+    cfg = model.cfg
+    of: Any = {"decoder": cfg, "tower": cfg.vision, "connector": cfg.projector}
+    stack = of[site_of(site).stack]
+    if stack is None:
+        raise ValueError(f"site {site!r}: this model has no vision tower")
+    return stack.n_layers
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Intervention:
+    """`hook`, applied at `site` of every one of `layers`, at `positions`.
+
+    Args:
+        site: a short name, see `hook_name`; with units, only these are edited: "z[3]" is head 3,
+            "post[0-99]" a hundred neurons (see `split_site`). The function sees all units.
+        layers: any set of layers; None for a site without layers.
+        positions: any positions (queries, for scores and patterns); None for all. They are those of
+            the whole text: a pass that computes only what comes after a key-value cache, as each
+            step of `generate` is, edits those that it computes, and a position that has not been
+            generated yet is edited when it comes. For the vision tower they are its own patches. In
+            a branch of a recording, None makes the branch compute the whole prompt, see
+            `Recording.run`.
+        hook: a function of `mmlens.interventions.functions` or your own `f(slice, hook)`. It sees
+            only the slice at `positions`, in their order; it returns what takes the slice's place,
+            or None to leave it (an edit in place counts). With a parameter `positions` it is told
+            those of its slice (None where the slice is the whole text).
+
+    Raises:
+        ValueError: no such site, layers missing or too many, negative positions.
+        TypeError: positions that are no integers, such as a mask.
+
+    Example:
+        >>> early = Intervention("mlp_out", range(4), inputs.span("constraint"), zero())
+        >>> model.run_with_hooks(inputs, fwd_hooks=early.fwd_hooks())
+    """
+
+    site: str
+    """Without units."""
+    units: tuple[int, ...] | None
+    """Heads, neurons or dimensions, ascending; None for all."""
+    layers: tuple[int, ...] | None
+    """Ascending."""
+    positions: Int[Tensor, " n"] | None
+    """On the CPU, each once."""
+    hook: HookFunction
+
+    def __init__(
+        self,
+        site: str,
+        layers: Iterable[int] | int | None,
+        positions: Tensor | Sequence[int] | int | None,
+        hook: HookFunction,
+    ) -> None:
+        layers = [layers] if isinstance(layers, int) else layers
+        # A frozen dataclass can be filled no other way.
+        name, units = split_site(site)
+        object.__setattr__(self, "site", name)
+        object.__setattr__(self, "units", units)
+        object.__setattr__(self, "layers", None if layers is None else tuple(sorted(set(layers))))
+        object.__setattr__(self, "positions", as_positions(positions))
+        object.__setattr__(self, "hook", hook)
+        # A wrong site or a missing layer is an error here, not in the run.
+        hook_name(name, None if layers is None else 0)
+
+    @cached_property
+    def where(self) -> Site:
+        """What the table of sites says of its site."""
+        return site_of(self.site)
+
+    def places(self) -> list[tuple[str, int | None]]:
+        """The hook points it acts on, each with its layer, or None for a site without layers."""
+        layers = [None] if self.layers is None else self.layers
+        return [(hook_name(self.site, layer), layer) for layer in layers]
+
+    def hook_names(self) -> list[str]:
+        """The hook points it acts on."""
+        return hook_names(self.site, self.layers)
+
+    def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
+        """`(name, function)` pairs for `run_with_hooks`; concatenate those of several."""
+        return [(name, self.edit) for name in self.hook_names()]
+
+    @cached_property
+    def first_position(self) -> int | None:
+        """The first position it touches; 0 where it touches all, None where it touches none."""
+        if self.positions is None:
+            return 0
+        return min(self.positions.tolist(), default=None)
+
+    @cached_property
+    def _last_position(self) -> int:
+        return -1 if self.positions is None else max(self.positions.tolist(), default=-1)
+
+    @cached_property
+    def _stretch(self) -> tuple[int, int] | None:
+        return None if self.positions is None else stretch(self.positions)
+
+    @cached_property
+    def _tells_positions(self) -> bool:
+        return takes_positions(self.hook)
+
+    def edit(self, activation: Tensor, hook: HookPoint, first: int | None = None) -> Tensor:
+        """Return the activation with the declared slice edited.
+
+        Args:
+            first: the position of the text at which the activation begins; by default the model
+                says it (`mmlens.model.run_positions`).
+
+        Raises:
+            IndexError: positions or units that the activation does not have.
+            TypeError, ValueError: the function returned no tensor, or another shape or dtype than
+                it was given.
+        """
+        here = current_pass() if first is None else PassPositions(first)
+        axis = hook.site.position_axis
+        n_here = activation.shape[axis]
+        if self.positions is None:
+            return self._edit_slice(activation, hook, here.positions(n_here))
+        if self._last_position >= here.end(n_here):
+            raise IndexError(
+                f"{hook.name} has positions 0 ... {here.end(n_here) - 1}; "
+                f"there is no {self._last_position}"
+            )
+        positions, found = self._within(here.first, here.first + n_here)
+        if not len(positions):
+            return activation
+        if found is not None:
+            begin, n = found[0] - here.first, found[1]
+            # Copies: nothing may reach what others hold of this activation.
+            edited = self._edit_slice(activation.narrow(axis, begin, n).clone(), hook, positions)
+            result = activation.clone()
+            result.narrow(axis, begin, n).copy_(edited)
+            return result
+        index = to_device(positions - here.first, activation.device)
+        edited = self._edit_slice(activation.index_select(axis, index), hook, positions)
+        return activation.index_copy(axis, index, edited)
+
+    def _within(self, begin: int, end: int) -> tuple[Positions, tuple[int, int] | None]:
+        """Return the positions from `begin` to before `end`, and as a stretch if they are one."""
+        assert self.positions is not None
+        if begin <= (self.first_position or 0) and self._last_position < end:
+            return self.positions, self._stretch
+        inside = self.positions[(self.positions >= begin) & (self.positions < end)]
+        return inside, stretch(inside)
+
+    def _edit_slice(self, slice: Tensor, hook: HookPoint, positions: Positions | None) -> Tensor:
+        # An edit in place must not reach the other units.
+        given = slice if self.units is None else slice.clone()
+        options = {"positions": positions} if self._tells_positions else {}
+        edited = self.hook(given, hook=hook, **options)
+        if edited is None:
+            edited = given
+        check_replacement(slice, edited, hook.name)
+        if self.units is None:
+            return edited.to(slice)
+        axis, n = hook.site.unit_axis, slice.shape[hook.site.unit_axis]
+        if self.units[-1] >= n:
+            raise IndexError(
+                f"{hook.name} has {hook.site.units} 0 ... {n - 1}; there is no {self.units[-1]}"
+            )
+        index = torch.tensor(self.units, device=slice.device)
+        return slice.index_copy(axis, index, edited.to(slice).index_select(axis, index))
+
+
+def as_positions(
+    positions: Tensor | Sequence[int] | int | None,
+) -> Int[Tensor, " n"] | None:
+    """Positions as a LongTensor on the CPU, each once, in the order given; None stays None."""
+    if positions is None:
+        return None
+    given = torch.as_tensor(positions)
+    if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
+        raise TypeError(f"positions are integers, not {given.dtype}; for a mask, mask.nonzero()")
+    each = list(dict.fromkeys(given.flatten().tolist()))
+    if min(each, default=0) < 0:
+        raise ValueError(f"positions count from 0; got {each}")
+    return torch.tensor(each, dtype=torch.long)

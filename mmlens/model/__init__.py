@@ -1,0 +1,1 @@
+"""The hooked model: its modules, hook points, weights, text and generation."""

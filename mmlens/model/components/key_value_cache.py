@@ -1,0 +1,124 @@
+"""Keys and values of positions that were computed before."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor, cat
+
+from mmlens.model.run_positions import computing, current_pass
+
+F = TypeVar("F", bound=Callable[..., Any])
+Keys = Float[Tensor, "batch pos kv_head d_head"]
+AllKeys = Float[Tensor, "batch past_and_pos kv_head d_head"]
+
+
+class KeyValueCache:
+    """Per layer, the (rotated) keys and the values of all positions so far.
+
+    A growing cache serves generation: every forward pass adds its positions. A frozen one is the
+    shared past of many runs: each attends to it, none adds to it. A past of n rows serves any
+    multiple of n, over and over in the same order.
+
+    Example:
+        >>> cache = KeyValueCache(model.cfg.n_layers)
+        >>> logits = model(prompt, past_kv_cache=cache)        # fills it
+        >>> logits = model(next_token, past_kv_cache=cache)    # attends to the prompt
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        self.entries: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+        self.key_mask: Tensor | None = None
+        """Bool [batch, pos], False at padding; None where nothing is padded."""
+        self.frozen = False
+
+    @classmethod
+    def holding(
+        cls, entries: Sequence[tuple[Tensor, Tensor]], attention_mask: Bool[Tensor, "batch pos"]
+    ) -> KeyValueCache:
+        """A frozen cache of these keys and values."""
+        cache = cls(len(entries))
+        cache.entries = list(entries)
+        cache.key_mask = None if bool(attention_mask.all()) else attention_mask
+        cache.frozen = True
+        return cache
+
+    def __len__(self) -> int:
+        """Number of positions held."""
+        return next((entry[0].shape[1] for entry in self.entries if entry is not None), 0)
+
+    def extend(self, layer: int, keys: Keys, values: Keys) -> tuple[AllKeys, AllKeys]:
+        """Keys and values of all positions at `layer`: those held, then the given ones."""
+        past = self.entries[layer]
+        if past is not None:
+            keys = cat([for_rows(past[0], len(keys)), keys], dim=1)
+            values = cat([for_rows(past[1], len(values)), values], dim=1)
+        if not self.frozen:
+            self.entries[layer] = (keys, values)
+        return keys, values
+
+    def prefix(self, n_pos: int) -> KeyValueCache:
+        """A frozen view of the first `n_pos` positions; nothing is copied.
+
+        Raises:
+            ValueError: there are fewer positions than that.
+        """
+        if n_pos > len(self):
+            raise ValueError(f"a prefix of {n_pos} positions of a cache that holds {len(self)}")
+        view = KeyValueCache(len(self.entries))
+        if n_pos:
+            view.entries = [
+                None if entry is None else (entry[0][:, :n_pos], entry[1][:, :n_pos])
+                for entry in self.entries
+            ]
+        if self.key_mask is not None:
+            view.key_mask = self.key_mask[:, :n_pos]
+        view.frozen = True
+        return view
+
+
+def for_rows(past: Tensor, rows: int) -> Tensor:
+    """`past` over and over until there are `rows` of it; a single row is not copied."""
+    if len(past) in (1, rows):
+        return past.expand(rows, *past.shape[1:])
+    if rows % len(past):
+        raise ValueError(
+            f"a cache of {len(past)} rows serves a multiple of as many rows, and not {rows}"
+        )
+    return past.repeat(rows // len(past), *[1] * (past.ndim - 1))
+
+
+def check_cache(cache: Any, n_layers: int) -> None:
+    """Raise an error where `past_kv_cache` is no cache of a model with `n_layers` layers."""
+    if not isinstance(cache, KeyValueCache):
+        kind = f"{type(cache).__module__.split('.')[0]}.{type(cache).__name__}"
+        raise TypeError(
+            f"past_kv_cache is a {kind}; this model fills and reads a mmlens.KeyValueCache: make "
+            "one with KeyValueCache(model.cfg.n_layers), run the earlier tokens with "
+            "model(tokens, past_kv_cache=cache), and then the later ones with the same cache"
+        )
+    if len(cache.entries) != n_layers:
+        raise ValueError(
+            f"past_kv_cache has {len(cache.entries)} layers, and this model {n_layers}: make one "
+            "with KeyValueCache(model.cfg.n_layers)"
+        )
+
+
+def continuing(forward: F) -> F:
+    """Let a model's `forward` check its cache, and note that it computes the positions after it."""
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, past_kv_cache: Any = None, **kwargs: Any) -> Any:
+        first, total = 0, current_pass().total  # generation knows how long the text will be
+        if past_kv_cache is not None:
+            check_cache(past_kv_cache, self.cfg.n_layers)
+            first = len(past_kv_cache)
+            total = total or (0 if past_kv_cache.frozen else math.inf)
+        with computing(first, total):
+            return forward(self, *args, past_kv_cache=past_kv_cache, **kwargs)
+
+    return run  # type: ignore[return-value]

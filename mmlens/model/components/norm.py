@@ -1,0 +1,83 @@
+"""RMSNorm and LayerNorm, with the scale and the normalised activation as hook points.
+
+Where hooks may edit these, the steps are those of torch's fused kernels: all in float32 (or wider),
+and rounded once, to the model's dtype, after weight and bias.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmlens.config import TransformerConfig
+from mmlens.model.hook_points import HookPoint, has_listeners, left_alone
+from mmlens.model.sites import Site
+
+Activation = Float[Tensor, "*batch d_model"]
+
+
+def float32_or_wider(x: Tensor) -> Tensor:
+    """Half precision becomes float32, in which every model of these families normalises."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019)."""
+
+    SITES = (Site("scale", "batch pos 1"), Site("normalized", "batch pos d_model"))
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.w = nn.Parameter(torch.ones(d_model))
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Activation) -> Activation:
+        """Normalise the last axis; through scale and quotient where hooks may edit these."""
+        if has_listeners(self.hook_scale, self.hook_normalized):
+            centred = self._centred(float32_or_wider(x))
+            scale = (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+            seen = self.hook_scale(scale)
+            quotient = centred * seen.reciprocal()  # as the fused kernels compute it
+            edited = self.hook_normalized(quotient)
+            alone = left_alone(self.hook_scale, scale, seen)
+            if not (alone and left_alone(self.hook_normalized, quotient, edited)):
+                return self._weighted(edited).to(x.dtype)
+        return self.without_hooks(x)
+
+    def without_hooks(self, x: Activation) -> Activation:
+        """Normalise the last axis, whatever listens."""
+        return F.rms_norm(x, self.w.shape, self.w, self.eps)
+
+    def _centred(self, x: Activation) -> Activation:
+        return x
+
+    def _weighted(self, normalized: Activation) -> Activation:
+        return normalized * self.w
+
+
+class LayerNorm(RMSNorm):
+    """(x - mean(x)) / sqrt(var(x) + eps) * w + b (Ba et al. 2016)."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__(d_model, eps)
+        self.b = nn.Parameter(torch.zeros(d_model))
+
+    def without_hooks(self, x: Activation) -> Activation:
+        """Normalise the last axis, whatever listens."""
+        return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
+
+    def _centred(self, x: Activation) -> Activation:
+        return x - x.mean(-1, keepdim=True)
+
+    def _weighted(self, normalized: Activation) -> Activation:
+        return super()._weighted(normalized) + self.b
+
+
+def make_norm(cfg: TransformerConfig) -> RMSNorm:
+    """The norm that `cfg.normalization_type` names."""
+    kind = RMSNorm if cfg.normalization_type == "RMS" else LayerNorm
+    return kind(cfg.d_model, cfg.eps)

@@ -1,0 +1,84 @@
+"""Rotary position embedding (Su et al. 2021), with Hugging Face's rules for longer contexts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from mmlens.config import MultimodalConfig
+
+# `dynamic` and `longrope` change the frequencies with the length of the input, so that a position
+# would mean something else in a run that branches from another.
+SUPPORTED = ("default", "linear", "llama3", "yarn")
+
+
+class Rotary:
+    """Rotates pairs (i, i + rotary_dim/2) of each head by an angle that grows with the position.
+
+    Not a module: it holds no parameters, and computes its angles in float32 whatever the model's
+    dtype, as Hugging Face does.
+    """
+
+    def __init__(self, cfg: MultimodalConfig) -> None:
+        self.rope_type = cfg.rope_parameters.get("rope_type", "default")
+        if self.rope_type not in SUPPORTED:
+            raise ValueError(
+                f"rope_type {self.rope_type!r} is not supported; these are: {', '.join(SUPPORTED)}"
+            )
+        self.rotary_dim = cfg.rotary_dim
+        # A model may be built on the meta device; its angles are needed all the same.
+        try:
+            with torch.device("cpu"):
+                self.inv_freq, self.attention_scaling = frequencies(cfg)
+            finite = bool(self.inv_freq.isfinite().all()) and math.isfinite(self.attention_scaling)
+        except (TypeError, KeyError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"rope_parameters {cfg.rope_parameters}: {error!r}") from error
+        if not finite:
+            raise ValueError(f"rope_parameters {cfg.rope_parameters} give no finite angles")
+
+    def cos_sin(
+        self, position_ids: Int[Tensor, "batch pos"], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "batch pos 1 rotary_dim"], Float[Tensor, "batch pos 1 rotary_dim"]]:
+        """Cosine and sine of every position's angles; once per forward pass, for all layers."""
+        self.inv_freq = self.inv_freq.to(position_ids.device)
+        angles = position_ids[..., None].float() * self.inv_freq
+        angles = torch.cat([angles, angles], dim=-1)[:, :, None, :]
+        scale = self.attention_scaling
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def frequencies(cfg: MultimodalConfig) -> tuple[Float[Tensor, " half_rotary_dim"], float]:
+    """The angle per position of every rotated pair, and what cosine and sine are scaled by."""
+    rope = cfg.rope_parameters
+    if rope.get("rope_type", "default") == "default":
+        exponent = torch.arange(0, cfg.rotary_dim, 2).float() / cfg.rotary_dim
+        return 1.0 / rope["rope_theta"] ** exponent, 1.0
+    description = PreTrainedConfig(
+        hidden_size=cfg.d_model,
+        num_attention_heads=cfg.n_heads,
+        head_dim=cfg.d_head,
+        max_position_embeddings=cfg.n_ctx,
+        rope_parameters=dict(rope),
+    )
+    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](description, torch.device("cpu"))
+
+
+def rotate(
+    x: Float[Tensor, "batch pos head d_head"],
+    cos: Float[Tensor, "rows pos 1 rotary_dim"],
+    sin: Float[Tensor, "rows pos 1 rotary_dim"],
+) -> Float[Tensor, "batch pos head d_head"]:
+    """`x` with the first `rotary_dim` dimensions of each head rotated, the others as they are."""
+    half = cos.shape[-1] // 2  # both halves have the same angles
+    cos, sin = cos[..., :half], sin[..., :half]
+    first, second, untouched = x.tensor_split([half, 2 * half], dim=-1)
+    parts = [
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    ]
+    return torch.cat([*parts, untouched] if untouched.shape[-1] else parts, dim=-1)

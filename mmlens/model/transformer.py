@@ -1,0 +1,397 @@
+"""`HookedMultimodalTransformer`: vision tower, projector, splice, decoder, all of it hooked.
+
+    question + image -> MultimodalInputs -> vision -> projector -> splice -> blocks -> logits
+
+A forward pass may start at any layer from a given residual stream, stop before any layer, and
+attend to keys and values of earlier positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from mmlens.config import MultimodalConfig
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.special_tokens import Side
+from mmlens.model.activation_cache import ActivationCache, check_one_row
+from mmlens.model.components import (
+    Embed,
+    KeyValueCache,
+    Projector,
+    RMSNorm,
+    Rotary,
+    TransformerBlock,
+    Unembed,
+    make_norm,
+)
+from mmlens.model.components.attention import Residual
+from mmlens.model.components.key_value_cache import continuing
+from mmlens.model.components.masks import keys_mask, padded_mask
+from mmlens.model.components.past import CachedPast, Past, PlainPast
+from mmlens.model.generation import GenerationMethods
+from mmlens.model.hook_points import HookPoint
+from mmlens.model.hooked_root_module import HookedRootModule, exclusively
+from mmlens.model.input_methods import Input, InputMethods, batch_arguments
+from mmlens.model.loss import next_token_loss
+from mmlens.model.run_positions import computing
+from mmlens.model.sites import Site, SiteTable, within
+from mmlens.model.verify_hooks import dead_hooks
+from mmlens.model.vision_tower import HookedVisionTransformer
+from mmlens.model.weights import WeightProperties
+from mmlens.utils.threads import on_free_cores
+from mmlens.utils.transformer_lens_names import Refusing, refuse_arguments
+
+if TYPE_CHECKING:
+    from mmlens.branching.recording import Recording
+
+INPUT_OPTIONS = ("pixel_values", "attention_mask", "prepend_bos", "padding_side")
+"""Arguments of `forward` that say more of tokens or text, in the order of `_given`."""
+
+
+class HookedMultimodalTransformer(
+    HookedRootModule, WeightProperties, InputMethods, GenerationMethods, Refusing
+):
+    """A multimodal language model (or a language model alone: `model.vision is None`) with hooks.
+
+    Example:
+        >>> model = HookedMultimodalTransformer.from_pretrained("demo")
+        >>> inputs = model.prepare("The capital of this country is the city of", "flag.png",
+        ...                        spans={"constraint": "this country"})
+        >>> logits, cache = model.run_with_cache(inputs)
+        >>> cache["mlp_out", 3][0, inputs.span("constraint")]
+    """
+
+    SITES = SiteTable(
+        *within("blocks.{layer}", TransformerBlock.SITES),
+        Site("embed", "batch pos d_model"),
+        Site("input_embed", "batch pos d_model"),
+        *within("ln_final", RMSNorm.SITES, "ln_final.", after=True),
+        *within("vision", HookedVisionTransformer.SITES.values(), "vision."),
+        *within("projector", Projector.SITES, "projector.", stack="connector"),
+    )
+
+    def __init__(
+        self, cfg: MultimodalConfig, tokenizer: Any = None, image_processor: Any = None
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.generation_config = GenerationConfig(pad_token_id=cfg.pad_token_id)
+        self.checkpoint: Path | None = None  # the folder it came from
+        self.vision = HookedVisionTransformer(cfg.vision) if cfg.vision else None
+        self.projector = Projector(cfg.projector) if cfg.projector else None
+        self.embed = Embed(cfg.d_vocab, cfg.d_model)
+        self.hook_embed = HookPoint()
+        self.hook_input_embed = HookPoint()
+        self.blocks = nn.ModuleList(
+            TransformerBlock(cfg, rotary=True, layer=layer) for layer in range(cfg.n_layers)
+        )
+        self.ln_final = make_norm(cfg)
+        self.unembed = Unembed(cfg.d_vocab, cfg.d_model, bias=cfg.unembed_bias)
+        if cfg.tie_word_embeddings:
+            self.unembed.weight = self.embed.W_E
+        self.rotary = Rotary(cfg)
+        self.setup()
+        self.eval()  # nothing here behaves differently in training; TransformerLens's tools ask
+        self._note_device()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> HookedMultimodalTransformer:
+        """What `to`, `cuda`, `half` ... end in: the config says where the model now is."""
+        super()._apply(*args, **kwargs)
+        self._note_device()
+        return self
+
+    def _note_device(self) -> None:
+        self.cfg.device, self.cfg.dtype = self.embed.W_E.device, self.embed.W_E.dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        vision_tower: str | Path | None = None,
+        **others: Any,
+    ) -> HookedMultimodalTransformer:
+        """Load a published checkpoint, a local folder, or an embedded model ("demo").
+
+        Args:
+            name_or_path: "demo" or "demo-tuned" (`docs/demo-model.md`), a folder, a GGUF file, or a
+                name on the Hugging Face hub.
+            device: where to put it; by default the GPU if there is one.
+            dtype: by default the checkpoint's own.
+            revision: branch, tag or commit on the hub.
+            device_map: "auto" spreads the model over all GPUs (through accelerate); or module
+                names with their devices. Instead of `device`.
+            vision_tower: a folder or hub name to take the tower from, for the formats of LLaVA's
+                code (original LLaVA, Bunny, TinyLLaVA, LLaVA-Phi); by default the checkpoint's own,
+                or else the one that its config.json names.
+            others: TransformerLens's, such as `fold_ln`, where they ask for nothing.
+
+        Raises:
+            CheckpointError: not found, no format knows it, quantised, or names and shapes do not
+                fit.
+            NotImplementedError: one of TransformerLens's arguments that is refused, and why.
+
+        Example:
+            >>> HookedMultimodalTransformer.from_pretrained(
+            ...     "llava-hf/llava-1.5-7b-hf", dtype=torch.bfloat16, device_map="auto")
+        """
+        from mmlens.checkpoints.load import load_model
+
+        refuse_arguments("from_pretrained", cls.from_pretrained, others)
+        return load_model(
+            name_or_path,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            device_map=device_map,
+            vision_tower=vision_tower,
+        )
+
+    @classmethod
+    def from_pretrained_no_processing(
+        cls, name_or_path: str | Path, **options: Any
+    ) -> HookedMultimodalTransformer:
+        """The same as `from_pretrained`, which never changes a checkpoint's weights."""
+        return cls.from_pretrained(name_or_path, **options)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the model, edits included, in the format, names and shards that it came from.
+
+        Raises:
+            CheckpointError: it came from no checkpoint folder, or that folder has changed.
+            FileExistsError: `folder` has something in it.
+        """
+        from mmlens.checkpoints.saving import save_model
+
+        return save_model(self, Path(folder).expanduser())
+
+    # Inputs
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embedding lies."""
+        return self.embed.W_E.device
+
+    @exclusively
+    def input_embeddings(
+        self,
+        inputs: MultimodalInputs,
+        visual: Float[Tensor, "1 visual_token d_model"] | None = None,
+    ) -> Residual:
+        """The residual stream that enters block 0: token embeddings with the visual tokens in.
+
+        Args:
+            visual: the visual tokens, where the images are encoded already.
+        """
+        is_image = inputs.is_image
+        # The image token and the padding token may have no row in the embedding.
+        tokens = inputs.tokens.masked_fill(inputs.tokens >= self.cfg.d_vocab, 0)
+        resid = self.hook_embed(self.embed(tokens))
+        if visual is None and inputs.visual is not None and self.vision and self.projector:
+            with computing():  # the tower has positions of its own
+                visual = self.projector(self.vision.of_images(inputs.visual), inputs.visual)
+        if visual is not None:
+            if visual.shape[1] != int(is_image.sum()):
+                raise ValueError(
+                    f"{int(is_image.sum())} image tokens, but {visual.shape[1]} visual tokens"
+                )
+            resid = resid.masked_scatter(is_image[..., None], visual.to(resid))
+        if inputs.noise is not None:
+            resid = resid + inputs.noise.to(resid)
+        return self.hook_input_embed(resid)
+
+    # Running
+
+    @continuing
+    @on_free_cores
+    def forward(
+        self,
+        input: Input | Residual | None = None,
+        return_type: Literal["logits", "loss", "both"] | None = "logits",
+        loss_per_token: bool = False,
+        *,
+        pixel_values: Tensor | None = None,
+        attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+        position_ids: Int[Tensor, "rows pos"] | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: Side | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: KeyValueCache | None = None,
+        **others: Any,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: inputs, token ids or text; with `start_at_layer`, the residual stream
+                [batch, pos, d_model] that enters that layer.
+            return_type: "logits" [batch, pos, d_vocab]; "loss", the mean negative log likelihood
+                (nats) of the tokens that follow, images and padding left out; "both"; or None.
+            loss_per_token: the loss as [batch, pos - 1], NaN where the next token is a visual one
+                or padding.
+            pixel_values: images that go with token ids, as the family's processor in transformers
+                returns them; see `Processor.from_tokens`.
+            attention_mask: with token ids or a residual stream, False at left padding. By default
+                the padding tokens at the left of each row of ids are taken for padding.
+            position_ids: rotary positions; by default counted from the mask and the cache.
+            prepend_bos: of text, whether it begins with BOS; see `to_tokens`.
+            padding_side: where shorter texts, or rows of token ids, are padded; by default
+                `tokenizer.padding_side`. On the right the last position is not the end of a text.
+            start_at_layer: skip what is below this layer.
+            stop_at_layer: return the residual stream that would enter this layer; `n_layers` gives
+                the one before the final norm. Negative counts from the end.
+            past_kv_cache: earlier positions to attend to; grows unless it is frozen.
+            others: what else that processor returns, so that `model(**batch)` works: `input_ids`
+                for `input`, `image_sizes`, ...; and TransformerLens's, such as `labels`, where
+                they ask for nothing.
+
+        Raises:
+            NotImplementedError: one of TransformerLens's arguments that is refused, and why.
+            TypeError: an unknown argument, or nothing to run on.
+            ValueError: layers that do not exist, a loss without the tokens, an unknown
+                `return_type`, inputs that do not fit (see `inputs_from_tokens`), more tokens than
+                the model was made for (`cfg.longest_input`).
+        """
+        input, visual = batch_arguments(input, others)
+        refuse_arguments("forward", self.forward, others)
+        if return_type not in ("logits", "loss", "both", None):
+            raise ValueError(f"return_type={return_type!r}; it is 'logits', 'loss', 'both' or None")
+        first = self._layer("start_at_layer", start_at_layer, default=0)
+        last = self._layer("stop_at_layer", stop_at_layer, default=self.cfg.n_layers)
+        inputs: MultimodalInputs | None = None
+        real: Any = None
+        resid: Any = input
+        if start_at_layer is None:
+            inputs, real = self._given(
+                input,
+                pixel_values,
+                attention_mask,
+                prepend_bos,
+                padding_side,
+                follows_past=bool(past_kv_cache),
+                **visual,
+            )
+            resid, attention_mask = self.input_embeddings(inputs), inputs.attention_mask
+        past, cos_sin = self.attention_context(resid, attention_mask, position_ids, past_kv_cache)
+        for layer in range(first, last):
+            resid = self.blocks[layer](resid, past=past, cos_sin=cos_sin, layer=layer)
+        if stop_at_layer is not None:
+            return resid
+        logits = self.unembed(self.ln_final(resid))
+        if return_type in ("logits", None):
+            return logits if return_type else None
+        if inputs is None:
+            raise ValueError("a loss needs the tokens; with start_at_layer ask for logits")
+        loss = next_token_loss(logits, inputs.tokens, real, inputs.is_image, loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _layer(self, name: str, layer: int | None, default: int) -> int:
+        n_layers = self.cfg.n_layers
+        if layer is None:
+            return default
+        if not -n_layers <= layer <= n_layers:
+            raise ValueError(
+                f"{name}={layer}, but this model has {n_layers} layers: it must be 0 ... "
+                f"{n_layers}, or -{n_layers} ... -1 counted from the end"
+            )
+        return layer + n_layers * (layer < 0)
+
+    def attention_context(
+        self,
+        resid: Residual,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> tuple[Past, tuple[Tensor, Tensor]]:
+        """What all layers share: what queries attend to, and the rotary angles."""
+        n_new, n_past = resid.shape[1], 0 if cache is None else len(cache)
+        key_mask = keys_mask(attention_mask, cache, len(resid), n_new, resid.device)
+        self.cfg.check_length(n_past + n_new, key_mask)
+        if cache is not None and not cache.frozen:
+            cache.key_mask = key_mask
+        mask = None
+        if key_mask is not None:
+            counted = (key_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -n_new:]
+            mask = padded_mask(key_mask, n_new)
+        else:
+            counted = torch.arange(n_past, n_past + n_new, device=resid.device)[None]
+        positions = counted if position_ids is None else position_ids
+        past = PlainPast(mask) if cache is None else CachedPast(mask, cache=cache)
+        return past, self.rotary.cos_sin(positions, resid.dtype)
+
+    def run_with_cache(
+        self,
+        input: Input | None = None,
+        *model_args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run the model and keep activations; arguments as in TransformerLens.
+
+        `names_filter` is a name, a list of names or a predicate; None keeps everything but what is
+        kept where it is named: `attn.hook_result` and the like (see
+        `mmlens.model.hooked_root_module`). Activations of a model that is spread over several GPUs
+        are brought to its first, unless `device` says otherwise.
+
+        Raises:
+            KeyError: a name that is not a hook point.
+            ValueError: `remove_batch_dim` of several rows; what `forward` raises.
+
+        Example:
+            >>> logits, cache = model.run_with_cache(inputs, names_filter="blocks.3.hook_mlp_out")
+        """
+        input, visual = batch_arguments(input, kwargs)
+        inputs: MultimodalInputs | None = None
+        n_rows = len(input) if isinstance(input, Tensor) else 1
+        if kwargs.get("start_at_layer") is None:
+            given: Any = {name: kwargs[name] for name in INPUT_OPTIONS if name in kwargs}
+            past = kwargs.get("past_kv_cache")
+            inputs, _ = self._given(input, **given, follows_past=bool(past), **visual)
+            input = inputs if isinstance(input, MultimodalInputs) else input
+            n_rows = inputs.n_rows
+        if remove_batch_dim:
+            check_one_row(n_rows)
+        places = set(getattr(self, "hf_device_map", {}).values())  # accelerate's
+        if len(places) > 1 and return_cache_object:  # which adds up activations of all layers
+            kwargs.setdefault("device", self.device)
+        out, stored = super().run_with_cache(
+            input, *model_args, remove_batch_dim=remove_batch_dim, **kwargs, **visual
+        )
+        if not return_cache_object:
+            return out, stored
+        cache = ActivationCache(stored, self, has_batch_dim=not remove_batch_dim)
+        cache.inputs = inputs  # whoever draws activations needs the words for them
+        return out, cache
+
+    def record(self, input: Input) -> Recording:
+        """Run once and keep what later runs can branch from; see `mmlens.branching`."""
+        from mmlens.branching.recording import Recording
+
+        return Recording.of(self, self.to_inputs(input))
+
+    def record_many(self, inputs: Sequence[Input]) -> list[Recording]:
+        """Record prompts that share what they have in common: questions on one image, say."""
+        from mmlens.branching.recording import Recording
+
+        return Recording.of_all(self, map(self.to_inputs, inputs))
+
+    def verify_hooks(self, input: Input) -> list[str]:
+        """The hook points that do not fire, or whose activation nothing depends on.
+
+        Perturbs each hook point in turn. An empty list means that every declared hook is live.
+        """
+        return dead_hooks(self, self.to_inputs(input))
