@@ -80,13 +80,19 @@ def test_alphaedit_is_the_published_formula(seed, d_model, d_mlp, n, n_earlier):
 
 
 def test_alphaedit_does_nothing_to_references(seed: int) -> None:
+    """|delta K| <= |delta| |P K|, and the eigenvalues that P leaves sum to threshold * |K|^2."""
     model = worded_model(seed, n_layers=3, d_mlp=397).double()
     request, references = a_request(model, seed), some_references(seed)
-    edit = alphaedit(model, request, layer=1, references=references, threshold=1e-9, **BRIEF)
+    threshold = 1e-9
+    edit = alphaedit(model, request, layer=1, references=references, threshold=threshold, **BRIEF)
     delta = edit.deltas[down_weight(1)].dense()
     keys = every_key(model, request, references, 1)
+    # A key of the request's own image stands here up to once a question, among references once.
+    bound = (len(keys) * threshold) ** 0.5 * float(keys.norm())
+    assert 0 < float((delta @ keys.T).norm()) <= bound * float(delta.norm())
     [key] = edit.keys[down_weight(1)].T
-    assert float((delta @ keys.T).norm()) <= 1e-3 * float((delta @ key).norm())
+    plain = torch.outer(delta @ key, key)  # of the same value, without the projection
+    assert float((plain @ keys.T).norm()) > 10 * bound * float(plain.norm())
     assert edit.check().kind[0] == "the edit"
     with pytest.raises(ValueError, match="give references"):
         alphaedit(model, request, layer=1, references=None)
