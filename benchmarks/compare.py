@@ -10,9 +10,11 @@ are measured in turns, so that both see the same machine. Writes to benchmarks/r
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,29 +117,43 @@ def main() -> None:
     rows = []
     try:
         for name in filter(lambda name: name.startswith(tuple(options.only)), checkouts[0].names):
-            times: list[list[float]] = [[], []]
-            for turn in range(-1, options.repeats):
-                for each, found in zip(checkouts, times, strict=True):
-                    took = each.seconds(name)
-                    if turn >= 0:  # the first warms up
-                        found.append(took)
-            before, after = map(statistics.median, times)
-            least = min(times[1]) / min(times[0])
-            rows.append(
-                [name, f"{before:.3f}", f"{after:.3f}", f"{after / before:.3f}", f"{least:.3f}"]
-            )
+            before, after = in_turns(checkouts, name, options.repeats)
+            ratio, low, high = ratio_of(before, after)
+            seconds = [f"{statistics.median(times):.3f}" for times in (before, after)]
+            rows.append([name, *seconds, f"{ratio:.3f}", f"{low:.3f} to {high:.3f}"])
             print(rows[-1], flush=True)
     finally:
         for each in checkouts:
             each.process.kill()
             each.process.wait()
-    header = ["seconds", "before", "after", "after / before", "of the fastest runs"]
+    header = ["seconds", "before", "after", "after / before", "95 % interval"]
     title = f"# Before and after, shape {options.shape}"
-    how = f"Medians of {options.repeats} runs in turns."
+    how = f"Medians of {options.repeats} pairs of runs, and the median of the pairs' ratios."
     write(
         f"compare-{options.shape}-cpu",
         f"{title}\n\n{machine(torch.device('cpu'))}. {how}\n\n{table(header, rows)}\n",
     )
+
+
+def in_turns(checkouts: list[Checkout], name: str, pairs: int) -> tuple[list[float], list[float]]:
+    """Seconds of two checkouts; the one that goes first changes from pair to pair."""
+    times: list[list[float]] = [[], []]
+    for pair in range(-1, pairs):
+        for which in (0, 1) if pair % 2 else (1, 0):
+            # The other's threads wait for work for a while, and free cores are counted.
+            time.sleep(0.5)
+            took = checkouts[which].seconds(name)
+            if pair >= 0:  # the first warms up
+                times[which].append(took)
+    return times[0], times[1]
+
+
+def ratio_of(before: list[float], after: list[float]) -> tuple[float, float, float]:
+    """The median of the pairs' ratios, and its bootstrap interval."""
+    ratios = [new / old for old, new in zip(before, after, strict=True)]
+    chance = random.Random(0)
+    drawn = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return statistics.median(ratios), drawn[50], drawn[-51]
 
 
 if __name__ == "__main__":

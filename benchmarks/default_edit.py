@@ -20,9 +20,12 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import torch
+
 from mmlens import HookedMultimodalTransformer, multedit
 from mmlens.data import demo_edits, demo_questions
 from mmlens.data.edits import SAME_IMAGE, SAME_QUESTION, EditCase
+from mmlens.data.metrics import answer_alone
 from mmlens.demo.phrasings import PHRASINGS
 from mmlens.editing import EditEvaluation, EditRequest, evaluate, request_of
 
@@ -92,6 +95,13 @@ def cases(split: str, n: int) -> list[EditCase]:
     return [measured(case, names) for case in list(chain(*zip(*kinds, strict=False)))[:n]]
 
 
+def by_answer(found: EditEvaluation) -> EditEvaluation:
+    """Compare answers alone: not what a base model says after them."""
+    pairs = zip(found.said_before, found.said, strict=True)
+    same = [answer_alone(old) == answer_alone(new) for old, new in pairs]
+    return replace(found, unchanged=torch.tensor(same))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--edits", type=int, default=20)
@@ -124,7 +134,7 @@ def main() -> None:
             evaluate(model, edit_of, [case]).save(file)
         found.append(EditEvaluation.load(file))
         print(f"{index + 1}: {case.source} -> {case.target}", flush=True)
-    joined = EditEvaluation.joined(found)
+    joined = by_answer(EditEvaluation.joined(found))
     table = joined.summary().set_index(["group", "measure"])
     print(f"\n{len(found)} edits, {label}; 95 % bootstrap intervals over countries")
     for wanted, measure in ((WANTED, "score"), (KEPT, "unchanged")):

@@ -62,6 +62,22 @@ def normalise_answer(text: str) -> str:
     return text
 
 
+SENTENCE_END = re.compile(r"\n|(?<!\b[A-Z])(?<!\b[SM]t)(?<!\b[DM]r)[.!?](?=\s|$)")
+"""The end of a line, or of a sentence; not after "U.S.", "St." or "Dr."."""
+
+
+def answer_alone(continuation: str) -> str:
+    """Return what a model says up to the end of its first sentence or line.
+
+    A base model goes on after its answer, with another sentence that is no part of it.
+
+    Example:
+        >>> answer_alone("Nairobi. The flag of"), answer_alone("St. John's, on the island")
+        ('Nairobi', "St. John's, on the island")
+    """
+    return SENTENCE_END.split(continuation.strip(), maxsplit=1)[0].strip()
+
+
 def is_right(continuation: str, answers: Sequence[str]) -> bool:
     """Return whether a model's continuation begins with an accepted answer, as whole words.
 

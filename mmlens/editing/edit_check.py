@@ -22,6 +22,7 @@ from mmlens.analyses.result import SavedResult
 from mmlens.analyses.targets import given_answer
 from mmlens.branching.passes import size_limit
 from mmlens.branching.recording import Recording
+from mmlens.data.metrics import answer_alone
 from mmlens.editing.references import KINDS, Reference, References
 from mmlens.editing.request import EditRequest
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
@@ -40,7 +41,7 @@ __all__ = ["EditCheck", "Origin", "check_edit", "joined_origin"]
 
 EDITED = "the edit"
 N_TOKENS = 5
-"""Of each answer, which are compared."""
+"""The most of each answer that are compared."""
 MUCH = 0.1
 """The share of a kind's answers above which a change of them is warned of."""
 
@@ -90,7 +91,7 @@ class EditCheck(SavedResult):
     )
 
     changed: Bool[Tensor, " row"]
-    """Whether the first tokens of the greedy answer are others."""
+    """Whether the greedy answer is another one, up to the end of its first sentence or line."""
     states_target: Bool[Tensor, " row"]
     """Whether the answer after the edit begins with the edit's target."""
     kind: tuple[str, ...]
@@ -229,18 +230,20 @@ def asked_about(
         after = greedy_answers(model, prompts, n_tokens, drafts)
 
     def text(said: Said) -> str:
-        return "" if model.tokenizer is None else str(model.to_string(list(said))).strip()
+        if model.tokenizer is None:
+            return " ".join(map(str, said))
+        return str(model.to_string(list(said))).strip()
 
-    pairs = list(zip(before, after, strict=True))
+    pairs = [(text(old), text(new)) for old, new in zip(before, after, strict=True)]
     stated = [new[: len(to)] == to for new, to in zip(after, targets, strict=True)]
     return EditCheck(
-        changed=torch.tensor([old != new for old, new in pairs]),
+        changed=torch.tensor([answer_alone(old) != answer_alone(new) for old, new in pairs]),
         states_target=torch.tensor(stated),
         kind=tuple(reference.kind for reference, _ in rows),
         question=tuple(reference.question for reference, _ in rows),
         image=tuple(reference.image for reference, _ in rows),
-        before=tuple(text(old) for old in before),
-        after=tuple(text(new) for new in after),
+        before=tuple(old for old, _ in pairs),
+        after=tuple(new for _, new in pairs),
         target=tuple(str(request.target) for _, request in rows),
         metadata={"edit": {k: v for k, v in edit.metadata.items() if k in ("method", "target")}},
     )
