@@ -335,7 +335,7 @@ def smolvlm_256m(**options: Any) -> Case:
         pre_norm=False,
         final_norm=True,
         patch_bias=True,
-        bucketed_positions=True,
+        positions="nearest",
         select="full",
     )
     side, n_words = 14 * 32, 49152

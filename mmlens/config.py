@@ -137,9 +137,11 @@ class TransformerConfig(SameForAll):
 
 @dataclass(kw_only=True)
 class VisionConfig(TransformerConfig):
-    """A CLIP, SigLIP or Idefics3 vision tower, up to the layers whose features the projector takes.
+    """A vision tower, up to the layers whose features the projector takes.
 
-    Blocks after the last feature layer are not built: nothing would depend on them.
+    Blocks after the last feature layer are not built: nothing would depend on them. A layer is
+    "local" where patches attend to those of their own window, of `window_size` x `window_size`
+    patches (Qwen2.5-VL).
     """
 
     attention_dir: ClassVar[str] = "bidirectional"
@@ -160,21 +162,49 @@ class VisionConfig(TransformerConfig):
     """CLIP normalises what enters its first block; SigLIP does not."""
     final_norm: bool = False
     """Whether what leaves the last block is normalised (Idefics3)."""
-    bucketed_positions: bool = False
-    """An image of another grid than the tower's has the nearest of its learnt positions (Idefics3;
-    Dehghani et al. 2023, "Patch n' Pack"); otherwise they are interpolated."""
+    positions: Literal["bicubic", "bilinear", "nearest", "none"] = "bicubic"
+    """What an image of another grid than `grid` makes of the learnt positions: it interpolates them
+    (CLIP and SigLIP: bicubic; Qwen3-VL: bilinear, from corner to corner), or has the nearest
+    (Idefics3; Dehghani et al. 2023, "Patch n' Pack"). "none": nothing is learnt (Qwen2-VL)."""
+    rotary_base: float | None = None
+    """Base of the angles by which queries and keys are rotated, one half of each head by the row of
+    its patch and the other by the column (Qwen2-VL; Wang et al. 2024, 2.1); None: no rotation."""
+    packed: bool = False
+    """Images of any grid: `pixel_values` are patches [patch, pixel] rather than tiles, and lie one
+    after the other in one row, in which each image attends to itself. `image_size` then only says
+    how many positions are learnt."""
+    temporal_patch_size: int = 1
+    """How many times a patch of `pixel_values` has the image: twice where a tower takes videos."""
+    merge_size: int = 1
+    """In packed `pixel_values` come squares of this many rows and columns after one another, which
+    the connector makes one visual token each; the tower puts them row by row."""
     n_channels: int = 3
     patch_bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sizes(self, "patch_size", "n_channels")
+        check_sizes(self, "patch_size", "n_channels", "temporal_patch_size", "merge_size")
         if len(self.image_size) != 2 or not all(type(side) is int for side in self.image_size):
             raise ValueError(f"image_size={self.image_size!r}; it must be (height, width)")
         if min(self.image_size) < self.patch_size:
             raise ValueError(f"patches of {self.patch_size} pixels do not fit {self.image_size}")
         if self.select not in ("default", "full"):
             raise ValueError(f"select={self.select!r}; it can be 'default' or 'full'")
+        if self.positions not in ("bicubic", "bilinear", "nearest", "none"):
+            raise ValueError(
+                f"positions={self.positions!r}; it can be 'bicubic', 'bilinear', 'nearest' or "
+                "'none'"
+            )
+        if self.packed and (self.class_token or self.select == "default"):
+            raise ValueError("a packed tower hands over every patch, and has no class token")
+        if self.rotary_base is not None:
+            if not is_finite(self.rotary_base) or self.rotary_base <= 0:
+                raise ValueError(f"rotary_base={self.rotary_base!r}; it must be above 0")
+            if self.d_head % 4:
+                raise ValueError(
+                    f"d_head={self.d_head}; rows and columns rotate pairs of dimensions each, so "
+                    "it must be a multiple of 4"
+                )
         if not self.feature_layers or not all(
             type(layer) is int and 0 <= layer <= self.n_layers for layer in self.feature_layers
         ):
@@ -250,12 +280,26 @@ class ProjectorConfig:
     act_fn: str = "gelu"
     bias: bool = True
     pixel_shuffle: int = 1
-    """Rows and columns of features that are put together to one visual token (Idefics3)."""
+    """Rows and columns of features that make one visual token (Idefics3, Qwen-VL)."""
+    normalization_type: Literal["RMS", "LN"] | None = None
+    """Of the features, before anything else (Qwen-VL); None where they are not normalised."""
+    eps: float = 1e-6
+    norm_merged: bool = False
+    """Whether features are normalised after they are put together, and not each for itself."""
+    n_deepstack: int = 0
+    """How many first blocks of the decoder get something of the image besides (Qwen3-VL; Meng et
+    al. 2024, "DeepStack"). The tower's features are then 1 + `n_deepstack` of `d_in` dimensions
+    each: for the visual tokens, and for block 0, 1, ... A connector of its own maps each."""
     anyres: AnyResConfig | None = None
     """How the tiles of an image are put together; None where an image is one tile."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "d_in", "d_hidden", "d_out", "n_layers", "pixel_shuffle")
+        check_sizes(self, "n_deepstack", least=0)
+        if self.normalization_type not in ("RMS", "LN", None):
+            raise ValueError(
+                f"normalization_type={self.normalization_type!r}; it can be 'RMS', 'LN' or None"
+            )
 
 
 @dataclass(kw_only=True)
@@ -353,8 +397,8 @@ class MultimodalConfig(TransformerConfig):
 
     @property
     def mm_tokens_per_image(self) -> int | None:
-        """How many visual tokens an image of the tower's size has."""
-        if self.vision is None:
+        """How many visual tokens an image of the tower's size has; None where any size is."""
+        if self.vision is None or self.vision.packed:
             return None
         merged = self.projector.pixel_shuffle**2 if self.projector else 1
         return self.vision.n_visual_tokens // merged

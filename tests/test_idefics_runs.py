@@ -36,8 +36,8 @@ from mmlens.inputs.image_tokens import Box
 from mmlens.inputs.processor import Processor
 from mmlens.inputs.visual import Visual
 from mmlens.interventions.functions import scale
+from mmlens.model.components.tower_positions import nearest_positions
 from mmlens.model.transformer import HookedMultimodalTransformer
-from mmlens.model.vision_tower import nearest_positions
 
 EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 

@@ -43,6 +43,7 @@ def sizes(model: Model, inputs: MultimodalInputs, site: Site, layer: int | None)
         "key": n_pos,
         "patch": n_patches,
         "feature": n_visual,
+        "square": n_visual,
         "visual_token": n_visual * sum(inputs.n_images),
         "head": own.n_heads,
         "kv_head": own.n_kv_heads,

@@ -13,6 +13,7 @@ from mmlens.inputs.common_prefix import common_prefix
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.position_labels import region_label
 from mmlens.interventions.intervention import n_layers_of, site_of, window
+from mmlens.model.components.packed_images import grids_of, places
 
 if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
@@ -78,14 +79,19 @@ def position_groups(
 def labels_at(model: HookedMultimodalTransformer, clean: MultimodalInputs, site: str) -> list[str]:
     """A label for each position of a site: tokens, or what stands for the image's patches.
 
-    Positions of the tower are those of one tile: an edit there acts on all tiles alike.
+    Positions of the tower are those of one tile, and an edit there acts on all tiles alike; where
+    it packs patches, those of all images.
     """
     place, vision = site_of(site), model.cfg.vision
     if place.positions == "tokens" or vision is None:
         return clean.labels()
-    if place.positions == "visual tokens":
+    merges = vision.packed and place.axes[place.position_axis] == "square"
+    if place.positions == "visual tokens" or merges:
         labels = clean.labels()
         return [labels[position] for image in clean.images for position in image.positions]
+    if vision.packed:
+        grids = [] if clean.visual is None else grids_of(clean.visual)
+        return [f"<patch {row},{column}>" for _, row, column in places(grids).tolist()]
     rows, columns = vision.grid
     if clean.pixel_values is not None:  # of another size than the tower's own, perhaps
         height, width = clean.pixel_values.shape[-2:]

@@ -28,8 +28,8 @@ class EncodedImages:
 
     images: Visual
     """What the tower takes."""
-    features: Float[Tensor, "tile feature d_features"]
-    """What the tower hands to the connector."""
+    features: Float[Tensor, "row feature d_features"]
+    """What the tower hands to the connector: a row for each tile, or one of all patches."""
     visual: Float[Tensor, "1 visual_token d_model"]
     """What the connector makes of it: the visual tokens of all images."""
     lengths: tuple[int, ...]
@@ -77,7 +77,7 @@ class EncodedImages:
             return None
         return cls(
             images,
-            torch.cat([part.features for part in parts]),
+            torch.cat([part.features for part in parts], dim=images.axis),
             torch.cat([part.visual for part in parts], dim=1),
             sum((part.lengths for part in parts), ()),
         )
@@ -86,10 +86,11 @@ class EncodedImages:
         """The images from `first` to before `end`; one by default."""
         chosen = range(first, first + 1 if end is None else end)
         rows = self.images.rows_of("pixel_values", chosen)
+        features = self.features.narrow(self.images.axis, min(rows, default=0), len(rows))
         begin = sum(self.lengths[:first])
         visual = self.visual[:, begin : begin + sum(self.lengths[i] for i in chosen)]
         lengths = tuple(self.lengths[image] for image in chosen)
-        return EncodedImages(self.images.of(chosen), self.features[rows], visual, lengths)
+        return EncodedImages(self.images.of(chosen), features, visual, lengths)
 
     def edited(
         self, model: HookedMultimodalTransformer, edits: Sequence[Sequence[Intervention]]
@@ -102,8 +103,8 @@ class EncodedImages:
         order = sorted(range(len(edits)), key=lambda run: not towers[run])
         n_towers, tower, projector = sum(towers), model.vision, model.projector
         assert tower is not None and projector is not None  # where there are images
-        n_tiles = len(self.images["pixel_values"])
-        with model.hooks(fwd_hooks=image_hooks([edits[run] for run in order], n_tiles)):
+        n_rows = len(self.features)
+        with model.hooks(fwd_hooks=image_hooks([edits[run] for run in order], n_rows)):
             features = [self.features.repeat(len(edits) - n_towers, 1, 1)]
             if n_towers:
                 features.insert(0, tower.of_images(self.images, times=n_towers))
@@ -112,13 +113,13 @@ class EncodedImages:
 
 
 def image_hooks(
-    runs: Sequence[Sequence[Intervention]], n_tiles: int
+    runs: Sequence[Sequence[Intervention]], n_rows: int
 ) -> list[tuple[str, HookFunction]]:
     """Hook functions that give each run's images to its interventions.
 
     Args:
         runs: what each run edits; those that edit the tower come first.
-        n_tiles: of one run.
+        n_rows: of the tower, in one run: its tiles, or 1 where patches are packed.
     """
     edits: dict[str, list[tuple[int, Intervention]]] = defaultdict(list)
     for run, parts in enumerate(runs):
@@ -131,7 +132,7 @@ def image_hooks(
     ) -> Tensor:
         # The learnt positions: one row for all tiles, unless masks tell them apart.
         shared = hook.site.rows == "1" and len(activation) == 1
-        per_run = n_tiles if shared else len(activation) // n_runs
+        per_run = n_rows if shared else len(activation) // n_runs
         edited = activation.expand(n_runs * per_run, *activation.shape[1:]).clone()
         changed: dict[int, Tensor] = {}
         for run, part in edits:

@@ -1,6 +1,7 @@
 """`Visual`: what a vision tower takes, packed over the images of a batch.
 
-    inputs.visual["pixel_values"]      # [tile, channel, height, width] of all images
+    inputs.visual["pixel_values"]      # [tile, channel, height, width] of all images; of towers
+                                       # that take any grid (Qwen-VL) [patch, pixel]
     inputs.visual.of([2])              # those of the third image alone
 
 Nobody but the tower and the connector looks into the tensors; everybody else chooses images.
@@ -51,6 +52,15 @@ class Visual(Mapping[str, Tensor]):
     def of_one(cls, tensors: Mapping[str, Tensor]) -> Visual:
         """Return what belongs to one image."""
         return cls(dict(tensors), {name: (len(tensor),) for name, tensor in tensors.items()})
+
+    @property
+    def axis(self) -> int:
+        """The axis along which what is made of `pixel_values` counts their rows.
+
+        Tiles [channel, height, width] are rows of a batch; patches [pixel] of images of any grid
+        lie in one row, one after the other.
+        """
+        return 0 if self["pixel_values"].ndim > 2 else 1
 
     @property
     def n_images(self) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from mmlens.model.components.norm import float32_or_wider
 from mmlens.model.hook_aliases import in_vision, our_name, unknown_hook_name
 from mmlens.model.hooked_root_module import Slice, TransformerLensCache, get_act_name
+from mmlens.model.image_rows import of_images
 from mmlens.model.sites import Site
 from mmlens.utils.transformer_lens_names import refused
 
@@ -179,13 +180,9 @@ class ActivationCache(TransformerLensCache):
 
     def _of_images(self, name: str, value: Tensor, images: list[int]) -> Tensor:
         """What some of the images have of an activation of the tower or the connector."""
-        rows = self._site(name).rows
         assert self.inputs is not None and self.inputs.visual is not None  # it has images
-        if rows == "all":
-            return value[:, self.inputs.visual_tokens_of(images)]
-        if rows == "1" and len(value) == 1:  # learnt positions that all tiles share
-            return value
-        return value[self.inputs.visual.rows_of("pixel_values", images)]
+        tokens = self.inputs.visual_tokens_of(images)
+        return of_images(value, self._site(name), self.inputs.visual, images, tokens)
 
     def _like(self, activations: dict[str, Tensor], **changed: Any) -> ActivationCache:
         """A cache of other activations of the same run."""

@@ -22,9 +22,11 @@ POSITIONS = {
     "query": "tokens",
     "patch": "patches",
     "feature": "features",
+    "square": "features",
     "visual_token": "visual tokens",
 }
-"""Axes that count positions, and what these are; in the tower, "tokens" are those of a tile."""
+"""Axes that count positions, and what these are; in the tower, "tokens" are those of a tile, and a
+square holds the features that make one visual token."""
 UNITS = {"head": "heads", "kv_head": "heads", "d_mlp": "neurons"}
 NUMBER = re.compile(r"(?<=[._])\d+(?![^.])")
 """The number of a layer in the name of a hook point."""
@@ -67,7 +69,9 @@ class Site:
 
     @property
     def rows(self) -> str:
-        """What its rows are: "batch", "tile" (of images), "all" (one for all images), or "1"."""
+        """What its rows are: "batch", "tile" (of images; one for all where a tower packs patches),
+        "all" (one for all images), or "1".
+        """
         return self.axes[0]
 
     @cached_property

@@ -64,8 +64,8 @@ def recorded_attention(source: Any, store: list[tuple[Tensor, ...]]) -> Iterator
     """Queries, keys (rotated), mask and pattern of each call of eager attention."""
     original = source.eager_attention_forward
 
-    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, *a: Any, **k: Any) -> Any:
-        output, pattern = original(module, query, key, value, mask, *a, **k)
+    def attend(module: Any, query: Any, key: Any, value: Any, *a: Any, **k: Any) -> Any:
+        output, pattern = original(module, query, key, value, *a, **k)
         store.append((query, key, pattern))
         return output, pattern
 

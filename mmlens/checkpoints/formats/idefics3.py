@@ -72,7 +72,7 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
             class_token=False,
             pre_norm=False,
             final_norm=True,
-            bucketed_positions=True,
+            positions="nearest",
             feature_layers=(vision.num_hidden_layers,),
             select="full",
         ),

@@ -79,5 +79,7 @@ class LayerNorm(RMSNorm):
 
 def make_norm(cfg: TransformerConfig) -> RMSNorm:
     """The norm that `cfg.normalization_type` names."""
-    kind = RMSNorm if cfg.normalization_type == "RMS" else LayerNorm
-    return kind(cfg.d_model, cfg.eps)
+    return NORMS[cfg.normalization_type](cfg.d_model, cfg.eps)
+
+
+NORMS: dict[str, type[RMSNorm]] = {"RMS": RMSNorm, "LN": LayerNorm}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isqrt
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,8 +14,10 @@ from mmlens.config import ProjectorConfig
 from mmlens.inputs.visual import Visual
 from mmlens.model.components.activations import activation
 from mmlens.model.components.line_ends import LineEnds
+from mmlens.model.components.norm import NORMS
+from mmlens.model.components.packed_images import grids_of, squares
 from mmlens.model.hook_points import HookPoint
-from mmlens.model.sites import Site
+from mmlens.model.sites import Site, within
 
 
 class Projector(nn.Module):
@@ -21,23 +25,45 @@ class Projector(nn.Module):
 
     A projector of one layer is a linear map, without `hook_pre` and `hook_post`; after the second
     layer of a deeper one come `hook_pre_2` and `hook_post_2`, and so on.
+
+    Idefics3's and Qwen-VL's put squares of features together before; Qwen-VL's normalises them
+    ("patch merger"; Wang et al. 2024, 2.1). Qwen3-VL has one such projector for the visual tokens
+    and others, `deepstack`, for what first blocks of the decoder get of earlier layers' features.
     """
 
     SITES = (
         Site("in", "tile feature d_in"),
-        Site("pre", "tile feature d_hidden"),
-        Site("post", "tile feature d_hidden"),
-        Site("later_pre", "tile feature d_hidden", "hook_pre_{layer}"),
-        Site("later_post", "tile feature d_hidden", "hook_post_{layer}"),
+        Site("ln.scale", "tile feature 1", "ln.hook_scale"),
+        Site("ln.normalized", "tile feature d_in", "ln.hook_normalized"),
+        Site("pre", "tile square d_hidden"),
+        Site("post", "tile square d_hidden"),
+        Site("later_pre", "tile square d_hidden", "hook_pre_{layer}"),
+        Site("later_post", "tile square d_hidden", "hook_post_{layer}"),
         Site("out", "all visual_token d_out"),
+        *within(
+            "deepstack.{layer}",
+            (
+                Site("in", "tile feature d_in"),
+                Site("ln.scale", "tile square 1", "ln.hook_scale"),
+                Site("ln.normalized", "tile square d_square", "ln.hook_normalized"),
+                Site("pre", "tile square d_hidden"),
+                Site("post", "tile square d_hidden"),
+                Site("out", "all visual_token d_out"),
+            ),
+            "deepstack.",
+        ),
     )
 
     def __init__(self, cfg: ProjectorConfig) -> None:
         super().__init__()
-        self.n_layers, self.pixel_shuffle = cfg.n_layers, cfg.pixel_shuffle
-        widths = [cfg.d_in * cfg.pixel_shuffle**2, *[cfg.d_hidden] * (cfg.n_layers - 1), cfg.d_out]
+        self.cfg = cfg
+        d_square = cfg.d_in * cfg.pixel_shuffle**2
+        widths = [d_square, *[cfg.d_hidden] * (cfg.n_layers - 1), cfg.d_out]
         self.act = activation(cfg.act_fn)
         self.hook_in = HookPoint()
+        if cfg.normalization_type is not None:
+            kind = NORMS[cfg.normalization_type]
+            self.ln = kind(d_square if cfg.norm_merged else cfg.d_in, cfg.eps)
         for layer in range(1, cfg.n_layers + 1):
             linear = nn.Linear(widths[layer - 1], widths[layer], bias=cfg.bias)
             self.add_module(f"linear_{layer}", linear)
@@ -46,29 +72,61 @@ class Projector(nn.Module):
                 self.add_module(numbered("hook_post", layer), HookPoint())
         self.line_ends = LineEnds(cfg.anyres, cfg.d_out) if cfg.anyres else None
         self.hook_out = HookPoint()
+        deeper = replace(cfg, n_deepstack=0, norm_merged=True)
+        self.deepstack = nn.ModuleList(Projector(deeper) for _ in range(cfg.n_deepstack))
 
     def forward(
-        self, features: Float[Tensor, "tile feature d_in"], visual: Visual
-    ) -> Float[Tensor, "run visual_token d_out"]:
+        self, features: Float[Tensor, "row feature d_features"], visual: Visual
+    ) -> Float[Tensor, "run visual_token d_out_all"]:
         """Visual tokens of all images one after the other, in the model's residual stream.
+
+        Where there is deepstack, what block 0, 1, ... gets comes after them, along the last axis.
 
         Args:
             features: of all tiles, as the tower returns them; of several runs one after the
                 other.
             visual: the images of one run.
         """
+        first, *deeper = features.split(self.cfg.d_in, dim=-1)
+        tokens = self.visual_tokens(first, visual)
+        if not self.deepstack:
+            return tokens
+        pairs = zip(self.deepstack, deeper, strict=True)
+        return torch.cat([tokens, *(part(x, visual) for part, x in pairs)], dim=-1)
+
+    def visual_tokens(
+        self, features: Float[Tensor, "row feature d_in"], visual: Visual
+    ) -> Float[Tensor, "run visual_token d_out"]:
+        """What the features become, without deepstack."""
+        cfg = self.cfg
         x = self.hook_in(features)
-        if self.pixel_shuffle > 1:
-            x = shuffled(x, self.pixel_shuffle)
-        for layer in range(1, self.n_layers):
+        if cfg.normalization_type is not None and not cfg.norm_merged:
+            x = self.ln(x)
+        if cfg.pixel_shuffle > 1:
+            x = self.put_together(x, visual)
+        if cfg.normalization_type is not None and cfg.norm_merged:
+            x = self.ln(x)
+        for layer in range(1, cfg.n_layers):
             pre = self.get_submodule(f"linear_{layer}")(x)
             post = self.act(self.get_submodule(numbered("hook_pre", layer))(pre))
             x = self.get_submodule(numbered("hook_post", layer))(post)
-        x = self.get_submodule(f"linear_{self.n_layers}")(x)
+        x = self.get_submodule(f"linear_{cfg.n_layers}")(x)
+        if visual.axis:  # a run is one row
+            return self.hook_out(x)
         by_run = x.unflatten(0, (-1, len(visual["pixel_values"])))
         if self.line_ends is not None:
             return self.hook_out(self.line_ends(by_run, visual))
         return self.hook_out(by_run.flatten(1, 2))
+
+    def put_together(
+        self, features: Float[Tensor, "row feature d_in"], visual: Visual
+    ) -> Float[Tensor, "row square d_square"]:
+        """Squares of features as one each, in reading order."""
+        side = self.cfg.pixel_shuffle
+        if visual.axis == 0:
+            return shuffled(features, side)
+        index = squares(grids_of(visual), side).to(features.device)
+        return features[:, index].flatten(2)
 
 
 def shuffled(

@@ -73,7 +73,10 @@ def rotate(
     cos: Float[Tensor, "rows pos 1 rotary_dim"],
     sin: Float[Tensor, "rows pos 1 rotary_dim"],
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """`x` with the first `rotary_dim` dimensions of each head rotated, the others as they are."""
+    """`x` with the first `rotary_dim` dimensions of each head rotated, the others as they are.
+
+    Where cosine and sine are in float32 it is rotated so, and rounded once.
+    """
     half = cos.shape[-1] // 2  # both halves have the same angles
     cos, sin = cos[..., :half], sin[..., :half]
     first, second, untouched = x.tensor_split([half, 2 * half], dim=-1)
@@ -81,4 +84,24 @@ def rotate(
         torch.addcmul(first * cos, second, sin, value=-1),
         torch.addcmul(second * cos, first, sin),
     ]
-    return torch.cat([*parts, untouched] if untouched.shape[-1] else parts, dim=-1)
+    rotated = torch.cat([*parts, untouched] if untouched.shape[-1] else parts, dim=-1)
+    return rotated.to(x.dtype)
+
+
+def grid_cos_sin(
+    places: Int[Tensor, "pos 2"], d_head: int, base: float
+) -> tuple[Float[Tensor, "1 pos 1 d_head"], Float[Tensor, "1 pos 1 d_head"]]:
+    """Return cosine and sine of the angles of places on a grid, in float32.
+
+    Of the pairs (i, i + d_head/2) that `rotate` turns, the first half is turned by the row and the
+    second by the column (Wang et al. 2024, "Qwen2-VL", 2.1; transformers,
+    `modeling_qwen2_vl.py`, `Qwen2VLVisionRotaryEmbedding`).
+
+    Args:
+        places: row and column.
+    """
+    half = d_head // 2
+    exponent = torch.arange(0, half, 2, device=places.device).float() / half
+    angles = (places[..., None].float() * (1.0 / base**exponent)).flatten(1)
+    angles = torch.cat([angles, angles], dim=-1)[None, :, None]
+    return angles.cos(), angles.sin()
