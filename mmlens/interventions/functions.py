@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from mmlens.model.activation_cache import ActivationCache
 from mmlens.model.hook_points import HookPoint
-from mmlens.model.run_positions import WHOLE, Positions, current_pass
+from mmlens.model.run_positions import Positions, current_pass
 from mmlens.model.sites import Site
 from mmlens.utils.tensors import to_device
 
@@ -80,7 +80,7 @@ def with_keys(source: Tensor, activation: Tensor, site: Site) -> Tensor:
     While a text grows, its passes differ in the keys that no earlier query attends to.
     """
     n_more = activation.shape[-1] - source.shape[-1]
-    if site.masked is None or not n_more or current_pass() == WHOLE:
+    if site.masked is None or not n_more or current_pass().is_whole:
         return source
     return pad(source, (0, n_more), value=site.masked)
 

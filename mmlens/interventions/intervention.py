@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -118,21 +118,24 @@ class Intervention:
         positions: any positions (queries, for scores and patterns); None for all. They are those of
             the whole text: a pass that computes only what comes after a key-value cache, as each
             step of `generate` is, edits those that it computes, and a position that has not been
-            generated yet is edited when it comes. For the vision tower they are its own patches. In
-            a branch of a recording, None makes the branch compute the whole prompt, see
-            `Recording.run`.
+            generated yet is edited when it comes. In a batch, padding counts. "generated" is every
+            position that `generate` adds. For the vision tower they are its own patches. In a
+            branch of a recording, None makes the branch compute the whole prompt, visual tokens
+            included, since position 0 is among them: `range(first, inputs.n_pos)` costs the
+            positions from `first` on, and gives the same where nothing earlier changes.
         hook: a function of `mmlens.interventions.functions` or your own `f(slice, hook)`. It sees
             only the slice at `positions`, in their order; it returns what takes the slice's place,
             or None to leave it (an edit in place counts). With a parameter `positions` it is told
             those of its slice (None where the slice is the whole text).
 
     Raises:
-        ValueError: no such site, layers missing or too many, negative positions.
+        ValueError: no such site, layers missing or too many, negative positions; "generated" for a
+            site of the vision tower or the connector, which see the prompt alone.
         TypeError: positions that are no integers, such as a mask.
 
     Example:
         >>> early = Intervention("mlp_out", range(4), inputs.span("constraint"), zero())
-        >>> model.run_with_hooks(inputs, fwd_hooks=early.fwd_hooks())
+        >>> model.run_with_hooks(inputs, interventions=[early])
     """
 
     site: str
@@ -141,7 +144,7 @@ class Intervention:
     """Heads, neurons or dimensions, ascending; None for all."""
     layers: tuple[int, ...] | None
     """Ascending."""
-    positions: Int[Tensor, " n"] | None
+    positions: Int[Tensor, " n"] | Literal["generated"] | None
     """On the CPU, each once."""
     hook: HookFunction
 
@@ -149,7 +152,7 @@ class Intervention:
         self,
         site: str,
         layers: Iterable[int] | int | None,
-        positions: Tensor | Sequence[int] | int | None,
+        positions: Tensor | Sequence[int] | int | Literal["generated"] | None,
         hook: HookFunction,
     ) -> None:
         layers = [layers] if isinstance(layers, int) else layers
@@ -162,6 +165,11 @@ class Intervention:
         object.__setattr__(self, "hook", hook)
         # A wrong site or a missing layer is an error here, not in the run.
         hook_name(name, None if layers is None else 0)
+        if isinstance(self.positions, str) and self.where.stack != "decoder":
+            raise ValueError(
+                f"positions='generated' are tokens; the positions of {site!r} are "
+                f"{self.where.positions} of the prompt's images, and generate adds none"
+            )
 
     @cached_property
     def where(self) -> Site:
@@ -183,18 +191,34 @@ class Intervention:
 
     @cached_property
     def first_position(self) -> int | None:
-        """The first position it touches; 0 where it touches all, None where it touches none."""
+        """The first position it touches; 0 where it touches all, None where it touches none.
+
+        Raises:
+            ValueError: it touches what `generate` adds, and how long the prompt is only a
+                generation knows.
+        """
         if self.positions is None:
             return 0
-        return min(self.positions.tolist(), default=None)
+        return min(self._given.tolist(), default=None)
+
+    @property
+    def _given(self) -> Positions:
+        """The positions that were given as numbers."""
+        if isinstance(self.positions, Tensor):
+            return self.positions
+        raise ValueError(
+            f"an intervention on {self.site} at positions='generated', but nothing is generated "
+            "here: generate(..., interventions=[...]) adds positions; for other runs give numbers, "
+            "or None for every position"
+        )
 
     @cached_property
     def _last_position(self) -> int:
-        return -1 if self.positions is None else max(self.positions.tolist(), default=-1)
+        return max(self._given.tolist(), default=-1)
 
     @cached_property
     def _stretch(self) -> tuple[int, int] | None:
-        return None if self.positions is None else stretch(self.positions)
+        return stretch(self._given)
 
     @cached_property
     def _tells_positions(self) -> bool:
@@ -210,19 +234,14 @@ class Intervention:
         Raises:
             IndexError: positions or units that the activation does not have.
             TypeError, ValueError: the function returned no tensor, or another shape or dtype than
-                it was given.
+                it was given; or it acts on what is generated, and nothing is.
         """
         here = current_pass() if first is None else PassPositions(first)
         axis = hook.site.position_axis
         n_here = activation.shape[axis]
         if self.positions is None:
             return self._edit_slice(activation, hook, here.positions(n_here))
-        if self._last_position >= here.end(n_here):
-            raise IndexError(
-                f"{hook.name} has positions 0 ... {here.end(n_here) - 1}; "
-                f"there is no {self._last_position}"
-            )
-        positions, found = self._within(here.first, here.first + n_here)
+        positions, found = self._within(here, n_here, hook)
         if not len(positions):
             return activation
         if found is not None:
@@ -236,12 +255,22 @@ class Intervention:
         edited = self._edit_slice(activation.index_select(axis, index), hook, positions)
         return activation.index_copy(axis, index, edited)
 
-    def _within(self, begin: int, end: int) -> tuple[Positions, tuple[int, int] | None]:
-        """Return the positions from `begin` to before `end`, and as a stretch if they are one."""
-        assert self.positions is not None
+    def _within(
+        self, here: PassPositions, n_here: int, hook: HookPoint
+    ) -> tuple[Positions, tuple[int, int] | None]:
+        """Return the positions that a pass computes, and as a stretch if they are one."""
+        begin, end = here.first, here.first + n_here
+        if isinstance(self.positions, str) and here.prompt is not None:
+            new = torch.arange(max(begin, here.prompt), max(end, here.prompt))
+            return new, stretch(new)
+        if self._last_position >= here.end(n_here):
+            raise IndexError(
+                f"{hook.name} has positions 0 ... {here.end(n_here) - 1}; "
+                f"there is no {self._last_position}"
+            )
         if begin <= (self.first_position or 0) and self._last_position < end:
-            return self.positions, self._stretch
-        inside = self.positions[(self.positions >= begin) & (self.positions < end)]
+            return self._given, self._stretch
+        inside = self._given[(self._given >= begin) & (self._given < end)]
         return inside, stretch(inside)
 
     def _edit_slice(self, slice: Tensor, hook: HookPoint, positions: Positions | None) -> Tensor:
@@ -264,11 +293,18 @@ class Intervention:
 
 
 def as_positions(
-    positions: Tensor | Sequence[int] | int | None,
-) -> Int[Tensor, " n"] | None:
+    positions: Tensor | Sequence[int] | int | str | None,
+) -> Int[Tensor, " n"] | Literal["generated"] | None:
     """Positions as a LongTensor on the CPU, each once, in the order given; None stays None."""
     if positions is None:
         return None
+    if isinstance(positions, str):
+        if positions == "generated":
+            return "generated"
+        raise ValueError(
+            f"positions={positions!r}; they are numbers, None (every position) or 'generated'; "
+            f"those of a span are inputs.span({positions!r})"
+        )
     given = torch.as_tensor(positions)
     if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
         raise TypeError(f"positions are integers, not {given.dtype}; for a mask, mask.nonzero()")

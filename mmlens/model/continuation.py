@@ -6,7 +6,7 @@ Prompt -> Continuation: logits -> next token (`mmlens.model.decoding`) -> logits
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from mmlens.inputs.collation import collate
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.model.components import KeyValueCache
 from mmlens.model.decoding import Decoding, Logits
+from mmlens.model.hooked_root_module import Intervening
 from mmlens.model.run_positions import computing
 from mmlens.utils.grad_mode import gradients, without_gradients
 
@@ -86,8 +87,10 @@ class Continuation:
         how: Decoding,
         return_type: Literal["str", "tokens", "embeds"],
         use_past_kv_cache: bool = True,
+        interventions: Sequence[Intervening] = (),
     ) -> None:
         self.model, self.prompt, self.how, self.return_type = model, prompt, how, return_type
+        self.interventions = interventions
         self.cache = KeyValueCache(model.cfg.n_layers) if use_past_kv_cache else None
         self.ids = prompt.ids
         self.running = torch.ones(len(prompt.ids), dtype=torch.bool, device=prompt.ids.device)
@@ -130,7 +133,11 @@ class Continuation:
         """Return the logits after the last position, in float32 as transformers takes them."""
         model, prompt, new, cache = self.model, self.prompt, self.new, self.cache
         options = {"stop_at_layer": model.cfg.n_layers, "past_kv_cache": cache}
-        with computing(len(cache or ()), total=prompt.n_pos + self.how.max_new_tokens):
+        total = prompt.n_pos + self.how.max_new_tokens
+        with (
+            model.hooks(interventions=self.interventions),
+            computing(len(cache or ()), total, prompt.n_pos),
+        ):
             if new.shape[1] and cache is not None:
                 token = new[:, -1:]
                 resid = model(token, attention_mask=torch.ones_like(token), **options)

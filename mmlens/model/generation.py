@@ -25,8 +25,9 @@ from mmlens.config import MultimodalConfig
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.model.continuation import Continuation, Prompt
 from mmlens.model.decoding import Decoding, check_options, decoding, settled
-from mmlens.model.hooked_root_module import exclusively
+from mmlens.model.hooked_root_module import Intervening, exclusively
 from mmlens.model.input_methods import batch_arguments
+from mmlens.model.run_positions import computing
 from mmlens.utils.threads import on_free_cores
 
 Input = MultimodalInputs | Tensor | str | list[str]
@@ -71,11 +72,13 @@ class GenerationMethods(nn.Module):
         return_input_tokens: bool = False,
         names_filter: Any = None,
         device: torch.device | str | None = None,
+        interventions: Sequence[Intervening] = (),
         **options: Any,
     ) -> Any:
         """Continue the input, token by token, until every row has ended.
 
-        Hooks act in every step; positions of interventions are those of the whole text.
+        Hooks act in every step; positions of interventions are those of the whole text, padding
+        included, and `positions="generated"` is every position after the input's.
 
         Args:
             input: what `prepare` returns; or, as in TransformerLens, a text, a list of texts,
@@ -115,6 +118,7 @@ class GenerationMethods(nn.Module):
             return_cache: return also the `ActivationCache` of a run on all tokens in the end, with
                 `names_filter` and `device` as in `run_with_cache`.
             return_input_tokens: return also the input's ids, at last.
+            interventions: what to change in every step, and where: a list of `Intervention`s.
             options: what else transformers' processor returns, so that `generate(**batch)` works:
                 `input_ids` for `input`, `pixel_values`, `attention_mask`, `image_sizes`, ...;
                 `stopping_criteria`, one of transformers' or several; and the settings of
@@ -130,6 +134,8 @@ class GenerationMethods(nn.Module):
             >>> model.generate(model.prepare("What is this?", "flag.png"), 8)
             >>> model.generate("The capital of Italy is", 8, temperature=0.7)
             >>> model.generate(**batch, max_new_tokens=8)  # of transformers' processor
+            >>> steer = Intervention("resid_post", 12, "generated", add(direction))
+            >>> model.generate(inputs, 32, interventions=[steer])
         """
         continuation = self._continuation(
             self.generate,
@@ -147,6 +153,7 @@ class GenerationMethods(nn.Module):
             use_past_kv_cache=use_past_kv_cache,
             prepend_bos=prepend_bos,
             padding_side=padding_side,
+            interventions=interventions,
             **options,
         )
         if return_cache and continuation.prompt.inputs is None:
@@ -161,7 +168,9 @@ class GenerationMethods(nn.Module):
         more: list[Any] = []
         if return_cache:
             grown = continuation.prompt.grown(continuation.new)
-            more.append(self.run_with_cache(grown, names_filter=names_filter, device=device)[1])
+            kept = {"names_filter": names_filter, "device": device, "interventions": interventions}
+            with computing(prompt=continuation.prompt.n_pos):
+                more.append(self.run_with_cache(grown, **kept)[1])
         if return_input_tokens:
             more.append(continuation.prompt.ids)
         return (result, *more) if more else result
@@ -234,6 +243,7 @@ class GenerationMethods(nn.Module):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         stopping_criteria: Any = None,
+        interventions: Sequence[Intervening] = (),
         **settings: Any,
     ) -> Continuation:
         """Return the continuation of an input, not yet begun; arguments as in `caller`."""
@@ -268,7 +278,7 @@ class GenerationMethods(nn.Module):
         )
         if return_type == "str" and self.tokenizer is None:
             raise ValueError("this model has no tokenizer to make text with: return_type='tokens'")
-        return Continuation(self, prompt, how, return_type, use_past_kv_cache)
+        return Continuation(self, prompt, how, return_type, use_past_kv_cache, interventions)
 
     def greedy_decoding(self, inputs: MultimodalInputs) -> Decoding:
         """Return how `generate(inputs, do_sample=False)` chooses tokens."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 import transformer_lens
@@ -49,6 +49,31 @@ M = TypeVar("M")
 NamesFilter = Callable[[str], bool] | Sequence[str] | str | None
 
 
+@runtime_checkable
+class Intervening(Protocol):
+    """What to change in a run, and where, as `mmlens.Intervention` says it."""
+
+    def fwd_hooks(self) -> Sequence[tuple[str, Callable]]:
+        """Return the hook points to change, each with a hook function."""
+
+
+def hooks_of(interventions: Sequence[Intervening]) -> list[tuple[str, Callable]]:
+    """Return the hook points that interventions change, each with a hook function.
+
+    Raises:
+        TypeError: something else than a list of interventions.
+    """
+    given = interventions if isinstance(interventions, Sequence) else [interventions]
+    for each in given:
+        if not isinstance(each, Intervening) or given is not interventions:
+            raise TypeError(
+                f"interventions= takes a list of mmlens.Intervention, not {type(each).__name__}"
+                f"{' alone' * (given is not interventions)}; pairs of a hook name and a function "
+                "go to fwd_hooks="
+            )
+    return [pair for each in given for pair in each.fwd_hooks()]
+
+
 def exclusively(function: Callable[Concatenate[M, P], T]) -> Callable[Concatenate[M, P], T]:
     """Run with the model to itself: a function of a model, or a method of what has `.model`."""
 
@@ -73,9 +98,6 @@ class HookedRootModule(transformer_lens.HookedRootModule):
     """Whose rows and positions a run has; other stacks have images and positions of their own."""
     hook_dict: dict[str, HookPoint]
     cfg: Any
-
-    if TYPE_CHECKING:  # TransformerLens's own, which mypy does not look into
-        run_with_hooks: Callable[..., Any]
 
     def __init__(self, *args: Any) -> None:
         self.run_lock = RunLock()  # before TransformerLens says that no context is open
@@ -126,15 +148,18 @@ class HookedRootModule(transformer_lens.HookedRootModule):
         bwd_hooks: Sequence[tuple[str | Callable, Callable]] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
+        interventions: Sequence[Intervening] = (),
     ) -> Changes[Any]:
         """Add hooks for the time of a `with` block; arguments as in TransformerLens.
 
-        Other threads that run the model wait until the end of the block, as for `exclusive`.
+        `interventions` are a list of `mmlens.Intervention`, which act before `fwd_hooks` do. Other
+        threads that run the model wait until the end of the block, as for `exclusive`.
 
         Example:
             >>> with model.hooks(fwd_hooks=[("blocks.3.hook_mlp_out", zero())]):
             ...     model.generate(inputs)
         """
+        fwd_hooks = [*hooks_of(interventions), *fwd_hooks]
         yield self.exclusive()
         level, stay = self.context_level + 1, False
         yield partial(self.run_lock.levels.discard, level)
@@ -154,6 +179,41 @@ class HookedRootModule(transformer_lens.HookedRootModule):
                 self._enable_hook(name=name, hook=hook, dir=direction)
         stay = not reset_hooks_end
         return self
+
+    def run_with_hooks(
+        self,
+        *model_args: Any,
+        fwd_hooks: Sequence[tuple[str | Callable, Callable]] = (),
+        interventions: Sequence[Intervening] = (),
+        **options: Any,
+    ) -> Any:
+        """Run the model with hook functions; arguments as in TransformerLens.
+
+        Args:
+            interventions: what to change, and where: a list of `mmlens.Intervention`, which act one
+                after the other, and before `fwd_hooks`.
+
+        Raises:
+            KeyError: a name that is not a hook point.
+            ValueError: an intervention at the positions that `generate` adds, for nothing is
+                generated here; what `forward` raises.
+
+        Example:
+            >>> early = Intervention("mlp_out", range(4), inputs.span("constraint"), zero())
+            >>> logits = model.run_with_hooks(inputs, interventions=[early])
+        """
+        hooks = [*hooks_of(interventions), *fwd_hooks]
+        return super().run_with_hooks(*model_args, fwd_hooks=hooks, **options)
+
+    def run_with_cache(
+        self, *model_args: Any, interventions: Sequence[Intervening] = (), **options: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Run the model and keep activations; arguments as in TransformerLens.
+
+        The cache holds what `interventions` made of the activations; see `run_with_hooks`.
+        """
+        with self.hooks(interventions=interventions):
+            return super().run_with_cache(*model_args, **options)
 
     @exclusively
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

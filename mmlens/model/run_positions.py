@@ -33,10 +33,17 @@ class PassPositions:
     total: float = 0
     """How many positions the text has once later passes have added theirs: infinity where nobody
     knows, 0 where no pass follows."""
+    prompt: int | None = None
+    """How many positions the prompt has, where a text is generated; None where none is."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the pass computes the whole text, and none follows."""
+        return not self.first and not self.total
 
     def positions(self, n: int) -> Positions | None:
         """Return the `n` positions of this pass; None where they are the whole text."""
-        if not self.first and not self.total:
+        if self.is_whole:
             return None
         return torch.arange(self.first, self.first + n)
 
@@ -57,10 +64,10 @@ def current_pass() -> PassPositions:
 
 
 @temporary
-def computing(first: int = 0, total: float = 0) -> Changes[None]:
+def computing(first: int = 0, total: float = 0, prompt: int | None = None) -> Changes[None]:
     """Note that what runs inside computes the positions from `first` on; see `PassPositions`."""
     yield functools.partial(_current.set, _current.get())
-    _current.set(PassPositions(first, total))
+    _current.set(PassPositions(first, total, prompt))
 
 
 def takes_positions(function: Any) -> bool:

@@ -345,7 +345,8 @@ class HookedMultimodalTransformer(
         `names_filter` is a name, a list of names or a predicate; None keeps everything but what is
         kept where it is named: `attn.hook_result` and the like (see
         `mmlens.model.hooked_root_module`). Activations of a model that is spread over several GPUs
-        are brought to its first, unless `device` says otherwise.
+        are brought to its first, unless `device` says otherwise. `interventions` are as in
+        `run_with_hooks`; the cache holds what they made of the activations.
 
         Raises:
             KeyError: a name that is not a hook point.

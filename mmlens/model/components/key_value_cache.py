@@ -113,12 +113,13 @@ def continuing(forward: F) -> F:
 
     @functools.wraps(forward)
     def run(self: Any, *args: Any, past_kv_cache: Any = None, **kwargs: Any) -> Any:
-        first, total = 0, current_pass().total  # generation knows how long the text will be
+        around = current_pass()  # generation knows how long the text will be
+        first, total = 0, around.total
         if past_kv_cache is not None:
             check_cache(past_kv_cache, self.cfg.n_layers)
             first = len(past_kv_cache)
             total = total or (0 if past_kv_cache.frozen else math.inf)
-        with computing(first, total):
+        with computing(first, total, around.prompt):
             return forward(self, *args, past_kv_cache=past_kv_cache, **kwargs)
 
     return run  # type: ignore[return-value]
