@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,10 @@ def test_traces_at_every_stack(model: HookedMultimodalTransformer) -> None:
         assert torch.allclose(branched.restored, naive.restored, atol=1e-5)
     # All visual tokens restored: that is the clean run.
     assert float(branched.restored[0, 0, 0]) == pytest.approx(branched.clean, abs=1e-5)
-    assert labels_at(model, clean, "vision.patch_embed")[-1] == f"<patch {rows - 1},{columns - 1}>"
+    labels = labels_at(model, clean, "vision.patch_embed")
+    assert labels[-1] == f"<patch *:{rows - 1},{columns - 1}>"
+    few = replace(clean, visual=None, images=(), tokens=clean.tokens * 0)
+    assert labels_at(model, few, "vision.patch_embed")[-1] == f"<patch {rows - 1},{columns - 1}>"
     labels = labels_at(model, clean, "projector.out")
     assert len(labels) == n_visual and labels[-1] == "<img newline>"
 

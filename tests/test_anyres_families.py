@@ -22,6 +22,7 @@ from anyres_checkpoints import (
 )
 from checkpoint_folders import edit_config
 from PIL import Image
+from random_models import in_dtype
 from test_branching import assert_equal_to_plain_runs
 from test_branching_families import any_edit
 from test_model_parity import compare_everything, rms_error
@@ -225,14 +226,14 @@ def test_half_precision_is_as_exact_as_transformers(
     ratios = []
     for index in range(12):
         made = written(ONE_OF_EACH[index % 2], tmp_path / str(index), dtype=dtype)
-        hf = made.hf.to(dtype)
+        hf = in_dtype(made.hf, dtype)
         images = some_rows()[:2]
         batch = made.batch(texts_of(images), images)
         real = batch["attention_mask"].bool()
         ours, theirs = made.model(**batch)[real], hf(**batch).logits[real]
         assert ours.dtype == dtype
         batch["pixel_values"] = batch["pixel_values"].to(dtype).double()
-        exact = hf.to(torch.float64)(**batch).logits[real]
+        exact = in_dtype(hf, torch.float64)(**batch).logits[real]
         ratios.append(rms_error(ours, exact) / rms_error(theirs, exact))
     ratio = float(torch.tensor(ratios).log().mean().exp())
     print(f"error / transformers': {ratio:.3f}, single models to {max(ratios):.2f}")

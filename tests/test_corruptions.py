@@ -317,6 +317,27 @@ def tiled(seed):
     return model, model.prepare(QUESTION, image, spans={"constraint": "this country"})
 
 
+@pytest.mark.parametrize("onevision", [True, False])
+def test_one_of_several_images_of_inputs_made_from_tokens(onevision, seed):
+    """OneVision sees each of several images in one tile, which the inputs do not say."""
+    model = tiled_model(seed, onevision=onevision)
+    images = [noise_picture(seed + n, 60, 21) for n in range(3)]
+    text = "<image> <image> which is it"
+    inputs = model.prepare(text, images[:2], template=None)
+    batch = dict(inputs.visual)
+    if onevision:
+        batch["batch_num_images"] = torch.tensor([2])
+    given = model.inputs_from_tokens(inputs.tokens, **batch)
+    assert all(image.image is None for image in given.images)
+    swapped = swap_image(model, given, images[2], which=1)
+    expected = model.prepare(text, [images[0], images[2]], template=None)
+    assert swapped.visual.counts == expected.visual.counts
+    for name, tensor in expected.visual.items():
+        assert torch.equal(swapped.visual[name], tensor)
+    assert torch.equal(model(swapped), model(expected))
+    assert swapped.images[1].image.tobytes() == images[2].tobytes()
+
+
 def test_an_image_of_another_shape_is_brought_to_this_ones(tiled, seed):
     model, inputs = tiled
     (before,) = inputs.images

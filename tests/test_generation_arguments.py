@@ -443,8 +443,10 @@ def test_a_text_as_long_as_the_model_was_made_for(cached: bool, pair: Pair) -> N
         ({"max_tokens": 3}, TypeError, "no option 'max_tokens'.*max_new_tokens"),
         ({"temprature": 3.0}, TypeError, "no option 'temprature'; did you mean temperature"),
         ({"past_kv_cache": None}, TypeError, "no option 'past_kv_cache'.*use_past_kv_cache"),
-        ({"use_cache": False}, TypeError, "use_past_kv_cache"),
-        ({"output_hidden_states": True}, TypeError, "return_cache"),
+        ({"output_hidden_states": True}, NotImplementedError, "run_with_cache"),
+        ({"return_dict_in_generate": True}, NotImplementedError, "output_logits=True"),
+        ({"cache_implementation": "static"}, NotImplementedError, "='static'.*decided here"),
+        ({"streamer": object()}, NotImplementedError, "generate_stream"),
         ({"num_beams": 2}, ValueError, "num_beams=2"),
     ],
 )

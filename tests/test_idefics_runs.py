@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_models import in_dtype
 from rounding import assert_same, rounded_otherwise
 from test_branching import assert_equal_to_plain_runs
 from test_branching_families import any_edit
@@ -267,15 +268,14 @@ def test_half_precision_is_as_exact_as_hugging_face(
 ) -> None:
     """As in test_model_parity: the geometric mean of ratios of root mean square errors.
 
-    Of 60 models it is 1.014 with a standard error of 0.011 for the logits, and 1 for the visual
-    tokens, but where `idefics3`'s long texts make it less certain.
+    Texts of one tag a token reach position 160, tags in many tokens position 700.
     """
     ratios: dict[str, list[float]] = {"logits": [], "visual tokens": []}
-    families = [family for family in FAMILIES.values() if family.row_tokens]
+    families = list(FAMILIES.values())
     for index in range(36):
         family = families[index % len(families)]
         folder = tmp_path / str(index)
-        hf = random_idefics(family).to(dtype)
+        hf = in_dtype(random_idefics(family), dtype)
         batch = random_batch(write(family, folder, hf), [1, 2], random.Random(seed + index))
         model = opened(folder)
         assert model.cfg.dtype == dtype and model.W_E.dtype == dtype
@@ -285,7 +285,7 @@ def test_half_precision_is_as_exact_as_hugging_face(
         seen = {"logits": logits, "visual tokens": cache["projector.hook_out"][0]}
         theirs = both(hf, batch)
         rounded = batch["pixel_values"].to(dtype).double()  # both towers begin with this
-        hf = hf.to(torch.float64)
+        hf = in_dtype(hf, torch.float64)
         hf.set_attn_implementation("sdpa")  # eager attention takes its softmax in float32
         exact = both(hf, {**batch, "pixel_values": rounded})
         real = batch["attention_mask"].bool()

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import datasets
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -50,7 +54,7 @@ def seen(pair: ImagePair) -> tuple[object, ...]:
     )
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 class TestFiles:
     def test_of_your_own(self, tmp_path, suffix):
         one = {**OWN, "answer": "red", "subject": "strawberry", "options": "", "split": "color"}
@@ -119,9 +123,82 @@ def test_bad_rows_are_named(tmp_path):
     assert "must be an object, not []" in found.refused[-2].why
     counts = found.report().counts
     assert counts == {("row", "left out"): len(bad) + 2, ("image", "missing"): 4}
-    with pytest.raises(ValueError, match=r"pairs of images are a \.csv or a \.jsonl file"):
-        image_pairs(tmp_path / "mine.parquet")
+    with pytest.raises(ValueError, match=r"pairs of images are a \.csv, a \.jsonl or a \.parquet"):
+        image_pairs(tmp_path / "mine.tsv")
     assert open_pairs("gqa:x.json") is None
+
+
+class TestImagesInParquet:
+    """Visual-CounterFact as it is published: answers as Python writes lists, images inside."""
+
+    def pictures(self, seed: int) -> list[tuple[Image.Image, Image.Image]]:
+        return [(noise_picture(seed + 2 * n, 9, 6), noise_picture(seed + 2 * n + 1, 7, 8))
+                for n in range(5)]  # fmt: skip
+
+    def write(self, path: Path, columns: dict[str, list]) -> Path:
+        """With Hugging Face's own library, in groups of two rows."""
+        features = {name: datasets.Value("string") for name in columns}
+        features |= {name: datasets.Image() for name in columns if name.endswith("_image")}
+        table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        table.to_parquet(path, batch_size=2)
+        assert pyarrow.parquet.ParquetFile(path).num_row_groups == 3
+        return path
+
+    def columns(self, pictures: list[tuple[Image.Image, Image.Image]]) -> dict[str, list]:
+        return {
+            "correct_answer": [f"['red {n}', 'crimson']" for n in range(len(pictures))],
+            "object": [f"fruit {n}" for n in range(len(pictures))],
+            "incorrect_answer": [f"blue {n}" for n in range(len(pictures))],
+            "original_image": [one for one, _ in pictures],
+            "counterfact_image": [other for _, other in pictures],
+        }
+
+    def test_in_any_order(self, tmp_path: Path, seed: int) -> None:
+        pictures = self.pictures(seed)
+        path = self.write(tmp_path / "color.parquet", self.columns(pictures))
+        pairs = image_pairs(path, question="What color is this {object}?")
+        assert len(pairs) == 5 and not pairs.refused
+        for row in random.sample(range(5), 5):
+            pair = pairs[row]
+            assert pair.clean.question == f"What color is this fruit {row}?"
+            assert (pair.clean.subject, pair.source) == (f"fruit {row}", f"color/{row}")
+            assert pair.clean.answers == (f"red {row}", "crimson")
+            assert pair.counterfactual.answers == (f"blue {row}",)
+            for question, picture in zip(pair.questions, pictures[row], strict=True):
+                assert question.open_image().tobytes() == picture.tobytes()
+                assert question.open_image().size == picture.size
+        assert pairs.report().counts == {}
+
+    def test_a_trace_over_them(self, tmp_path: Path, tiled: Any, seed: int) -> None:
+        path = self.write(tmp_path / "color.parquet", self.columns(self.pictures(seed)))
+        pair = image_pairs(path, question="who is {object}")[3]
+        clean, corrupted = pair.inputs(tiled, fit=True)
+        swapped = swap_image(tiled, clean, pair.counterfactual.open_image(), fit=True)
+        assert torch.equal(corrupted.pixel_values, swapped.pixel_values)
+
+    def test_what_cannot_be_used(self, tmp_path: Path, seed: int) -> None:
+        pictures = self.pictures(seed)
+        columns = self.columns(pictures)
+        pictures[2][1].save(tmp_path / "other.png")
+        encoded = BytesIO()
+        pictures[3][0].save(encoded, "PNG")
+        columns["original_image"] = [
+            pictures[0][0], None, pictures[2][0], {"bytes": encoded.getvalue(), "path": "x.png"},
+            {"bytes": b"no image", "path": "y.png"},
+        ]  # fmt: skip
+        columns["counterfact_image"][2] = {"bytes": None, "path": "other.png"}
+        pairs = image_pairs(self.write(tmp_path / "a.parquet", columns), question="{object}?")
+        assert [each.why for each in pairs.refused] == ["row 1: lacks original_image"]
+        assert [pair.source for pair in pairs] == ["a/0", "a/2", "a/3", "a/4"]
+        assert pairs[1].counterfactual.open_image().tobytes() == pictures[2][1].tobytes()
+        assert pairs[2].clean.open_image().tobytes() == pictures[3][0].tobytes()
+        with pytest.raises(ValueError, match="the image is not an image"):
+            pairs[3].clean.open_image()
+        (tmp_path / "b.parquet").write_bytes(b"PAR1 is how it begins")
+        with pytest.raises(ValueError, match=r"b\.parquet is no parquet file"):
+            image_pairs(tmp_path / "b.parquet")
+        with pytest.raises(FileNotFoundError):
+            image_pairs(tmp_path / "c.parquet")
 
 
 class TestWhatsUp:

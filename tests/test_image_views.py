@@ -234,6 +234,7 @@ class TestRegions:
             (["<img 3,5>", "<img 4,6>"], "<img 3-4,5-6 (2 of 4)>"),
             (["<img1 0:3,5>", "<img1 1:7,9>", "<img1 1:7,10>"], "<img1 0:3,5 1:7,9-10>"),
             (["<patch 0,0>", "<patch 1,0>"], "<patch 0-1,0>"),
+            (["<patch *:0,0>", "<patch *:1,0>"], "<patch *:0-1,0>"),
             (["<img 3,5>"], None),
             (["<img 3>", "<img 4>"], None),
             (["<img 3,5>", "<img newline>"], None),

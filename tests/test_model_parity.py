@@ -23,6 +23,7 @@ from random_models import (
     Prompts,
     Shape,
     hooked,
+    in_dtype,
     random_language_model,
     random_llava,
     random_prompts,
@@ -276,7 +277,7 @@ def test_half_precision_is_as_exact_as_hugging_face(
     """
     ratios = []
     for index in range(24):
-        hf = random_llava(SHAPES[HALF[index % len(HALF)]]).to(dtype)
+        hf = in_dtype(random_llava(SHAPES[HALF[index % len(HALF)]]), dtype)
         model = hooked(hf, tmp_path / str(index))
         assert model.cfg.dtype == dtype and model.W_E.dtype == dtype
         prompts = random_prompts(hf.config, images=[1, 2])
@@ -287,7 +288,7 @@ def test_half_precision_is_as_exact_as_hugging_face(
         assert logits.dtype == dtype
         theirs = hf(**prompts.for_hf()).logits[prompts.real]
         rounded = prompts.pixel_values.to(dtype).double()  # both towers begin with this
-        hf = hf.to(torch.float64)
+        hf = in_dtype(hf, torch.float64)
         hf.set_attn_implementation("sdpa")  # eager attention takes its softmax in float32
         exact = hf(**{**prompts.for_hf(), "pixel_values": rounded}).logits[prompts.real]
         ratios.append(rms_error(logits[prompts.real], exact) / rms_error(theirs, exact))

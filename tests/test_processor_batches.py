@@ -104,6 +104,64 @@ def test_a_box_of_three_numbers(seed: int) -> None:
         inputs.patches((1, 2, 3))
 
 
+@torch.no_grad()
+def test_transformers_arguments_that_ask_for_nothing(seed: int) -> None:
+    """What scripts give to transformers' models beside a batch."""
+    model, batch = some_batch(seed)
+    plain = model(**batch)
+    types = {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+    types["mm_token_type_ids"] = (batch["input_ids"] == model.cfg.image_token_id).long()
+    common = {"output_attentions": False, "output_hidden_states": None, "past_key_values": None}
+    given = {**batch, **types, **common, "return_dict": False, "logits_to_keep": 0}
+    assert torch.equal(model(**given, use_cache=False), plain)
+    logits, cache = model.run_with_cache(**given, use_cache=False, names_filter="hook_embed")
+    assert torch.equal(logits, plain) and list(cache) == ["hook_embed"]
+    ids = {**batch}
+    assert torch.equal(model(model.inputs_from_tokens(ids.pop("input_ids"), **ids, **types)), plain)
+    said = model.generate(**batch, max_new_tokens=4)
+    settings = {"synced_gpus": False, "return_dict_in_generate": False, "max_new_tokens": 4}
+    for use_cache in (True, False, None):
+        again = model.generate(**batch, **types, **common, **settings, use_cache=use_cache)
+        assert torch.equal(again, said)
+
+
+def test_use_cache_is_use_past_kv_cache(seed: int) -> None:
+    model, batch = some_batch(seed)
+    lengths: list[int] = []
+
+    def count(activation: torch.Tensor, hook: Any) -> None:
+        lengths.append(activation.shape[1])
+
+    for use_cache, later in ((True, [1, 1]), (False, [1, 2])):
+        lengths.clear()
+        with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", count)]):
+            model.generate(**batch, max_new_tokens=3, min_new_tokens=3, use_cache=use_cache)
+        n = batch["input_ids"].shape[1]
+        assert lengths == [n, *(later if use_cache else [n + more for more in later])]
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "value", "instead"),
+    [
+        ("forward", "use_cache", True, "past_kv_cache=KeyValueCache"),
+        ("forward", "output_attentions", True, "run_with_cache"),
+        ("forward", "return_dict", True, "logits as a tensor"),
+        ("forward", "inputs_embeds", torch.zeros(1, 2, 3), "start_at_layer=0"),
+        ("forward", "logits_to_keep", 1, r"logits\[:, -n:\]"),
+        ("forward", "vision_feature_layer", -2, r"model\.cfg\.vision\.feature_layers"),
+        ("generate", "generation_config", object(), "to_diff_dict"),
+        ("generate", "logits_processor", [], "suppress_tokens"),
+    ],
+)
+def test_others_are_refused_in_one_line(
+    call: str, name: str, value: Any, instead: str, seed: int
+) -> None:
+    model, batch = some_batch(seed)
+    with pytest.raises(NotImplementedError, match=instead) as refused:
+        (model if call == "forward" else model.generate)(**batch, **{name: value})
+    assert "\n" not in str(refused.value) and str(refused.value).startswith(f"{call}({name}=")
+
+
 def test_labels_are_refused_in_one_line(seed: int) -> None:
     model, batch = some_batch(seed)
     with pytest.raises(NotImplementedError, match="cross_entropy") as refused:

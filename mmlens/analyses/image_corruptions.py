@@ -86,15 +86,12 @@ def with_images(
     assert inputs.visual is not None  # it has images
     known = {i: image.image for i, image in enumerate(inputs.images) if image.image is not None}
     shown = {**known, **others}
-    order = sorted(shown)
-    processed = dict(
-        zip(
-            order,
-            model.processor.layout.processed(
-                model.image_processor, model.tokenizer, [shown[i] for i in order]
-            ),
-            strict=True,
-        )
+    # How an image is seen may depend on how many there are: unknown ones have a substitute.
+    substitute = next(iter(shown.values()))
+    processed = model.processor.layout.processed(
+        model.image_processor,
+        model.tokenizer,
+        [shown.get(i, substitute) for i in range(len(inputs.images))],
     )
     visual, images = [inputs.visual.of([i]) for i in range(len(inputs.images))], [*inputs.images]
     for i, other in others.items():

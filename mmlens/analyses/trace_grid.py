@@ -79,8 +79,9 @@ def position_groups(
 def labels_at(model: HookedMultimodalTransformer, clean: MultimodalInputs, site: str) -> list[str]:
     """A label for each position of a site: tokens, or what stands for the image's patches.
 
-    Positions of the tower are those of one tile, and an edit there acts on all tiles alike; where
-    it packs patches, those of all images.
+    Positions of the tower are those of one tile, and an edit there acts on all tiles alike: where
+    it sees several, labels are `<patch *:row,column>`. Where it packs patches, its positions are
+    those of all images.
     """
     place, vision = site_of(site), model.cfg.vision
     if place.positions == "tokens" or vision is None:
@@ -96,7 +97,9 @@ def labels_at(model: HookedMultimodalTransformer, clean: MultimodalInputs, site:
     if clean.pixel_values is not None:  # of another size than the tower's own, perhaps
         height, width = clean.pixel_values.shape[-2:]
         rows, columns = height // vision.patch_size, width // vision.patch_size
-    patches = [f"<patch {row},{column}>" for row in range(rows) for column in range(columns)]
+    several = clean.pixel_values is not None and len(clean.pixel_values) > 1
+    tile = "*:" if several else ""
+    patches = [f"<patch {tile}{row},{column}>" for row in range(rows) for column in range(columns)]
     if place.positions == "patches":
         return patches
     labels = ["<cls>"] * vision.class_token + patches

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from mmlens.data.parquet import ParquetFile, StoredImage
 from mmlens.data.question_sets import Rows
 from mmlens.data.questions import VisualQuestion
 from mmlens.data.reading import RowError, csv_rows, expect, json_lines, literal, shown, sift
@@ -159,10 +160,12 @@ FIELD = re.compile(r"\{(\w+)\}")
 def image_pairs(
     path: str | Path, images: str | Path | None = None, *, question: str | None = None
 ) -> PairSet:
-    """Read pairs of images from a `.csv` or a `.jsonl` file.
+    """Read pairs of images from a `.csv`, a `.jsonl` or a `.parquet` file.
 
     A row that lacks something is left out, and listed in `refused` and in `report()`. Several
-    answers are a list, in a csv one as Python writes it: "['red', 'crimson']".
+    answers are a list, or a text as Python writes one: "['red', 'crimson']". Images are names of
+    files; in a parquet file also the images themselves, as the hub has them (bytes, or structs of
+    `bytes` and `path`), which are read when a pair is asked for.
 
     Args:
         path: with the columns `question`, `image`, `counterfactual_image`, `answers` and
@@ -180,28 +183,38 @@ def image_pairs(
         ValueError: a file of another kind, or none of the rows can be used.
 
     Example:
-        >>> colors = image_pairs("color.csv", question="What color is this {object}?")
+        >>> colors = image_pairs("color-00000-of-00001.parquet",
+        ...                      question="What color is this {object}?")
         >>> colors[0].clean.question, colors[0].clean.answers, colors[0].counterfactual.answers
         ('What color is this strawberry?', ('red',), ('blue',))
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"{path}: pairs of images are a .csv or a .jsonl file")
-    found = csv_rows(path)[1] if path.suffix == ".csv" else json_lines(path)
+    stored = ParquetFile(path) if path.suffix == ".parquet" else None
+    if stored is not None:
+        found = stored.rows()
+    elif path.suffix in (".csv", ".jsonl"):
+        found = csv_rows(path)[1] if path.suffix == ".csv" else json_lines(path)
+    else:
+        raise ValueError(f"{path}: pairs of images are a .csv, a .jsonl or a .parquet file")
     rows, refused = sift(path.stem, found, lambda row: _checked(row, question), path)
     folder = path.parent if images is None else Path(images)
+
+    def image(value: Any) -> Any:
+        if stored is not None and isinstance(value, StoredImage):
+            value = stored.image(value)
+        return folder / value if isinstance(value, str) else value
 
     def make(row: int) -> ImagePair:
         fields = rows[row]
         about = VisualQuestion(
             question=fields["question"],
-            image=folder / fields["image"],
+            image=image(fields["image"]),
             answers=fields["answers"],
             options=fields["options"],
             source=f"{path.stem}/{row}",
             **{name: fields[name] for name in TEXTS},
         )
-        other = folder / fields["counterfactual_image"]
+        other = image(fields["counterfactual_image"])
         return ImagePair(
             about, replace(about, image=other, answers=fields["counterfactual_answers"])
         )
@@ -224,6 +237,9 @@ def _checked(row: Any, question: str | None) -> dict[str, Any]:
             checked[name] = _filled(question, row)
         elif name in ("answers", "counterfactual_answers"):
             checked[name] = _texts(row, column)
+        elif name.endswith("image") and isinstance(row.get(column), StoredImage):
+            checked[name] = row[column]
+            continue
         else:
             checked[name] = expect(row, column, "a text")
         value = checked[name]

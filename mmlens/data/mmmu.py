@@ -7,10 +7,10 @@ Read by Hugging Face's `datasets`, from the hub or from a folder of the same fil
 from __future__ import annotations
 
 import re
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from mmlens.data.parquet import embedded_image
 from mmlens.data.question_sets import QuestionSet
 from mmlens.data.questions import VisualQuestion
 from mmlens.data.reading import RowError, expect, literal, sift
@@ -86,7 +86,7 @@ def _checked(row: dict[str, Any]) -> dict[str, Any]:
 def _question(fields: dict[str, Any], split: str) -> VisualQuestion:
     options = literal("options", fields["options"] or "[]")
     pictures = {
-        str(index): _image(encoded)
+        str(index): embedded_image(encoded)
         for index in range(1, N_IMAGES + 1)
         if (encoded := fields.get(f"image_{index}")) is not None
     }
@@ -109,18 +109,6 @@ def _question(fields: dict[str, Any], split: str) -> VisualQuestion:
         source=f"mmmu/{fields['id']}",
         extra={"answer": fields["answer"], "difficulty": fields["topic_difficulty"]},
     )
-
-
-def _image(encoded: dict[str, Any]) -> Any:
-    """Return an undecoded image, or the path of its file; its bytes if it is damaged."""
-    from mmlens.inputs.image_files import open_image
-
-    if encoded["bytes"] is None:
-        return encoded["path"]
-    try:
-        return open_image(BytesIO(encoded["bytes"]))
-    except ValueError:
-        return encoded["bytes"]
 
 
 def _answers(answer: str, options: list[str]) -> tuple[str, ...]:

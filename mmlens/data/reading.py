@@ -174,7 +174,7 @@ def sift(
 def check_encoding(value: Any) -> None:
     """Raise a `RowError` where a text of the row has characters that UTF-8 cannot hold."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         found = error.object[error.start]
         raise RowError(

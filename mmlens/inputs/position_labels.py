@@ -5,6 +5,7 @@
     <img newline>     a visual token that is no patch, or a separator between two parts of an image
     <img 3-4,5-8>     a rectangle of patches
     <patch 3,5>       the same in the vision tower
+    <patch *:3,5>     the same of every tile, where the tower sees several
 
 Public names: `VisualLabel`, `position_labels`, `region_label`, `visual_label`.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mmlens.inputs.image_tokens import ImageTokens
 
@@ -21,7 +22,7 @@ __all__ = ["PAD_LABEL", "VisualLabel", "position_labels", "region_label", "visua
 
 PAD_LABEL = "<pad>"
 # What begins with numbers and a sign between them is a region.
-LABEL = re.compile(r"<(img(\d*)|patch) (?:(?:(\d+):)?(\d+),(\d+)|((?!\d+[-,:])[^<>]+))>")
+LABEL = re.compile(r"<(img(\d*)|patch) (?:(?:(\d+|\*):)?(\d+),(\d+)|((?!\d+[-,:]|\*:)[^<>]+))>")
 
 
 class VisualLabel(NamedTuple):
@@ -29,8 +30,8 @@ class VisualLabel(NamedTuple):
 
     stem: str
     """What it begins with: "img", "img1", "patch"."""
-    view: int | None
-    """None where the image has one view, and where the position is no patch."""
+    view: int | Literal["*"] | None
+    """"*" for all of several; None where there is one, and where the position is no patch."""
     row: int
     column: int
     """-1 where the position is no patch."""
@@ -56,7 +57,8 @@ def visual_label(label: str) -> VisualLabel | None:
     stem, _, view, row, column, mark = found.groups()
     if mark is not None:
         return VisualLabel(stem, None, -1, -1, mark)
-    return VisualLabel(stem, None if view is None else int(view), int(row), int(column))
+    number: Any = view if view in (None, "*") else int(view)
+    return VisualLabel(stem, number, int(row), int(column))
 
 
 def position_labels(

@@ -238,7 +238,8 @@ class Processor:
                 such. Positions count from the beginning of the padded row.
             padding_side: "right" allows padding tokens outside of the vocabulary at the end of
                 rows. They stay unmasked, for nothing before them attends to them.
-            visual: what else that processor returns, such as `image_sizes`.
+            visual: what else that processor returns, such as `image_sizes`. `token_type_ids`, which
+                say nothing that the ids do not, are taken too.
 
         Raises:
             ValueError: everything that does not fit: image tokens and images, ids outside of the
@@ -254,6 +255,8 @@ class Processor:
             mask = attention_mask.bool()
             mask = mask[None] if mask.ndim == 1 else mask
         check_mask(tokens, mask)
+        for types in ("token_type_ids", "mm_token_type_ids"):
+            visual.pop(types, None)
         real = mask
         if padding_side == "right":
             real = mask & ~padding_at("right", tokens, tokenizer, cfg)

@@ -84,12 +84,6 @@ def check_options(function: str, given: Iterable[str], arguments: Iterable[str])
     """
     settings = setting_names()
     for name in given:
-        if name in HOW_IT_RUNS:
-            raise TypeError(
-                f"{function} has no option {name!r}: generate caches keys and values with "
-                "use_past_kv_cache, and returns logits with output_logits, activations with "
-                "return_cache"
-            )
         if name not in settings:
             near = difflib.get_close_matches(name, sorted(settings.union(arguments)), n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -29,6 +29,7 @@ from mmlens.model.hooked_root_module import Intervening, exclusively
 from mmlens.model.input_methods import batch_arguments
 from mmlens.model.run_positions import computing
 from mmlens.utils.threads import on_free_cores
+from mmlens.utils.transformers_arguments import take_transformers_arguments
 
 Input = MultimodalInputs | Tensor | str | list[str]
 ReturnType = Literal["input", "str", "tokens", "embeds"]
@@ -123,10 +124,12 @@ class GenerationMethods(nn.Module):
                 `input_ids` for `input`, `pixel_values`, `attention_mask`, `image_sizes`, ...;
                 `stopping_criteria`, one of transformers' or several; and the settings of
                 transformers' `GenerationConfig`: `min_p`, `no_repeat_ngram_size`, `stop_strings`,
-                `suppress_tokens`, ... They win over generation_config.json.
+                `suppress_tokens`, ... They win over generation_config.json. transformers' other
+                arguments are taken where they ask for nothing, `use_cache` as `use_past_kv_cache`.
 
         Raises:
             TypeError: an option that does not exist, or both `input` and `input_ids`.
+            NotImplementedError: an argument of transformers that is refused, and what to use.
             ValueError: a value that cannot be, a setting that needs another way of decoding (such
                 as `num_beams`), or something to return that the input does not have.
 
@@ -250,6 +253,9 @@ class GenerationMethods(nn.Module):
         is_batch = "input_ids" in settings
         no_input = is_batch and isinstance(input, str) and not input
         input, visual = batch_arguments(None if no_input else input, settings)
+        take_transformers_arguments("generate", settings)
+        if settings.pop("use_cache", None) is False:  # the same in transformers' words
+            use_past_kv_cache = False
         known = (
             inspect.signature(caller).parameters | inspect.signature(self._continuation).parameters
         )

@@ -47,6 +47,7 @@ from mmlens.model.vision_tower import HookedVisionTransformer
 from mmlens.model.weights import WeightProperties
 from mmlens.utils.threads import on_free_cores
 from mmlens.utils.transformer_lens_names import Refusing, refuse_arguments
+from mmlens.utils.transformers_arguments import take_transformers_arguments
 
 if TYPE_CHECKING:
     from mmlens.branching.recording import Recording
@@ -255,17 +256,18 @@ class HookedMultimodalTransformer(
                 the one before the final norm. Negative counts from the end.
             past_kv_cache: earlier positions to attend to; grows unless it is frozen.
             others: what else that processor returns, so that `model(**batch)` works: `input_ids`
-                for `input`, `image_sizes`, ...; and TransformerLens's, such as `labels`, where
-                they ask for nothing.
+                for `input`, `image_sizes`, ...; and transformers' and TransformerLens's, such as
+                `use_cache` and `labels`, where they ask for nothing.
 
         Raises:
-            NotImplementedError: one of TransformerLens's arguments that is refused, and why.
+            NotImplementedError: one of their arguments that is refused, and why.
             TypeError: an unknown argument, or nothing to run on.
             ValueError: layers that do not exist, a loss without the tokens, an unknown
                 `return_type`, inputs that do not fit (see `inputs_from_tokens`), more tokens than
                 the model was made for (`cfg.longest_input`).
         """
         input, visual = batch_arguments(input, others)
+        take_transformers_arguments("forward", others)
         refuse_arguments("forward", self.forward, others)
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type={return_type!r}; it is 'logits', 'loss', 'both' or None")

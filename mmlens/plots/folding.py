@@ -119,7 +119,9 @@ def what(tokens: Sequence[VisualLabel]) -> str:
         return f"({len(tokens)} tokens)"
     if first.mark:
         return f"{shorten(visible(first.mark), MAX_LABEL)} ({len(tokens)})"
-    return f"row {first.row}" if first.view is None else f"view {first.view} row {first.row}"
+    if first.view is None:
+        return f"row {first.row}"
+    return f"{'every tile' if first.view == '*' else f'view {first.view}'} row {first.row}"
 
 
 def folding_index(all_foldings: Sequence[Folding], visual: Visual) -> int:

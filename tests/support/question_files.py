@@ -3,6 +3,7 @@
 import csv
 import json
 
+import pandas
 from PIL import Image
 
 
@@ -148,7 +149,10 @@ def write_whats_up(folder, things, name="controlled_images_dataset.json"):
 
 
 def write_table(path, rows):
-    """Rows as a csv or a jsonl; lists in a csv as Python writes them."""
+    """Rows as a csv, a jsonl or a parquet file; lists in a csv as Python writes them."""
+    if path.suffix == ".parquet":
+        pandas.DataFrame(rows).to_parquet(path)
+        return path
     if path.suffix == ".jsonl":
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         return path

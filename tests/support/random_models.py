@@ -208,6 +208,21 @@ def random_language_model(shape: Shape) -> PreTrainedModel:
     return enliven(AutoModelForCausalLM.from_config(text_config(shape), dtype=torch.float32))
 
 
+def in_dtype(hf: Any, dtype: torch.dtype) -> Any:
+    """Bring transformers' model to a dtype, as its `from_pretrained(dtype=...)` does.
+
+    The rotary frequencies stay in float32. `Module.to` rounds them, too; in bfloat16 by up to
+    2^-9, so that a frequency of 0.2 is off by 0.2 radians at position 500. `to(float64)` does not
+    bring them back: that is another model than the checkpoint's.
+    """
+    kept = {name: each for name, each in hf.named_buffers() if name.endswith("inv_freq")}
+    hf = hf.to(dtype)
+    for name, frequencies in kept.items():
+        module, _, buffer = name.rpartition(".")
+        setattr(hf.get_submodule(module), buffer, frequencies)
+    return hf
+
+
 @torch.no_grad()
 def enliven(model: Any) -> Any:
     """Redraw every weight, so that activations stay of order 1 and attention picks its keys."""

@@ -22,6 +22,7 @@ else:
 BATCH_KEYS = (
     *("pixel_values", "image_sizes", "batch_num_images", "pixel_attention_mask"),
     *("image_grid_thw", "pixel_values_videos", "video_grid_thw", "image_sizes_videos"),
+    "token_type_ids",
 )
 """What transformers' processors return of images and videos; a layout refuses what is not its."""
 
