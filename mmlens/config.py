@@ -49,6 +49,9 @@ class TransformerConfig(SameForAll):
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    """Queries and keys are normalised head by head, before they are rotated (Qwen3, Gemma 3; Henry
+    et al. 2020)."""
     parallel_attn_mlp: bool = False
     """Attention and MLP read the same stream side by side, through one norm (Phi)."""
     parallel_ln2: bool = False
@@ -117,6 +120,11 @@ class TransformerConfig(SameForAll):
     def use_local_attn(self) -> bool:
         """Whether some layers look back a few positions only."""
         return "local" in (self.attn_types or ())
+
+    @property
+    def use_qk_norm(self) -> bool:
+        """The same as `qk_norm`, in TransformerLens's words."""
+        return self.qk_norm
 
     @property
     def head_dim(self) -> int:

@@ -216,7 +216,12 @@ def test_unknown_family(folder: Path) -> None:
 
 def test_another_decoder(folder: Path) -> None:
     edit_config(folder, text_config={"model_type": "gpt2"})
-    refused(folder, "gpt2", "llama, mistral, qwen2, phi")
+    refused(folder, "gpt2", "llama, mistral, qwen2, qwen3, phi")
+
+
+def test_mixtures_of_experts_are_refused_by_name(folder: Path) -> None:
+    edit_config(folder, model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"])
+    refused(folder, "qwen3_moe", "mixtures of experts")
 
 
 def test_no_weights(folder: Path) -> None:

@@ -199,6 +199,30 @@ PYTHIA_70M = {
     "use_parallel_residual": True,
     "vocab_size": 50304,
 }
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 BUNNY = PHI_2 | {
     "architectures": ["BunnyPhiForCausalLM"],
     "model_type": "bunny-phi",
@@ -407,6 +431,7 @@ CASES = {
         published.IDEFICS3_8B, [], 169, 8.46,
     ),
     "Phi-2": Case(PHI_2, published.PHI_2, [], None, 2.78),
+    "Qwen3-0.6B": Case(QWEN3_06B, published.QWEN3_06B, [r"lm_head\.weight"], None, 0.6),
     "Pythia-70M": Case(
         PYTHIA_70M,
         published.PYTHIA_70M,

@@ -21,6 +21,7 @@ FAMILIES = {
     "gated": {"gated_mlp": True},
     "not gated": {"gated_mlp": False},
     "parallel": {"parallel_attn_mlp": True},
+    "normalised queries": {"qk_norm": True},
     "local": {"n_layers": 2, "attn_types": ("local", "global"), "window_size": 3},
 }
 
@@ -80,7 +81,7 @@ def test_every_hook_point_has_a_site_with_the_axes_of_its_activation(
 def test_keys_are_made_of_the_key_side(seed: int) -> None:
     """What keys and values of the last layer are computed from is needed at every position: an edit
     at an earlier one there reaches the last position exactly where the table says so."""
-    kind = random.Random(seed).choice(["plain", "parallel"])
+    kind = random.Random(seed).choice(["plain", "parallel", "normalised queries"])
     model = small_model(seed, n_layers=2, **KINDS[kind]).double()
     inputs = small_inputs(model, seed)
     plain = model(inputs)[:, -1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,11 @@ SHARED_AT_THE_TOP = {"hook_embed", "ln_final.hook_normalized", "ln_final.hook_sc
 SHARED_IN_A_BLOCK = {
     *(f"attn.hook_{name}" for name in "q k v z rot_q rot_k attn_scores pattern result".split()),
     *(f"mlp.hook_{name}" for name in "pre pre_linear post".split()),
-    *(f"{norm}.hook_{name}" for norm in ("ln1", "ln2") for name in ("scale", "normalized")),
+    *(
+        f"{norm}.hook_{name}"
+        for norm in ("ln1", "ln2", "attn.q_norm", "attn.k_norm")
+        for name in ("scale", "normalized")
+    ),
     *(f"hook_{name}" for name in "resid_pre resid_mid resid_post attn_out mlp_out".split()),
     *(f"hook_{name}" for name in "q_input k_input v_input mlp_in".split()),
 }
@@ -62,18 +67,23 @@ def our_cache(model: Any, prompts: Prompts) -> tuple[Tensor, Any]:
     return model.run_with_cache(prompts.for_mmlens(model), names_filter=lambda name: True)
 
 
-def comparable(logits: Tensor, cache: Any, names: set[str], real: Tensor) -> dict[str, Tensor]:
-    """What stands at real positions; masked scores are -inf here and finite there."""
+def comparable(
+    logits: Tensor, cache: Any, names: set[str], real: Tensor, *, heads_first: str = " "
+) -> dict[str, Tensor]:
+    """What stands at real positions; masked scores are -inf here and finite there.
+
+    `heads_first` is in the names of what else has heads before positions.
+    """
     found = {"logits": logits[real]}
     for name in names:
-        by_query = name.endswith(("hook_attn_scores", "hook_pattern"))
+        by_query = name.endswith(("hook_attn_scores", "hook_pattern")) or heads_first in name
         found[name] = (cache[name].transpose(1, 2) if by_query else cache[name])[real]
         if name.endswith("scores"):
             found[name] = found[name].clamp(min=-1e30)
     return found
 
 
-SAMPLE = ["grouped queries", "biases", "one head", "llama3 rotary", "mistral", "qwen2"]
+SAMPLE = ["grouped queries", "biases", "one head", "llama3 rotary", "mistral", "qwen2", "qwen3"]
 
 
 @pytest.mark.parametrize(
@@ -101,10 +111,11 @@ def test_hooks_equal_the_bridge(make: Any, name: str, seed: int, tmp_path: Path)
         expected = {each for each in expected if not each.endswith(NOT_OF_PARALLEL_BLOCKS)}
     shared = set(ours.keys()) & set(theirs.keys())
     assert shared == expected
+    of_bridge = partial(comparable, names=shared, real=prompts.real, heads_first="_norm.")
     assert_same(
         comparable(logits, ours, shared, prompts.real),
-        comparable(bridge_logits, theirs, shared, prompts.real),
-        lambda: comparable(*bridge_cache(rounded_otherwise(hf), prompts), shared, prompts.real),
+        of_bridge(bridge_logits, theirs),
+        lambda: of_bridge(*bridge_cache(rounded_otherwise(hf), prompts)),
     )
 
 

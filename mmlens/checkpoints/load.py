@@ -205,6 +205,12 @@ def format_of(folder: Path) -> Format:
         for format in reversed(FORMATS.values()):
             if format.recognises(config):
                 return format
+    kind = str(config.get("model_type"))
+    if kind.endswith("_moe"):
+        raise CheckpointError(
+            f"{path}: model_type {kind!r}: its layers are mixtures of experts, which mmlens does "
+            f"not build; take a dense model of the same family ({kind.removesuffix('_moe')})"
+        )
     raise CheckpointError(
         f"{path}: model_type {config.get('model_type')!r}, architectures "
         f"{config.get('architectures')} is no format that mmlens knows; it knows "

@@ -59,12 +59,16 @@ RELATED: Names = (
 TIMES_WEIGHTS = " times the norm's weights (plus its bias)"
 """What TransformerLens 4 has after a norm, of what has a hook point here."""
 
+NORMED = (
+    "where a model normalises queries and keys, attn.q_norm.hook_normalized and "
+    "attn.k_norm.hook_normalized are before the norm's weights"
+)
 NO_HOOK: Names = (
     (r"hook_unembed|unembed\.hook_out", "logits have no hook point: the run returns them"),
     (r"hook_pos_embed|rotary_emb\..*|.*attn\.hook_(?:cos|sin)", ROTARY),
     (r"hook_tokens|embed\.hook_in", "tokens have no hook point: give the run others"),
     (r"ln_final\.hook_in", "what enters the final norm is hook_resid_post of the last block"),
-    (r".*\.attn\.hook_[qk]_normed", "this model does not normalise queries and keys"),
+    (r".*\.attn\.hook_[qk]_normed", NORMED),
     (
         r"vision_encoder\.hook_(?:vision_)?out",
         "the tower is built up to the layers whose features are used, vision.hook_out",

@@ -116,6 +116,8 @@ class WeightProperties(nn.Module):
 
         Rotary positions come between the two, so this is the score at distance 0, but for the
         biases, the norm's weights and the division by `cfg.attn_scale`.
+        Where `cfg.qk_norm`, queries and keys are normalised first, so it is the score only up to a
+        factor for each query and key, and to the weights of these norms.
         """
         return FactoredMatrix(self.W_Q, self._for_each_head(self.W_K).transpose(-2, -1))
 

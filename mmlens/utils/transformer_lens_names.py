@@ -256,4 +256,3 @@ class SameForAll:
     use_attn_scale: ClassVar[bool] = True
     use_hook_tokens: ClassVar[bool] = False
     use_normalization_before_and_after: ClassVar[bool] = False
-    use_qk_norm: ClassVar[bool] = False

@@ -15,12 +15,14 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.phi import modeling_phi
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.siglip import modeling_siglip
 
 SOURCES = {
     "llama": modeling_llama,
     "mistral": modeling_mistral,
     "qwen2": modeling_qwen2,
+    "qwen3": modeling_qwen3,
     "phi": modeling_phi,
     "gpt_neox": modeling_gpt_neox,
     "clip_vision_model": modeling_clip,
@@ -142,6 +144,11 @@ def decoder_activations(hf: nn.Module, prefix: str, seen: dict[str, Tensor]) -> 
             found |= norm_activations(f"{here}.ln2", norm, mid)
             found[f"{here}.hook_resid_mid"] = mid
             found[f"{here}.mlp.hook_pre_linear"] = seen[f"{there}.mlp.up_proj:out"]
+        if hasattr(block.self_attn, "q_norm"):
+            for which in "qk":
+                norm, x = f"{which}_norm", by_head(seen[f"{there}.self_attn.{which}_proj:out"])
+                part = getattr(block.self_attn, norm)
+                found |= norm_activations(f"{here}.attn.{norm}", part, x)
     return found
 
 

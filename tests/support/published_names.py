@@ -186,6 +186,20 @@ LLAVA_1_6 = (
     + "model.image_newline [4096]\n"
 )
 
+# Qwen/Qwen3-0.6B: a head of 128 whatever the width, and a norm of each head's query and key.
+QWEN3_06B = """
+model.embed_tokens.weight [151936,1024]
+model.layers.{0..27}.self_attn.q_proj.weight [2048,1024]
+model.layers.{0..27}.self_attn.{k,v}_proj.weight [1024,1024]
+model.layers.{0..27}.self_attn.o_proj.weight [1024,2048]
+model.layers.{0..27}.self_attn.{q,k}_norm.weight [128]
+model.layers.{0..27}.mlp.{gate,up}_proj.weight [3072,1024]
+model.layers.{0..27}.mlp.down_proj.weight [1024,3072]
+model.layers.{0..27}.{input,post_attention}_layernorm.weight [1024]
+model.norm.weight [1024]
+lm_head.weight [151936,1024]
+"""
+
 # EleutherAI/pythia-70m, whose files hold the causal mask as well.
 PYTHIA_70M = """
 gpt_neox.embed_in.weight [50304,512]

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 
@@ -111,6 +112,8 @@ SHAPES = {
     "mistral, window": Shape(decoder="mistral", window=6),
     "qwen2": Shape(decoder="qwen2", n_heads=5, n_kv_heads=1, d_head=8, d_model=35),
     "qwen2, some windows": Shape(decoder="qwen2", window=5, tied=True),
+    "qwen3": Shape(decoder="qwen3", n_heads=5, n_kv_heads=1, d_head=12, d_model=35),
+    "qwen3, biases": Shape(decoder="qwen3", attention_bias=True, tied=True, window=5),
     "phi": Shape(decoder="phi", n_heads=3, n_kv_heads=3, d_model=30, rope=PARTIAL),
     "phi, grouped queries": Shape(decoder="phi", d_model=60, rope=PARTIAL),
     "gpt_neox": Shape(decoder="gpt_neox", n_heads=3, n_kv_heads=3, rope=PARTIAL),
@@ -137,6 +140,13 @@ def text_config(shape: Shape) -> PreTrainedConfig:
         "mistral": partial(MistralConfig, sliding_window=shape.window),
         "qwen2": partial(
             Qwen2Config,
+            use_sliding_window=shape.window is not None,
+            sliding_window=shape.window,
+            max_window_layers=1,
+        ),
+        "qwen3": partial(
+            Qwen3Config,
+            attention_bias=shape.attention_bias,
             use_sliding_window=shape.window is not None,
             sliding_window=shape.window,
             max_window_layers=1,

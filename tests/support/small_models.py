@@ -26,6 +26,7 @@ IMAGE, PAD, BOS = 60, 0, 1
 KINDS = {
     "plain": {"o_bias": False, "qkv_bias": False},
     "biased": {"o_bias": True, "qkv_bias": True},
+    "normalised queries": {"qk_norm": True},
     "parallel": {"parallel_attn_mlp": True, "normalization_type": "LN"},
     "local": {"n_layers": 3, "attn_types": ("local", "global", "local"), "window_size": 3},
 }
@@ -99,11 +100,14 @@ def small_model(seed: int, **choices: Any) -> HookedMultimodalTransformer:
 
 
 def any_family(seed: int, **choices: Any) -> HookedMultimodalTransformer:
-    """The same, by chance with parallel blocks or with layers that look back a few positions."""
+    """The same, by chance with parallel blocks, with layers that look back a few
+    positions, or with normalised queries."""
     chance = random.Random(seed)
     n_layers = choices.pop("n_layers", chance.randint(2, 6))
-    kind = chance.choice(["plain", "parallel", "local"])
-    if kind == "parallel":
+    kind = chance.choice(["plain", "parallel", "local", "normalised"])
+    if kind == "normalised":
+        choices = {"qk_norm": True, **choices}
+    elif kind == "parallel":
         choices = {"parallel_attn_mlp": True, **choices}
     elif kind == "local":
         types = tuple(chance.choice(["local", "global"]) for _ in range(n_layers))

@@ -22,7 +22,11 @@ from mmlens.config import MultimodalConfig
 
 __all__ = ["DECODERS", "Decoder", "decoder_fields", "decoder_names"]
 
-DECODERS = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "phi": PHI, "gpt_neox": GPT_NEOX}
+DECODERS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
+    "phi": PHI,
+    "gpt_neox": GPT_NEOX,
+}
 
 
 def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Llama (Vicuna, SmolLM2 ...), Mistral and Qwen2: RMSNorm, rotary positions, gated MLPs.
+"""Llama (Vicuna, SmolLM2 ...), Mistral, Qwen2 and Qwen3: RMSNorm, rotary positions, gated MLPs.
 
-Source: transformers, `configuration_*.py` and `modeling_*.py` of llama, mistral and qwen2.
+Source: transformers, `configuration_*.py` and `modeling_*.py` of llama, mistral,
+qwen2 and qwen3.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ NAMES = {
     "layers.{}.self_attn.q_proj": "blocks.{}.attn.qkv[q]",
     "layers.{}.self_attn.k_proj": "blocks.{}.attn.qkv[k]",
     "layers.{}.self_attn.v_proj": "blocks.{}.attn.qkv[v]",
+    "layers.{}.self_attn.q_norm": "blocks.{}.attn.q_norm",  # Qwen3's
+    "layers.{}.self_attn.k_norm": "blocks.{}.attn.k_norm",
     "layers.{}.self_attn.o_proj": "blocks.{}.attn.o",
     "layers.{}.post_attention_layernorm": "blocks.{}.ln2",
     "layers.{}.mlp.gate_proj": "blocks.{}.mlp.gate",
@@ -28,7 +31,7 @@ NAMES = {
 
 
 def choices(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what the three have in common, and where they differ: biases and windows.
+    """Return what they have in common, and where they differ: biases, windows, norms of queries.
 
     Raises:
         CheckpointError: layers that have a window, and no window.
@@ -53,6 +56,7 @@ def choices(config: PreTrainedConfig) -> dict[str, Any]:
         "gated_mlp": True,
         "qkv_bias": biased or config.model_type == "qwen2",
         "o_bias": biased,
+        "qk_norm": config.model_type == "qwen3",
         "mlp_bias": getattr(config, "mlp_bias", False),
         "window_size": config.sliding_window if types else None,
         "attn_types": types,

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmlens.config import TransformerConfig
-from mmlens.model.components.norm import float32_or_wider
+from mmlens.model.components.norm import float32_or_wider, make_norm
 from mmlens.model.components.past import Mask, Past
 from mmlens.model.components.rotary import rotate
 from mmlens.model.hook_points import HookPoint, has_listeners, left_alone
@@ -47,12 +47,22 @@ def in_bias(which: int, attention: Attention) -> Float[Tensor, "head d_head"]:
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d_head)) V, summed over heads through W_O."""
+    """softmax(Q K^T / sqrt(d_head)) V, summed over heads through W_O.
+
+    Where `cfg.qk_norm`, each head's query and key are normalised (`q_norm`, `k_norm`) before they
+    are rotated; `hook_q` and `hook_k` come before that.
+    """
 
     SITES = (
         Site("q", "batch pos head d_head"),
         Site("k", "batch pos kv_head d_head", key_side=True),
         Site("v", "batch pos kv_head d_head", key_side=True),
+        Site("q_norm.scale", "batch pos head 1", "q_norm.hook_scale"),
+        Site("q_norm.normalized", "batch pos head d_head", "q_norm.hook_normalized"),
+        Site("k_norm.scale", "batch pos kv_head 1", "k_norm.hook_scale", key_side=True),
+        Site(
+            "k_norm.normalized", "batch pos kv_head d_head", "k_norm.hook_normalized", key_side=True
+        ),
         Site("rot_q", "batch pos head d_head"),
         Site("rot_k", "batch pos kv_head d_head", key_side=True),
         Site("attn_scores", "batch head query key", masked=-torch.inf),
@@ -72,6 +82,9 @@ class Attention(nn.Module):
         self.hook_q = HookPoint()
         self.hook_k = HookPoint()
         self.hook_v = HookPoint()
+        if cfg.qk_norm:
+            self.q_norm = make_norm(cfg, cfg.d_head)
+            self.k_norm = make_norm(cfg, cfg.d_head)
         if rotary:
             self.hook_rot_q = HookPoint()
             self.hook_rot_k = HookPoint()
@@ -106,6 +119,8 @@ class Attention(nn.Module):
         q = self.hook_q(q.unflatten(-1, (self.cfg.n_heads, self.cfg.d_head)))
         k = self.hook_k(k.unflatten(-1, (self.cfg.n_kv_heads, self.cfg.d_head)))
         v = self.hook_v(v.unflatten(-1, (self.cfg.n_kv_heads, self.cfg.d_head)))
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if cos_sin is not None:
             q = self.hook_rot_q(rotate(q, *map(past.kept, cos_sin)))
             k = self.hook_rot_k(rotate(k, *cos_sin))

@@ -77,9 +77,9 @@ class LayerNorm(RMSNorm):
         return super()._weighted(normalized) + self.b
 
 
-def make_norm(cfg: TransformerConfig) -> RMSNorm:
-    """The norm that `cfg.normalization_type` names."""
-    return NORMS[cfg.normalization_type](cfg.d_model, cfg.eps)
+def make_norm(cfg: TransformerConfig, width: int | None = None) -> RMSNorm:
+    """The norm that `cfg.normalization_type` names, of `width` dimensions; by default `d_model`."""
+    return NORMS[cfg.normalization_type](cfg.d_model if width is None else width, cfg.eps)
 
 
 NORMS: dict[str, type[RMSNorm]] = {"RMS": RMSNorm, "LN": LayerNorm}
