@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import SITES_WITHOUT_LAYERS, language_model, small_inputs, small_model
+from small_models import SITES_WITHOUT_LAYERS, language_model, sites_of, small_inputs, small_model
 
 from mmlens import Intervention, hook_name, window
 from mmlens.interventions.functions import add, replace, scale, zero
@@ -26,10 +26,11 @@ def all_names(model):
 
 
 def test_every_hook_point_has_a_short_name(seed):
-    model = small_model(seed, gated_mlp=True)
+    model = small_model(seed, gated_mlp=True, qk_norm=True)
     absent = {
         hook_name(f"vision.{site}", layer)
-        for site in ("rot_q", "rot_k", "pre_linear")
+        for site in LAYERED_SITES
+        if site in ("rot_q", "rot_k", "pre_linear") or "_norm." in site
         for layer in range(model.cfg.vision.n_layers)
     }
     assert all_names(model) - absent == set(model.hook_dict)
@@ -103,8 +104,7 @@ def test_the_function_sees_its_slice_only(seed):
     chance = random.Random(seed)
     model = small_model(seed)
     inputs = small_inputs(model, seed, images=(1, 2))
-    sites = [s for s in LAYERED_SITES if s != "pre_linear" or model.cfg.gated_mlp]
-    site, layer = chance.choice(sites), chance.randrange(model.cfg.n_layers)
+    site, layer = chance.choice(sites_of(model)), chance.randrange(model.cfg.n_layers)
     positions = chance.sample(range(inputs.n_pos), chance.randint(1, inputs.n_pos))
     name = hook_name(site, layer)
     axis = 2 if site in ("attn_scores", "pattern") else 1

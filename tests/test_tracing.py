@@ -26,6 +26,7 @@ from small_models import (
     D_VOCAB,
     language_model,
     picture,
+    sites_of,
     small_inputs,
     small_model,
     worded_model,
@@ -34,7 +35,6 @@ from small_models import (
 from mmlens import CausalTrace, causal_trace, collate, noise_span, swap_span
 from mmlens.analyses.trace_grid import first_difference
 from mmlens.interventions.functions import HookFunction
-from mmlens.interventions.intervention import LAYERED_SITES
 
 TOLERANCE = 1e-5
 SITES = ("resid_post", "attn_out", "mlp_out")
@@ -175,7 +175,7 @@ def test_branch_equals_naive(seed):
         corrupted = clean.with_pixels(-clean.pixel_values)
     elif kind == "noise":
         corrupted = noise_span(model, clean, ["image", "text"], multiple=0.5, samples=3, seed=seed)
-    sites = [site for site in LAYERED_SITES if site != "pre_linear" or model.cfg.gated_mlp]
+    sites = sites_of(model)
     groups = [[last], chance.sample(range(clean.n_pos), 3), chance.randrange(clean.n_pos)]
     _, _, difference = traces(
         model,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmlens.config import MultimodalConfig, ProjectorConfig, VisionConfig
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.interventions.intervention import LAYERED_SITES, hook_name
 from mmlens.model.transformer import HookedMultimodalTransformer
 
 D_VOCAB = 61
@@ -35,6 +36,11 @@ KINDS = {
 SITES_WITHOUT_LAYERS = [
     name for name, site in HookedMultimodalTransformer.SITES.items() if not site.is_layered
 ]
+
+
+def sites_of(model: HookedMultimodalTransformer) -> list[str]:
+    """The layered sites that the model's decoder has."""
+    return [site for site in LAYERED_SITES if hook_name(site, 0) in model.hook_dict]
 
 
 def small_config(chance: random.Random, **choices: Any) -> MultimodalConfig:
