@@ -21,6 +21,7 @@ from small_models import (
 )
 
 from mmlens import Intervention, hook_name, window
+from mmlens.config import MultimodalConfig
 from mmlens.interventions.functions import add, knockout, noise, replace, restore, scale, zero
 from mmlens.interventions.intervention import LAYERED_SITES
 from mmlens.model.components import TransformerBlock
@@ -278,7 +279,7 @@ def count_work(monkeypatch):
     forward = TransformerBlock.forward
 
     def counted(self, resid, **options):
-        if "layer" in options:
+        if isinstance(self.cfg, MultimodalConfig):  # a tower's blocks have other configurations
             work[options["layer"]] += resid.shape[0] * resid.shape[1]
         return forward(self, resid, **options)
 
