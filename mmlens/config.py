@@ -26,6 +26,12 @@ def check_sizes(config: Any, *names: str, least: int = 1) -> None:
             raise ValueError(f"{name}={value!r}; it must be a whole number from {least} up")
 
 
+def check_cap(name: str, value: Any) -> None:
+    """Raise a ValueError where a softcap is neither None nor a positive number."""
+    if value is not None and not (is_finite(value) and value > 0):
+        raise ValueError(f"{name}={value!r}; it must be a finite number above 0, or None")
+
+
 def is_finite(value: Any) -> bool:
     """Whether a value is a number, and neither infinite nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -59,10 +65,19 @@ class TransformerConfig(SameForAll):
     layer_scale: bool = False
     """What attention and MLP add is multiplied by a learnt factor per dimension (a few towers of
     open_clip's; Touvron et al. 2021)."""
+    post_norms: bool = False
+    """What attention and MLP give is normalised once more before it is added to the stream
+    ("sandwich norms"; Gemma 2 and 3)."""
+    norm_offset: float = 0.0
+    """What norms add to their weights: 1 where the checkpoint has weights around 0 (Gemma)."""
     window_size: int | None = None
     """How many positions a query of a "local" layer looks back at, its own included."""
     attn_types: tuple[Literal["global", "local"], ...] | None = None
     """Per layer; None means every layer is "global"."""
+    attn_scale: float = 0.0
+    """What attention scores are divided by; 0 stands for the square root of `d_head`."""
+    scores_softcap: float | None = None
+    """Attention scores s are capped to c tanh(s / c) before the mask (Gemma 2)."""
     use_attn_result: bool = False
     """Whether caches hold `attn.hook_result` without being asked by name; as those below."""
     use_attn_in: bool = False
@@ -78,6 +93,14 @@ class TransformerConfig(SameForAll):
             )
         if not is_finite(self.eps) or self.eps < 0:
             raise ValueError(f"eps={self.eps!r}; it must be a finite number, 0 or more")
+        if not is_finite(self.attn_scale) or self.attn_scale < 0:
+            raise ValueError(f"attn_scale={self.attn_scale!r}; it must be finite, 0 or more")
+        self.attn_scale = self.attn_scale or self.d_head**0.5
+        check_cap("scores_softcap", self.scores_softcap)
+        if (self.post_norms or self.norm_offset) and self.normalization_type != "RMS":
+            raise ValueError("post_norms and norm_offset are of models with RMSNorms")
+        if self.post_norms and self.parallel_attn_mlp:
+            raise ValueError("blocks with post_norms are not parallel")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} is no multiple of n_key_value_heads={self.n_kv_heads}"
@@ -93,14 +116,14 @@ class TransformerConfig(SameForAll):
             check_sizes(self, "window_size")
 
     @property
+    def changes_outputs(self) -> bool:
+        """Whether what attention and MLP give is not what is added to the residual stream."""
+        return self.post_norms
+
+    @property
     def n_kv_heads(self) -> int:
         """Heads of keys and values, with or without grouped-query attention."""
         return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
-
-    @property
-    def attn_scale(self) -> float:
-        """What attention scores are divided by: the square root of `d_head`."""
-        return self.d_head**0.5
 
     @property
     def n_params(self) -> int:
@@ -138,9 +161,13 @@ class TransformerConfig(SameForAll):
     def __getattr__(self, name: str) -> Any:
         raise refused("config", self, name)
 
+    def kind(self, layer: int) -> Literal["global", "local"]:
+        """The kind of a layer: "local" where its attention has a window."""
+        return self.attn_types[layer] if self.attn_types else "global"
+
     def window(self, layer: int) -> int | None:
         """The window of a layer's attention; None where it sees everything before it."""
-        return self.window_size if self.attn_types and self.attn_types[layer] == "local" else None
+        return self.window_size if self.kind(layer) == "local" else None
 
 
 @dataclass(kw_only=True)
@@ -320,6 +347,15 @@ class MultimodalConfig(TransformerConfig):
     """transformers' `model_type`: by it `checkpoints.decoders` finds the names of a decoder."""
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10000.0})
     """Hugging Face's own description of the rotary embedding: `rope_theta`, `rope_type`, ..."""
+    local_rope_parameters: dict[str, Any] | None = None
+    """The same of "local" layers, where it is another one (Gemma 3)."""
+    attention_blocks: Literal["image", "prompt"] | None = None
+    """Which positions attend to each other in both directions: those of each image (Gemma 3), or
+    the whole prompt (PaliGemma); see `mmlens.model.components.attention_rule`."""
+    embed_scale: float = 1.0
+    """What token embeddings are multiplied by (Gemma: the square root of `d_model`)."""
+    logits_softcap: float | None = None
+    """Logits x are capped to c tanh(x / c) (Gemma 2)."""
     tie_word_embeddings: bool = False
     unembed_bias: bool = False
     image_token_id: int | None = None
@@ -366,9 +402,17 @@ class MultimodalConfig(TransformerConfig):
             check_sizes(self, "image_token_id", least=0)
             if self.image_token_id >= 2**32:  # as tokenizers number their tokens
                 raise ValueError(f"image_token_id={self.image_token_id}; it must be below 2**32")
-        theta: Any = self.rope_parameters.get("rope_theta")
-        if not (is_finite(theta) and theta > 0):
-            raise ValueError(f"rope_theta={theta!r}; it must be a finite number above 0")
+        check_cap("logits_softcap", self.logits_softcap)
+        if not is_finite(self.embed_scale):
+            raise ValueError(f"embed_scale={self.embed_scale!r}; it must be a finite number")
+        if self.attention_blocks not in (None, "image", "prompt"):
+            raise ValueError(
+                f"attention_blocks={self.attention_blocks!r}; it can be 'image', 'prompt' or None"
+            )
+        for rope in (self.rope_parameters, self.local_rope_parameters or self.rope_parameters):
+            theta: Any = rope.get("rope_theta")
+            if not (is_finite(theta) and theta > 0):
+                raise ValueError(f"rope_theta={theta!r}; it must be a finite number above 0")
         share: Any = self.rope_parameters.get("partial_rotary_factor", 1.0)
         if not (is_finite(share) and 0 < share <= 1):
             raise ValueError(f"partial_rotary_factor={share!r}; it must be above 0 and at most 1")

@@ -107,7 +107,8 @@ def test_vectors_sum_to_the_attention_output(seed, kind):
     vectors = attention_vectors(model, inputs, everywhere, everywhere)
     _, cache = model.run_with_cache(inputs)
     for layer in range(model.cfg.n_layers):
-        out = cache["attn_out", layer] - model.blocks[layer].attn.b_O
+        written = "attn.hook_out" if model.cfg.post_norms else "hook_attn_out"
+        out = cache[f"blocks.{layer}.{written}"] - model.blocks[layer].attn.b_O
         # Float32 sums in another order: a few roundings of the largest term.
         bound = 1e-4 * (1 + vectors[layer].abs().max())
         assert (vectors[layer].sum(dim=2) - out).abs().max() <= bound
@@ -332,7 +333,7 @@ def test_knockout_of_named_spans(seed, tmp_path):
 def test_knockout_of_what_is_never_looked_at(seed):
     model = small_model(seed)
     inputs = small_inputs(model, seed)
-    with pytest.raises(ValueError, match="never look at"):
+    with pytest.raises(ValueError, match="never attend to"):
         attention_knockout(model, inputs, "last", [0, 1])
     done = []
     found = attention_knockout(

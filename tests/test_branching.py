@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import (
+    KINDS,
     SITES_WITHOUT_LAYERS,
     language_model,
     plain_run,
@@ -99,7 +100,7 @@ def test_branches_equal_plain_runs(seed, batch_rows):
 def test_every_site_of_the_decoder(seed, site):
     chance = random.Random(seed)
     # Where queries are normalised, the size of what comes before that says nothing.
-    model = small_model(seed, gated_mlp=True, qk_norm="_norm." in site)
+    model = small_model(seed, gated_mlp=True, qk_norm="_norm." in site, **KINDS["sandwich"])
     inputs = small_inputs(model, seed, images=(1, 2), words=(4, 6))
     branches = [
         [Intervention(site, [layer], [inputs.n_pos - 1], scale(1.7))]

@@ -38,6 +38,7 @@ from mmlens import (
 )
 from mmlens.checkpoints.devices import allocate
 from mmlens.model.components import partial_attention
+from mmlens.model.components.attention_rule import AttentionRule
 
 TOLERANCE = 1e-9  # in float64: other kernels round otherwise, and a model can make much of that
 QUESTION = "What is the capital of this country?"
@@ -277,7 +278,8 @@ def test_kernels(
     monkeypatch.setattr(pretend_gpu, "fused", count)
     q = torch.randn(2, 5, 3, d_head, dtype=dtype)
     k, v = (torch.randn(1, 11, n_kv_heads, d_head, dtype=dtype) for _ in range(2))
-    z, lse = partial_attention.attend_part(*(x.to("cuda") for x in (q, k, v)), None)
+    rule = AttentionRule(q.shape[-1] ** -0.5)
+    z, lse = partial_attention.attend_part(*(x.to("cuda") for x in (q, k, v)), None, rule)
     assert called == ([] if kernel is None else [kernel])
     wide = [x.double().repeat_interleave(3 // x.shape[2], dim=2) for x in (q, k, v)]
     scores = torch.einsum("bqhd,xkhd->bqhk", *wide[:2]) / d_head**0.5

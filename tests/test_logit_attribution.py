@@ -83,6 +83,7 @@ def test_the_lens_reads_visual_tokens(seed, tmp_path):
 @pytest.mark.parametrize("norm", ["RMS", "LN"])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_direct_attributions_sum_to_the_logit(seed, norm, per_head, kind):
+    norm = "RMS" if kind == "sandwich" else norm  # norms after attention and MLP are RMSNorms
     model = small_model(seed, **{**KINDS[kind], "normalization_type": norm, "o_bias": True})
     inputs = small_inputs(model, seed)
     token, contrast = random.sample(range(D_VOCAB), 2)

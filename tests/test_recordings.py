@@ -192,9 +192,9 @@ def test_the_prefix_is_attended_to_in_place(seed, monkeypatch):
     module = sys.modules["mmlens.branching.shared_past"]
     attend = module.attend_part
 
-    def seen(q, k, v, mask):
+    def seen(q, k, v, mask, rule):
         attended.append((k, v))
-        return attend(q, k, v, mask)
+        return attend(q, k, v, mask, rule)
 
     monkeypatch.setattr(module, "attend_part", seen)
     last = inputs.n_pos - 1

@@ -3,7 +3,9 @@
     c(j <- i) = | sum over heads of  A[j, i] (x_i W_V + b_V) W_O |
 
 with A the pattern and x after the layer norm (Yuksekgonul et al. 2023, arXiv 2309.15098; Basu et
-al. 2024, section on attention contributions). Per head, the norm is taken before the sum.
+al. 2024, section on attention contributions). Per head, the norm is taken before the sum. In a
+model that normalises what attention gives before it is added to the stream (Gemma 2 and 3), this is
+what it gives: the vectors sum to `attn.hook_out`.
 """
 
 from __future__ import annotations
@@ -174,7 +176,8 @@ def attention_contribution(
         per_head: every head's own norm instead of the norm of the sum over heads.
 
     Returns:
-        [layer, (head,) destination, source]; zero where the source comes after the destination.
+        [layer, (head,) destination, source]; zero where the destination does
+        not attend to the source, as where that comes after it.
 
     Raises:
         UnknownSpanError: (a KeyError) no span of that name.
@@ -214,10 +217,11 @@ def attention_vectors(
     *,
     layers: Iterable[int] | None = None,
 ) -> Float[Tensor, "layer row destination source d_model"]:
-    """What destinations receive from sources, as vectors of the residual stream.
+    """What destinations receive from sources, as vectors.
 
-    Summed over all positions as sources they are `attn_out` without `b_O`. Arguments and errors as
-    in `attention_contribution`, whose values are the norms of these.
+    Summed over all positions as sources they are `attn_out` without `b_O`; in a model with a norm
+    after attention (`cfg.post_norms`), `attn.hook_out` without `b_O`, before that norm. Arguments
+    and errors as in `attention_contribution`, whose values are the norms of these.
     """
     check_one_prompt(len(inputs), "attention_vectors")
     sources, destinations = positions_of(inputs, source), positions_of(inputs, destination)

@@ -105,8 +105,9 @@ def attention_knockout(
 
     Raises:
         UnknownSpanError: (a KeyError) no span of that name.
-        ValueError: a batch; positions or layers that are not there; sources that all come after
-            the destinations, which never look at them; an answer without tokens.
+        ValueError: a batch; positions or layers that are not there; sources that no destination
+            attends to in any layer that is cut: later ones, or ones that are further back than a
+            window; an answer without tokens.
 
     Example:
         >>> cut = attention_knockout(model, inputs, "image", "last", window=5)
@@ -116,14 +117,19 @@ def attention_knockout(
     recording, target = record_with_answer(model, inputs, answer)
     sources = positions_of(recording.inputs, source)
     destinations = positions_of(recording.inputs, destination)
-    if int(sources.min()) > int(destinations.max()):
+    windows = [layers_around("attn_scores", at, window, model) for at in centres]
+    places = recording.places
+    rules = {model.rules[model.cfg.kind(layer)] for cut in windows for layer in cut}
+    seen = (rule.mask(places[destinations], places[sources]) for rule in rules)
+    if not any(bool(each.any()) for each in seen):
+        asked, cut = (f"{int(at.min())} ... {int(at.max())}" for at in (destinations, sources))
         raise ValueError(
-            f"destinations up to {int(destinations.max())} never look at sources from "
-            f"{int(sources.min())} on: attention is causal"
+            f"destinations {asked} never attend to sources {cut} in the layers that are cut: these "
+            "come later, or are further back than a window"
         )
     branches = [
         [Intervention("attn_scores", layers_cut, destinations, knockout(sources))]
-        for layers_cut in (layers_around("attn_scores", at, window, model) for at in centres)
+        for layers_cut in windows
     ]
     left = recording.run(
         branches,

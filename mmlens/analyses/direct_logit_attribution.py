@@ -1,7 +1,9 @@
 """Direct logit attribution: a logit as a sum over everything that was added to the residual stream.
 
 Elhage et al. 2021, with the final norm's scale taken as it is; at every position, visual tokens
-included.
+included. Where attention has a norm after it (Gemma 2 and 3), a head's part goes through that norm
+with its scale in the run, and so the parts still sum to the logit. Where logits are capped (Gemma
+2), the parts sum to the logit before the cap c: c tanh(x / c) of it is what the model gives.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
 
 
+FINAL_SCALE = "ln_final.hook_scale"
+
+
 @dataclass(frozen=True, eq=False)
 class DirectLogitAttribution(SavedResult):
     """What each component adds to a logit, at every position.
@@ -48,7 +53,7 @@ class DirectLogitAttribution(SavedResult):
     values: Float[Tensor, "component position"]
     """They sum to `logits` over the components."""
     logits: Float[Tensor, " position"]
-    """The token's (minus the contrast's) at each position, as the model computes them."""
+    """The token's (minus the contrast's) at each position, before they are capped (Gemma 2)."""
     components: tuple[str, ...]
     """"embed", "0.attn_out" (or "0.head_0", ...), "0.mlp_out", ... and "bias": what comes from no
     activation."""
@@ -86,7 +91,8 @@ def direct_logit_attribution(
             most probable next token of the prompt.
         contrast: a second token, whose logit is subtracted.
         positions: a span or positions; all by default.
-        per_head: heads apart; attention's output bias then counts as "bias".
+        per_head: heads apart; attention's output bias then counts as "bias". In a model with a norm
+            after attention, each is what it adds for that norm's scale in this run.
 
     Raises:
         UnknownSpanError: (a KeyError) no span of that name.
@@ -101,7 +107,7 @@ def direct_logit_attribution(
     ids += [] if contrast is None else [token_id(model, inputs, contrast)]
     direction, constant = reading_direction(model, ids)
     added: dict[str, Tensor] = {}
-    scale: list[Tensor] = []
+    scales: dict[str, Tensor] = {}
 
     def keep(activation: Tensor, hook: HookPoint, names: list[str], weights: Tensor) -> None:
         at = float32_or_wider(activation[0, where.to(activation.device)])
@@ -110,22 +116,33 @@ def direct_logit_attribution(
         added.update(zip(names, read.T.cpu(), strict=True))
 
     def keep_scale(activation: Tensor, hook: HookPoint) -> None:
-        scale.append(activation[0, where.to(activation.device), 0].cpu())
+        scales[str(hook.name)] = activation[0, where.to(activation.device), 0].cpu()
 
+    parts = what_is_added(model, direction, per_head)
     hooks: list[tuple[str, HookFunction]] = [
         (name, reading(partial(keep, names=names, weights=weights)))
-        for name, names, weights in what_is_added(model, direction, per_head)
+        for name, names, weights, _ in parts
     ]
-    with model.hooks(fwd_hooks=[*hooks, ("ln_final.hook_scale", reading(keep_scale))]):
-        logits = float32_or_wider(model(inputs)[0, where.tolist()]).cpu()
+    normalised = {scale for *_, scale in parts if scale} | {FINAL_SCALE}
+    hooks += [(name, reading(keep_scale)) for name in normalised]
+    norm: Any = model.ln_final
+    with model.hooks(fwd_hooks=hooks):
+        resid = norm(model(inputs, stop_at_layer=model.cfg.n_layers))
+    logits = float32_or_wider(model.unembed.products(resid[0, where.tolist()])).cpu()
+    rest = constant + torch.zeros(len(where))
     blocks: Any = model.blocks
-    biases = [float32_or_wider(block.attn.b_O) for block in blocks]
-    carried = sum(float(bias @ direction.to(bias.device)) for bias in biases)
-    rest = constant + (carried if per_head else 0.0) / scale[0]
+    for (_, of_part, _, scale), layer in zip(parts[1::2], range(model.cfg.n_layers), strict=True):
+        if not per_head:
+            continue
+        post = scales[scale] if scale else torch.ones(())
+        for name in of_part:
+            added[name] = added[name] / post
+        bias = blocks[layer].written(1, blocks[layer].attn.b_O)
+        rest = rest + float(bias @ direction.to(bias.device)) / post / scales[FINAL_SCALE]
     names = token_names(model, ids)
     labels = inputs.labels()
     return DirectLogitAttribution(
-        values=torch.stack([*(part / scale[0] for part in added.values()), rest]),
+        values=torch.stack([*(part / scales[FINAL_SCALE] for part in added.values()), rest]),
         logits=logits[:, ids[0]] - (logits[:, ids[1]] if len(ids) > 1 else 0.0),
         components=(*added, "bias"),
         positions=tuple(where.tolist()),
@@ -156,16 +173,23 @@ def reading_direction(
 
 def what_is_added(
     model: HookedMultimodalTransformer, direction: Float[Tensor, " d_model"], per_head: bool
-) -> list[tuple[str, list[str], Tensor]]:
-    """Every activation that is added to the stream: hook, names of components, reading weights."""
-    parts = [("hook_input_embed", ["embed"], direction)]
+) -> list[tuple[str, list[str], Tensor, str]]:
+    """Every activation that is added to the stream: attention's and the MLP's, layer by layer.
+
+    Its hook, names of its components, what it is multiplied with, and the hook of the scale that
+    this is yet to be divided by ("" where there is none).
+    """
+    parts = [("hook_input_embed", ["embed"], direction, "")]
     for layer in range(model.cfg.n_layers):
         if per_head:
-            attention: Any = model.blocks[layer].attn
+            block: Any = model.blocks[layer]
             heads = [f"{layer}.head_{head}" for head in range(model.cfg.n_heads)]
-            weights = float32_or_wider(attention.W_O) @ direction.to(attention.W_O.device)
-            parts.append((hook_name("z", layer), heads, weights))
+            W_O = float32_or_wider(block.attn.W_O)
+            weights = W_O @ block.written(1, direction.to(W_O.device))
+            scale = hook_name("ln1_post.scale", layer) if model.cfg.post_norms else ""
+            parts.append((hook_name("z", layer), heads, weights, scale))
         else:
-            parts.append((hook_name("attn_out", layer), [f"{layer}.attn_out"], direction))
-        parts.append((hook_name("mlp_out", layer), [f"{layer}.mlp_out"], direction))
+            name = hook_name("attn_out", layer)
+            parts.append((name, [f"{layer}.attn_out"], direction, ""))
+        parts.append((hook_name("mlp_out", layer), [f"{layer}.mlp_out"], direction, ""))
     return parts

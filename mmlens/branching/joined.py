@@ -47,7 +47,7 @@ def start_of(recording: RecordedRun, branch: Branch, read: Sequence[int]) -> Sta
             if part.first_position is None:
                 continue
             first = first_changed(recording, part)
-            firsts.append(first)
+            firsts.append(recording.first_affected(first))
             if is_behind_keys(part.where, layer, n_layers):
                 tails.append(first)
     if not all(isinstance(part, Intervention) for part in branch):
@@ -100,7 +100,7 @@ def run_joined(
     schedule = Schedule.of(starts, read, n_layers, recording.inputs.n_pos)
     run = recording.past_before(schedule.firsts.first)
     resid = recording.own.resid[0][:, :0]
-    rotary = model.rotary.cos_sin(recording.inputs.position_ids, resid.dtype)
+    rotary = model.rotary_angles(recording.inputs.position_ids, resid.dtype)
     below = streams_from_below(recording, branches, starts)
     with model.hooks(fwd_hooks=branch_hooks(branches, starts, schedule, n_layers)):
         for step in schedule.steps:
@@ -111,8 +111,12 @@ def run_joined(
             resid = torch.cat([resid.to(new[0]), *new], dim=1) if new else resid
             past = SharedPast(run, step.keys, step.queries)
             at = step.keys.positions[resid.device]
-            cos_sin = tuple(part.to(at.device)[:, at] for part in rotary)
+            angles = {
+                kind: (cos.to(at.device)[:, at], sin.to(at.device)[:, at])
+                for kind, (cos, sin) in rotary.items()
+            }
             for layer in step.layers:
+                cos_sin = angles[model.cfg.kind(layer)]
                 resid = model.blocks[layer](resid, past=past, cos_sin=cos_sin, layer=layer)
         at = to_device(torch.tensor(schedule.read), resid.device)
         norm: Any = model.ln_final

@@ -5,9 +5,11 @@
                   readout=lambda logits: logits[:, -1].softmax(-1)[:, answer])
 
 A `Recording` keeps a run's residual stream at every layer and its keys and values. A branch is a
-list of interventions. It cannot change what lies below its first layer, nor (attention is causal)
-what lies before its first position; so it starts at that layer from the recorded residual stream,
-over the remaining positions only, and attends to the recorded keys and values of the others.
+list of interventions. It cannot change what lies below its first layer, nor what lies before the
+first position that its own can affect: itself where attention is causal, the first of its image
+where images attend to themselves in both directions (`AttentionRule.first_affected`). So it starts
+at that layer from the recorded residual stream, over the remaining positions only, and attends to
+the recorded keys and values of the others.
 
 `recording.run(branches)` evaluates many branches in one pass up the layers
 (`mmlens.branching.joined`). `recording.record(other_inputs)` is the recording of a prompt that
@@ -76,8 +78,10 @@ class Recording(RecordedRun):
             resid = model.input_embeddings(
                 inputs, None if encoded_images is None else encoded_images.visual
             )
-            past, cos_sin = model.attention_context(resid, inputs.attention_mask, None, None)
-            own = keep_run(model, resid, 0, past=past, cos_sin=cos_sin)
+            past, angles = model.attention_context(
+                resid, inputs.attention_mask, None, None, inputs.blocks
+            )
+            own = keep_run(model, resid, 0, past, angles)
         return cls(model, inputs, own, None, encoded_images, cache)
 
     @classmethod
@@ -126,12 +130,15 @@ class Recording(RecordedRun):
         """
         found: list[Recording] = []
         for each in map(model.to_inputs, inputs):
-            shared = [common_prefix(one.inputs, each) for one in (*earlier, *found)]
+            before = (*earlier, *found)
+            shared = [common_prefix(one.inputs, each) for one in before]
             most = max(shared, default=0)
             if 2 * most >= each.n_pos:
-                found.append((*earlier, *found)[shared.index(most)].record(each, names))
+                found.append(before[shared.index(most)].record(each, names))
             else:
-                found.append(cls.of(model, each, names))
+                seen = (one.encoded_images for one in reversed(before))
+                known = next((images for images in seen if images is not None), None)
+                found.append(cls.of(model, each, names, known))
         return found
 
     @exclusively
@@ -160,10 +167,10 @@ class Recording(RecordedRun):
         resid = self.model.input_embeddings(inputs, visual)[:, first:]
         packing = Packing((first,), inputs.n_pos)
         past = SharedPast(self.past_before(first, inputs), packing, packing)
-        cos_sin = self.model.rotary.cos_sin(inputs.position_ids[:, first:], resid.dtype)
+        angles = self.model.rotary_angles(inputs.position_ids[:, first:], resid.dtype)
         kept, caching, _ = self.model.get_caching_hooks(names)
         with self.model.hooks(fwd_hooks=caching):
-            own = keep_run(self.model, resid, first, past=past, cos_sin=cos_sin)
+            own = keep_run(self.model, resid, first, past, angles)
         cache = {name: with_before(self.cache[name][:, :first], new) for name, new in kept.items()}
         shared = self.own if self.shared is None else self.shared
         if self.shared is not None and first > self.own.begin:

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.branching.packing import OnEachDevice, Packing
+from mmlens.model.components.attention_rule import AttentionRule, Places
 from mmlens.model.components.partial_attention import attend_part, attention_scores, weighted_values
 from mmlens.model.components.past import Weigh
 
@@ -39,34 +40,26 @@ class FinishedRun:
     origin: int
     """Positions before this are attended to in place, by all; from here on each continuation has
     its own, those before its start filled in from the run."""
-    n_pos: int
+    places: Places
+    """Of all positions, those of the continuations included."""
     prefix: Sequence[KeysValues]
     """Per layer, what lies before `origin`; one row, or one per row of the packed activations."""
     base: Sequence[KeysValues]
     """Per layer, what the run has from `origin` on."""
-    key_mask: Bool[Tensor, "rows pos"] | None
-    """False at padding; None where nothing is padded."""
     _masks: dict[Any, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
     def masks(
-        self, window: int | None, device: torch.device
+        self, rule: AttentionRule, device: torch.device
     ) -> tuple[Bool[Tensor, "rows own_or_1 origin"] | None, Bool[Tensor, "rows own own"]]:
-        """Where a query from `origin` on may look: in the prefix (None: everywhere), and after."""
-        if (window, device) not in self._masks:
-            position = torch.arange(self.n_pos, device=device)
-            query = position[self.origin :, None]
-            allowed = (position <= query)[None]
-            if window is not None:
-                allowed = allowed & (position > query - window)
-            if self.key_mask is not None:
-                real = self.key_mask.to(device)[:, None, :]
-                # A padded query looks at itself, as everywhere: softmax over nothing is NaN.
-                allowed = (allowed & real) | ((position == query) & ~real)
-            before, own = allowed.split([self.origin, self.n_pos - self.origin], dim=-1)
+        """Where a query from `origin` on attends: in the prefix (None: everywhere), and after."""
+        if (rule, device) not in self._masks:
+            places = self.places.to(device)
+            seen = rule.mask(places[self.origin :], places)
+            before, own = seen.tensor_split([self.origin], dim=-1)
             if bool((before == before[:, :1]).all()):
                 before = before[:, :1]  # the same for every query, so long as no window ends there
-            self._masks[window, device] = (None if bool(before.all()) else before, own)
-        return self._masks[window, device]
+            self._masks[rule, device] = (None if bool(before.all()) else before, own)
+        return self._masks[rule, device]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +94,14 @@ class SharedPast:
         return OnEachDevice(self.queries.positions.made - self.run.origin)
 
     def attend(
-        self, layer: int, q: Queries, k: Keys, v: Keys, window: int | None, weigh: Weigh | None
+        self, layer: int, q: Queries, k: Keys, v: Keys, rule: AttentionRule, weigh: Weigh | None
     ) -> Queries:
         """Return the heads' outputs of every packed query; patterns have a key per position."""
         if weigh is not None:
-            pattern = weigh(self.scores(layer, q, k), self.mask(window, q.device))
+            pattern = weigh(self.scores(layer, q, k, rule), self.mask(rule, q.device))
             if pattern is not None:
                 return self.weighted(layer, pattern, v).to(q.dtype)
-        before, own = self.run.masks(window, q.device)
+        before, own = self.run.masks(rule, q.device)
         own_k, own_v = self._own(layer, k, v)
         n = own_k.shape[1]
         wide = self.queries.rectangle(q)
@@ -118,6 +111,7 @@ class SharedPast:
             own_k.flatten(0, 1),
             own_v.flatten(0, 1),
             own if len(own) == 1 else own.repeat_interleave(n, dim=0),
+            rule,
         )
         z = self.queries.flat(z.unflatten(0, (-1, n)))
         if not self.run.origin:
@@ -131,27 +125,29 @@ class SharedPast:
         rows = q.flatten(0, 1)[None] if together else q
         if together and before is not None and before.shape[1] > 1:
             before = before.repeat(1, len(q), 1)
-        past_z, past_lse = attend_part(rows, past_k, past_v, before)
+        past_z, past_lse = attend_part(rows, past_k, past_v, before, rule)
         past_z, past_lse = past_z.view_as(z), past_lse.view_as(lse)
         weight = torch.sigmoid(past_lse - lse)[..., None]
         return torch.lerp(z.to(weight.dtype), past_z.to(weight.dtype), weight).to(q.dtype)
 
-    def mask(self, window: int | None, device: torch.device) -> Bool[Tensor, "rows 1 kept pos"]:
+    def mask(self, rule: AttentionRule, device: torch.device) -> Bool[Tensor, "rows 1 kept pos"]:
         """Where every packed query may look, over all positions."""
-        before, own = self.run.masks(window, device)
+        before, own = self.run.masks(rule, device)
         if before is None:
             before = own.new_ones(1, 1, self.run.origin)
         rows, n_queries = max(len(before), len(own)), own.shape[1]
         both = [part.expand(rows, n_queries, -1) for part in (before, own)]
         return torch.cat(both, dim=-1)[:, None, self._queries_after_origin[own.device]]
 
-    def scores(self, layer: int, q: Queries, k: Keys) -> Float[Tensor, "row head kept pos"]:
+    def scores(
+        self, layer: int, q: Queries, k: Keys, rule: AttentionRule
+    ) -> Float[Tensor, "row head kept pos"]:
         """Return every packed query's scores for the keys of all positions, nothing masked."""
         past_k, own_k = self.run.prefix[layer][0], self._own(layer, k, k)[0]
         wide = self.queries.rectangle(q)
-        own = attention_scores(wide.flatten(0, 1), own_k.flatten(0, 1))
+        own = attention_scores(wide.flatten(0, 1), own_k.flatten(0, 1), rule)
         own = self.queries.flat(own.transpose(1, 2).unflatten(0, wide.shape[:2])).transpose(1, 2)
-        before = attention_scores(q, past_k.expand(len(q), *past_k.shape[1:]))
+        before = attention_scores(q, past_k.expand(len(q), *past_k.shape[1:]), rule)
         return torch.cat([before, own], dim=-1)
 
     def weighted(

@@ -16,6 +16,9 @@ from mmlens.branching.encoded_images import EncodedImages
 from mmlens.branching.shared_past import FinishedRun
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.model.components import KeyValueCache
+from mmlens.model.components.attention_rule import Places
+from mmlens.model.components.past import Past
+from mmlens.model.components.rotary import Angles
 from mmlens.model.hook_points import HookPoint, is_hook_point, reading
 
 if TYPE_CHECKING:
@@ -86,6 +89,16 @@ class RecordedRun:
         """The residual stream that enters each layer, and the one after the last."""
         return self._whole.resid
 
+    @cached_property
+    def places(self) -> Places:
+        """The recorded positions, as the rules of attention ask about them."""
+        return Places.of(self.inputs.attention_mask, self.inputs.blocks)
+
+    def first_affected(self, position: int) -> int:
+        """Return the first position that what changes at a position can change in later layers."""
+        rules = self.model.rules.values()
+        return min(rule.first_affected(position, self.places) for rule in rules)
+
     @property
     def past(self) -> KeyValueCache:
         """Keys and values of all positions, frozen."""
@@ -100,7 +113,9 @@ class RecordedRun:
 
     def past_before(self, first: int, inputs: MultimodalInputs | None = None) -> FinishedRun:
         """Return what continuations from `first` on attend to, of `inputs` or the recorded ones."""
-        inputs = self.inputs if inputs is None else inputs
+        places = self.places
+        if inputs is not None:
+            places = Places.of(inputs.attention_mask, inputs.blocks)
         if self.shared is None:
             origin, before, after = first, self.own, self.own
         else:
@@ -110,15 +125,14 @@ class RecordedRun:
         at = origin - after.begin
         return FinishedRun(
             origin=origin,
-            n_pos=inputs.n_pos,
+            places=places,
             prefix=[(k[:, :origin], v[:, :origin]) for k, v in before.keys_values],
             base=[(k[:, at:], v[:, at:]) for k, v in after.keys_values],
-            key_mask=None if bool(inputs.attention_mask.all()) else inputs.attention_mask,
         )
 
 
 def keep_run(
-    model: HookedMultimodalTransformer, resid: Tensor, begin: int, **attention: Any
+    model: HookedMultimodalTransformer, resid: Tensor, begin: int, past: Past, angles: Angles
 ) -> Stretch:
     """Run all blocks from their input, and keep what branches need."""
     layers = range(model.cfg.n_layers)
@@ -128,7 +142,9 @@ def keep_run(
     ]
     with outputs_kept(model, [name for site in names for name in site]) as kept:
         for layer in layers:
-            resid = model.blocks[layer](resid, layer=layer, **attention)
+            resid = model.blocks[layer](
+                resid, past=past, cos_sin=angles[model.cfg.kind(layer)], layer=layer
+            )
     entering, keys, values = ([kept[name] for name in site] for site in names)
     return Stretch(begin, (*entering, resid), tuple(zip(keys, values, strict=True)))
 

@@ -27,6 +27,8 @@ class Decoder:
     """Stands before `names` in a checkpoint of the language model."""
     head: str = "lm_head"
     """The output layer."""
+    activation: str = "hidden_act"
+    """Where the configuration says which activation function the MLPs have."""
 
 
 @dataclass(frozen=True)

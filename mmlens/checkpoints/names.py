@@ -7,6 +7,7 @@ A name table is a dictionary from a checkpoint's names to ours, with `{}` for th
     "layers.{}.query_key_value": "blocks.{}.attn.qkv[by head]"  q, k and v of one head after another
     "embed_tokens.weight": "embed.W_E"                         one tensor
     "pos_embed": "vision.W_pos[None]"                          with an axis of size 1 in front
+    "projection_weight": "projector.linear_1.weight[T]"        transposed
 
 What a model of the configuration has not (a bias, a class token, an output layer that is tied) is
 left out of the `Table`, so that one name table serves every variant of a family.
@@ -25,6 +26,9 @@ from mmlens.model.transformer import HookedMultimodalTransformer
 from mmlens.model.vision_tower import HookedVisionTransformer
 
 Names = Mapping[str, str]
+
+KINDS = {".w": ".weight", ".w_less_offset": ".weight", ".b": ".bias"}
+"""What the parameters of our norms are called in checkpoints."""
 
 # CLIP and SigLIP: `modeling_clip.py` and `modeling_siglip.py` of transformers.
 TOWER = {
@@ -60,6 +64,8 @@ class Slot:
     """Axes of size 1 that the checkpoint has in front, as for a batch."""
     n_heads: int | None = None
     """Of queries, keys and values that the checkpoint has by head: q, k, v of each."""
+    transposed: bool = False
+    """Whether the checkpoint has columns where we have rows."""
 
     def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return what the checkpoint has there: a view, but for a copy of what it has by head."""
@@ -75,7 +81,7 @@ class Slot:
         place = parameters[self.parameter][self.start : self.stop]
         if self.n_heads:
             return place.unflatten(0, (3, self.n_heads, -1)).transpose(0, 1)
-        return place[(None,) * self.batch_axes]
+        return place.T if self.transposed else place[(None,) * self.batch_axes]
 
 
 Table = dict[str, Slot]
@@ -109,12 +115,13 @@ def slots(cfg: MultimodalConfig | VisionConfig, names: Names) -> Table:
             if name == of_first or name.startswith(f"{of_first}.")
         ]
         n_heads = stack.n_heads if part == "by head" else None
-        start, stop = (0, None) if "None" in part or not part else rows_of(stack)[part]
+        whole = "None" in part or part in ("", "T")
+        start, stop = (0, None) if whole else rows_of(stack)[part]
         for layer in range(stack.n_layers) if "{}" in here else (0,):
             for kind in kinds:
-                name = there.format(layer) + {".w": ".weight", ".b": ".bias"}.get(kind, kind)
+                name = there.format(layer) + KINDS.get(kind, kind)
                 parameter = place.format(layer) + kind
-                table[name] = Slot(parameter, start, stop, part.count("None"), n_heads)
+                table[name] = Slot(parameter, start, stop, part.count("None"), n_heads, part == "T")
     return table
 
 

@@ -26,7 +26,7 @@ from mmlens.editing.reference_keys import all_reference_keys
 from mmlens.editing.references import References
 from mmlens.editing.request import EditRequest, as_requests, how_made
 from mmlens.editing.solve import LeastSquares, unlike
-from mmlens.editing.value import ValueSettings, find_value, record_prompts
+from mmlens.editing.value import ValueSettings, find_value, record_prompts, value_site
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.intervention import hook_name
 from mmlens.utils.threads import on_free_cores
@@ -74,11 +74,11 @@ def alphaedit(
     if known is None:
         raise ValueError("alphaedit projects on what references leave free: give references")
     basis = null_space(all_reference_keys(model, requests, known, layer), threshold)
-    names = [hook_name("post", layer), hook_name("mlp_out", layer)]
+    names = [hook_name("post", layer), hook_name(value_site(model), layer)]
     keys, deltas, probabilities = [], [], []
     for request in requests:
         prompts = record_prompts(model, request, names, first_token_only=chosen.first_token_only)
-        value = find_value(model, prompts, "mlp_out", layer, chosen)
+        value = find_value(model, prompts, value_site(model), layer, chosen)
         keys.append(torch.cat([each.at_positions("post", layer) for each in prompts]).T)
         deltas.append(value.delta)
         probabilities.append(value.probability)

@@ -36,6 +36,7 @@ from mmlens.editing.value import (
     find_value,
     record_neighbours,
     record_prompts,
+    value_site,
 )
 from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
@@ -291,7 +292,7 @@ def keyed(
     settings: MultEditSettings,
 ) -> Keyed:
     """Run a request's prompts, and its neighbours where they are needed."""
-    names = [hook_name("post", layer), hook_name("mlp_out", layer)]
+    names = [hook_name("post", layer), hook_name(value_site(model), layer)]
     everywhere = None if settings.positions == "last" else settings.positions
     prompts = record_prompts(
         model,
@@ -336,4 +337,4 @@ def value_of(
         neighbours = [Neighbour(each, shares_of(each)) for each in part.neighbours]
     if settings.through_update:
         shares = [shares_of(prompt.recording) for prompt in part.prompts]
-    return find_value(model, part.prompts, "mlp_out", layer, settings, neighbours, shares)
+    return find_value(model, part.prompts, value_site(model), layer, settings, neighbours, shares)

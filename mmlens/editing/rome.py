@@ -34,7 +34,7 @@ from mmlens.editing.multedit import down_weight, one_layer
 from mmlens.editing.reference_keys import all_reference_keys
 from mmlens.editing.references import References
 from mmlens.editing.request import EditRequest, as_requests, how_made
-from mmlens.editing.value import ValueSettings, find_value, record_prompts
+from mmlens.editing.value import ValueSettings, find_value, record_prompts, value_site
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.intervention import hook_name
 from mmlens.utils.threads import on_free_cores
@@ -82,7 +82,7 @@ def rome(
     known = References.of(references, model)
     [second], n_tokens = second_moments(model, requests, [layer], covariance, known)
     moment = with_ridge(second, ridge)
-    names = [hook_name("post", layer), hook_name("mlp_out", layer)]
+    names = [hook_name("post", layer), hook_name(value_site(model), layer)]
     parts: list[LowRank] = []
     with applied_in_turn(model) as apply:
         for index, request in enumerate(requests):
@@ -90,7 +90,7 @@ def rome(
                 model, request, names, first_token_only=chosen.first_token_only
             )
             key = torch.cat([each.at_positions("post", layer) for each in prompts]).mean(dim=0)
-            value = find_value(model, prompts, "mlp_out", layer, chosen)
+            value = find_value(model, prompts, value_site(model), layer, chosen)
             parts.append(rank_one(key, value.delta[0], moment))
             if index < len(requests) - 1:
                 apply(Edit.of(model, {down_weight(layer): parts[-1]}, method="rome"))
@@ -185,7 +185,8 @@ def memit(
         settings: of `ValueSettings`.
 
     Raises:
-        ValueError: as `multedit`; a covariance that lacks a layer; neither that nor references.
+        ValueError: as `multedit`; a covariance that lacks a layer; neither that nor references;
+            several layers of a model with norms after its MLPs (Gemma 2 and 3).
 
     Example:
         >>> covariance = key_covariance(model, texts, layers=[2, 3, 4])
@@ -201,21 +202,21 @@ def memit(
     moments = {
         layer: weight * second.double() for layer, second in zip(layers, seconds, strict=True)
     }
-    last = layers[-1]
+    last, site = layers[-1], goal_site(model, layers)
     goals = []
     for request in requests:
-        names = [hook_name("resid_post", last)]
+        names = [hook_name(site, last)]
         prompts = record_prompts(model, request, names, first_token_only=chosen.first_token_only)
-        value = find_value(model, prompts, "resid_post", last, chosen)
-        goals.append(mean_at_keys(prompts, "resid_post", last).to(value.delta) + value.delta[0])
+        value = find_value(model, prompts, site, last, chosen)
+        goals.append(mean_at_keys(prompts, site, last).to(value.delta) + value.delta[0])
     goal = torch.stack(goals, dim=1)
     deltas: dict[str, LowRank] = {}
     with applied_in_turn(model) as apply:
         for index, each in enumerate(layers):
-            names = [hook_name("post", each), hook_name("resid_post", last)]
+            names = [hook_name("post", each), hook_name(site, last)]
             found = [record_prompts(model, request, names) for request in requests]
             keys = torch.stack([mean_at_keys(p, "post", each) for p in found], dim=1)
-            there = torch.stack([mean_at_keys(p, "resid_post", last) for p in found], dim=1)
+            there = torch.stack([mean_at_keys(p, site, last) for p in found], dim=1)
             residuals = (goal - there.to(goal)) / (len(layers) - index)
             deltas[down_weight(each)] = memit_update(residuals, keys, moments[each])
             if each != last:
@@ -228,6 +229,25 @@ def memit(
         origin=Origin.of(model, requests, known),
         **how_made("memit", requests, layers, used),
     )
+
+
+def goal_site(model: HookedMultimodalTransformer, layers: Sequence[int]) -> str:
+    """Return where MEMIT's goals are: the stream after the last layer.
+
+    In a model with a norm after the MLP, what the MLP of the one layer gives before it.
+
+    Raises:
+        ValueError: several layers of such a model.
+    """
+    if not model.cfg.changes_outputs:
+        return "resid_post"
+    if len(layers) > 1:
+        raise ValueError(
+            f"memit of layers {list(layers)} in a model with a norm after each MLP: it fixes the "
+            "size of what a layer adds to the stream, so none can write its share of a residual "
+            "there. Give one layer, whose update is solved before the norm"
+        )
+    return value_site(model)
 
 
 def mean_at_keys(prompts: Sequence[Any], site: str, layer: int) -> Float[Tensor, " width"]:

@@ -109,6 +109,15 @@ class Value:
     steps: int
 
 
+def value_site(model: HookedMultimodalTransformer) -> str:
+    """Return the site of what the down projection gives, which a closed form solves for.
+
+    Where a norm comes after the MLP (Gemma 2 and 3) it is not what is added to the stream: then the
+    value is searched before that norm, and the search goes through it.
+    """
+    return "mlp.out" if model.cfg.changes_outputs else "mlp_out"
+
+
 def record_prompts(
     model: HookedMultimodalTransformer,
     request: EditRequest,
@@ -168,7 +177,7 @@ def find_value(
 
     Args:
         prompts: with the values that their keys get, of their own or shared.
-        site: "mlp_out" or "resid_post".
+        site: of `value_site`, or "resid_post".
         neighbours: of which the divergence counts, where `settings.kl_weight` is not zero.
         shares: for each prompt, what is added instead: at every position, its shares of the values.
     """

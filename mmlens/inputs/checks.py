@@ -108,6 +108,15 @@ def check_devices(tokens: Tensor, **others: Tensor | None) -> None:
             )
 
 
+def check_blocks(tokens: Tensor, blocks: Tensor | None) -> None:
+    """Raise a ValueError unless there is a number of a block, or -1, for every token."""
+    if blocks is not None and (blocks.shape != tokens.shape or blocks.is_floating_point()):
+        raise ValueError(
+            f"blocks are {blocks.dtype} of shape {tuple(blocks.shape)}; they must be whole numbers "
+            f"of shape {tuple(tokens.shape)}, one for each token"
+        )
+
+
 def check_mask(tokens: Tensor, attention_mask: Tensor) -> None:
     """Raise a ValueError unless the mask fits the tokens and all padding is on the left."""
     if tokens.ndim != 2 or attention_mask.shape != tokens.shape:

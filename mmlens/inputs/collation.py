@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -59,6 +59,7 @@ def collate(inputs: Sequence[MultimodalInputs], pad_token_id: int) -> Multimodal
         ),
         texts=joined_rows(one.texts for one in inputs),
         char_spans=joined_rows(one.char_spans for one in inputs),
+        blocks=padded_blocks([(one.blocks, one.tokens, n) for one, n in left]),
         noise=padded_noise([(one.noise, one.tokens, n) for one, n in left]),
     )
 
@@ -77,6 +78,24 @@ def joined_rows(parts: Iterable[Sequence[T] | None]) -> tuple[T, ...] | None:
             return None
         rows.extend(part)
     return tuple(rows)
+
+
+def padded_blocks(
+    parts: Sequence[tuple[Tensor | None, Tensor, int]],
+) -> Int[Tensor, "row padded"] | None:
+    """Return the blocks of several inputs; at padding, and where one has none, -1 stands.
+
+    Args:
+        parts: of each, its blocks [batch, pos], its tokens [batch, pos], and how many positions of
+            padding it gets.
+    """
+    if all(blocks is None for blocks, _, _ in parts):
+        return None
+    each = (
+        (torch.full_like(tokens, -1) if blocks is None else blocks, n)
+        for blocks, tokens, n in parts
+    )
+    return torch.cat([pad(blocks, (n, 0), value=-1) for blocks, n in each])
 
 
 def padded_noise(

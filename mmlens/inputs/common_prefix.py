@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from mmlens.inputs.attention_blocks import before_blocks
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 
 
 def common_prefix(one: MultimodalInputs, other: MultimodalInputs) -> int:
-    """Return how many leading positions are the same in all rows: words, images and noise.
+    """Return how many leading positions are the same in all rows, and attend to nothing else.
 
-    One row of noise-free inputs begins like any number of samples.
+    That is, to words, images and noise that are the same; a block of positions that attend to each
+    other is in common as a whole or not at all. One row of noise-free inputs begins like any number
+    of samples.
     """
     n_pos = min(one.n_pos, other.n_pos)
     if len(one) != len(other):
         return 0
     differs = one.tokens[:, :n_pos] != other.tokens[:, :n_pos]
     differs |= one.attention_mask[:, :n_pos] != other.attention_mask[:, :n_pos]
+    if one.blocks is not None or other.blocks is not None:
+        none = one.tokens.new_full((1, 1), -1)
+        mine, theirs = (none if each.blocks is None else each.blocks for each in (one, other))
+        differs |= mine[:, :n_pos] != theirs[:, :n_pos]
     noises = [each.noise[:, :n_pos] for each in (one, other) if each.noise is not None]
     if len(noises) == 2:
         if len(noises[0]) != len(noises[1]):
@@ -29,4 +36,6 @@ def common_prefix(one: MultimodalInputs, other: MultimodalInputs) -> int:
                 at_same = (image.row, image.start) == (there.row, there.start)
                 if at_same and not one.visual.same(i, other.visual, j):
                     first = min(first, image.start)
+    while (before := min(before_blocks(each.blocks, first) for each in (one, other))) < first:
+        first = before
     return first

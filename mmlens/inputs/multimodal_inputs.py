@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 
 from mmlens.inputs.checks import (
     appended_strings,
+    check_blocks,
     check_devices,
     check_image_tokens,
     check_mask,
@@ -88,14 +89,25 @@ class MultimodalInputs(TokenArray):
     """The prompt of each row as text, with one `<image>` per image and without the BOS."""
     char_spans: tuple[dict[str, tuple[int, int]], ...] | None = None
     """Where the spans that were found in text lie in `texts`: start, end (half open)."""
+    blocks: Int[Tensor, "batch pos"] | None = None
+    """Where a model's attention is not causal alone: positions of a row with one number (0 or more)
+    attend to each other, whichever comes first; -1 stands for those that attend to what is before
+    them. Those of an image (Gemma 3) or of the prompt (PaliGemma) are a block. None: no blocks."""
     noise: Float[Tensor, "sample pos d_model"] | None = None
     """Added to the residual stream after the visual tokens are spliced in. A single row may have
     several samples: a run then has one row for each."""
 
     def __post_init__(self) -> None:
         mask, noise = self.attention_mask, self.noise
-        check_devices(self.tokens, attention_mask=mask, noise=noise, **dict(self.visual or {}))
+        check_devices(
+            self.tokens,
+            attention_mask=mask,
+            noise=noise,
+            blocks=self.blocks,
+            **dict(self.visual or {}),
+        )
         check_mask(self.tokens, mask)
+        check_blocks(self.tokens, self.blocks)
         check_image_tokens(self.tokens, mask, self.images, self.image_token_id)
         n_images = 0 if self.visual is None else self.visual.n_images
         if n_images != len(self.images):
@@ -368,6 +380,7 @@ class MultimodalInputs(TokenArray):
             tokens=torch.cat([self.tokens, rows], dim=1),
             attention_mask=pad(self.attention_mask, (0, n), value=True),
             str_tokens=appended_strings(self.str_tokens, rows.tolist(), str_tokens),
+            blocks=None if self.blocks is None else pad(self.blocks, (0, n), value=-1),
             noise=None if self.noise is None else pad(self.noise, (0, 0, 0, n)),
         )
 
@@ -379,6 +392,7 @@ class MultimodalInputs(TokenArray):
             attention_mask=self.attention_mask.to(device),
             visual=None if self.visual is None else self.visual.to(device),
             spans=tuple({name: at.to(device) for name, at in row.items()} for row in self.spans),
+            blocks=None if self.blocks is None else self.blocks.to(device),
             noise=None if self.noise is None else self.noise.to(device),
         )
 

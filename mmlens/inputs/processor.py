@@ -23,10 +23,12 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
+from mmlens.inputs.attention_blocks import attention_blocks
 from mmlens.inputs.checks import (
     check_mask,
     check_span_name,
     check_vocabulary,
+    image_positions,
     standard_spans,
 )
 from mmlens.inputs.collation import collate
@@ -195,6 +197,14 @@ class Processor:
             str_tokens=(token_strings(self.tokenizer, ids),),
             texts=(encoded.text,),
             char_spans=(chars,),
+            blocks=self._blocks(tokens, mask),
+        )
+
+    def _blocks(self, tokens: Tensor, mask: Tensor, follows: Tensor | None = None) -> Tensor | None:
+        """Return which positions attend to each other; `follows` is True after the prompt."""
+        is_image = image_positions(tokens, self.cfg.image_token_id)
+        return attention_blocks(
+            getattr(self.cfg, "attention_blocks", None), is_image, mask, follows
         )
 
     def _processed(self, images: tuple[Image.Image, ...]) -> list[ProcessedImage]:
@@ -238,8 +248,8 @@ class Processor:
                 such. Positions count from the beginning of the padded row.
             padding_side: "right" allows padding tokens outside of the vocabulary at the end of
                 rows. They stay unmasked, for nothing before them attends to them.
-            visual: what else that processor returns, such as `image_sizes`. `token_type_ids`, which
-                say nothing that the ids do not, are taken too.
+            visual: what else that processor returns, such as `image_sizes`. Of `token_type_ids` and
+                `mm_token_type_ids` PaliGemma's alone count: 0 in the prompt, 1 at what follows it.
 
         Raises:
             ValueError: everything that does not fit: image tokens and images, ids outside of the
@@ -255,8 +265,8 @@ class Processor:
             mask = attention_mask.bool()
             mask = mask[None] if mask.ndim == 1 else mask
         check_mask(tokens, mask)
-        for types in ("token_type_ids", "mm_token_type_ids"):
-            visual.pop(types, None)
+        visual.pop("mm_token_type_ids", None)
+        types = visual.pop("token_type_ids", None)
         real = mask
         if padding_side == "right":
             real = mask & ~padding_at("right", tokens, tokenizer, cfg)
@@ -283,6 +293,7 @@ class Processor:
             images=images,
             image_token_id=cfg.image_token_id,
             str_tokens=strings,
+            blocks=self._blocks(tokens, mask, ~real if types is None else ~real | (types != 0)),
         )
 
 

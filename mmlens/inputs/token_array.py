@@ -91,6 +91,7 @@ class TokenArray:
             str_tokens=entries_at(whole.str_tokens, rows),
             texts=entries_at(whole.texts, rows),
             char_spans=entries_at(whole.char_spans, rows),
+            blocks=None if whole.blocks is None else whole.blocks[index],
             noise=None if noise is None else noise[index],
         )
 

@@ -50,6 +50,11 @@ class ActivationCache(TransformerLensCache):
     are the parts of a logit: they add up to it, but for the constant `ln_final.b @ W_U + b_U` of
     models that have these biases (Phi).
 
+    In a model with norms after attention and MLP (Gemma 2 and 3), what heads and neurons add goes
+    through those norms, with the scales that these had in the run, as the final norm's is taken. So
+    the parts add up to `attn_out` and `mlp_out`, but each by itself holds for small changes only.
+    Where logits are capped (Gemma 2), the parts add up to a logit before the cap.
+
     In a model with parallel blocks (Phi), attention and MLP of a layer read the same stream, so
     `mlp_input=True` makes no difference; where the MLP has a norm of its own (GPT-NeoX), only
     `apply_ln_to_stack` takes it.
@@ -258,7 +263,21 @@ class ActivationCache(TransformerLensCache):
     def stack_head_results(self, *args: Any, **kwargs: Any) -> Labelled:
         """TransformerLens's `stack_head_results`: what each head adds to the stream."""
         self.compute_head_results()
-        return super().stack_head_results(*args, **kwargs)
+        if not self.model.cfg.changes_outputs:
+            return super().stack_head_results(*args, **kwargs)
+        added = dict(self.cache_dict)
+        for layer in range(self.model.cfg.n_layers):
+            name = self.model.SITES.hook_name("result", layer)
+            if name in added:
+                result = self.model.blocks[layer].written(1, added[name])
+                if self.model.cfg.post_norms:
+                    result = result / self._post_scale(1, layer)[..., None, :]
+                added[name] = result.to(added[name])
+        return TransformerLensCache.stack_head_results(self._like(added), *args, **kwargs)
+
+    def _post_scale(self, part: int, layer: int) -> Float[Tensor, "*batch_and_pos 1"]:
+        """What the norm after attention (1) or the MLP (2) divided by in the run."""
+        return self[f"blocks.{layer}.ln{part}_post.hook_scale"]
 
     def get_neuron_results(
         self,
@@ -279,7 +298,13 @@ class ActivationCache(TransformerLensCache):
             each if isinstance(each, Slice) else Slice(each) for each in (neuron_slice, pos_slice)
         )
         activations = neurons.apply(positions.apply(self["post", layer], dim=-2), dim=-1)
-        weights = neurons.apply(self.model.blocks[layer].mlp.W_out, dim=0).to(activations.device)
+        block = self.model.blocks[layer]
+        weights = neurons.apply(block.mlp.W_out, dim=0).to(activations.device)
+        if self.model.cfg.changes_outputs:
+            weights = block.written(2, weights).to(weights)
+        if self.model.cfg.post_norms:
+            scale = positions.apply(self._post_scale(2, layer), dim=-2)
+            activations = activations / (scale if activations.ndim == scale.ndim else scale[..., 0])
         if project_output_onto is None:
             return activations[..., None] * weights
         written = weights @ project_output_onto

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import GenerationConfig
 
 from mmlens.config import MultimodalConfig
@@ -26,15 +27,15 @@ from mmlens.model.components import (
     KeyValueCache,
     Projector,
     RMSNorm,
-    Rotary,
     TransformerBlock,
     Unembed,
     make_norm,
 )
 from mmlens.model.components.attention import Residual
-from mmlens.model.components.key_value_cache import continuing
-from mmlens.model.components.masks import keys_mask, padded_mask
+from mmlens.model.components.attention_rule import AttentionRule, Places
+from mmlens.model.components.key_value_cache import continuing, keys_mask
 from mmlens.model.components.past import CachedPast, Past, PlainPast
+from mmlens.model.components.rotary import Angles
 from mmlens.model.generation import GenerationMethods
 from mmlens.model.hook_points import HookPoint
 from mmlens.model.hooked_root_module import HookedRootModule, exclusively
@@ -89,17 +90,19 @@ class HookedMultimodalTransformer(
         self.checkpoint: Path | None = None  # the folder it came from
         self.vision = HookedVisionTransformer(cfg.vision) if cfg.vision else None
         self.projector = Projector(cfg.projector) if cfg.projector else None
-        self.embed = Embed(cfg.d_vocab, cfg.d_model)
+        self.embed = Embed(cfg.d_vocab, cfg.d_model, cfg.embed_scale)
         self.hook_embed = HookPoint()
         self.hook_input_embed = HookPoint()
+        self.rules = AttentionRule.of_decoder(cfg)
+        """Who attends to whom, by the kind of layer (`cfg.kind(layer)`)."""
         self.blocks = nn.ModuleList(
-            TransformerBlock(cfg, rotary=True, layer=layer) for layer in range(cfg.n_layers)
+            TransformerBlock(cfg, rotary=True, rule=self.rules[cfg.kind(layer)])
+            for layer in range(cfg.n_layers)
         )
         self.ln_final = make_norm(cfg)
-        self.unembed = Unembed(cfg.d_vocab, cfg.d_model, bias=cfg.unembed_bias)
+        self.unembed = Unembed(cfg.d_vocab, cfg.d_model, cfg.unembed_bias, cfg.logits_softcap)
         if cfg.tie_word_embeddings:
             self.unembed.weight = self.embed.W_E
-        self.rotary = Rotary(cfg)
         self.setup()
         self.eval()  # nothing here behaves differently in training; TransformerLens's tools ask
         self._note_device()
@@ -227,6 +230,7 @@ class HookedMultimodalTransformer(
         pixel_values: Tensor | None = None,
         attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
         position_ids: Int[Tensor, "rows pos"] | None = None,
+        blocks: Int[Tensor, "rows pos"] | None = None,
         prepend_bos: bool | None = None,
         padding_side: Side | None = None,
         start_at_layer: int | None = None,
@@ -248,6 +252,8 @@ class HookedMultimodalTransformer(
             attention_mask: with token ids or a residual stream, False at left padding. By default
                 the padding tokens at the left of each row of ids are taken for padding.
             position_ids: rotary positions; by default counted from the mask and the cache.
+            blocks: with a residual stream, which positions attend to each other in both directions,
+                as in `MultimodalInputs.blocks`.
             prepend_bos: of text, whether it begins with BOS; see `to_tokens`.
             padding_side: where shorter texts, or rows of token ids, are padded; by default
                 `tokenizer.padding_side`. On the right the last position is not the end of a text.
@@ -287,8 +293,12 @@ class HookedMultimodalTransformer(
                 **visual,
             )
             resid, attention_mask = self.input_embeddings(inputs), inputs.attention_mask
-        past, cos_sin = self.attention_context(resid, attention_mask, position_ids, past_kv_cache)
+            blocks = inputs.blocks
+        past, angles = self.attention_context(
+            resid, attention_mask, position_ids, past_kv_cache, blocks
+        )
         for layer in range(first, last):
+            cos_sin = angles[self.cfg.kind(layer)]
             resid = self.blocks[layer](resid, past=past, cos_sin=cos_sin, layer=layer)
         if stop_at_layer is not None:
             return resid
@@ -317,22 +327,35 @@ class HookedMultimodalTransformer(
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: KeyValueCache | None,
-    ) -> tuple[Past, tuple[Tensor, Tensor]]:
+        blocks: Int[Tensor, "rows pos"] | None = None,
+    ) -> tuple[Past, Angles]:
         """What all layers share: what queries attend to, and the rotary angles."""
         n_new, n_past = resid.shape[1], 0 if cache is None else len(cache)
         key_mask = keys_mask(attention_mask, cache, len(resid), n_new, resid.device)
         self.cfg.check_length(n_past + n_new, key_mask)
         if cache is not None and not cache.frozen:
             cache.key_mask = key_mask
-        mask = None
+        at = torch.arange(n_past + n_new, device=resid.device)
         if key_mask is not None:
             counted = (key_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -n_new:]
-            mask = padded_mask(key_mask, n_new)
         else:
-            counted = torch.arange(n_past, n_past + n_new, device=resid.device)[None]
+            counted = at[None, n_past:]
+        if blocks is not None and n_past:
+            # What follows a past is no prompt; an image is one all the same.
+            is_image = self.cfg.attention_blocks == "image"
+            blocks = pad(blocks, (n_past, 0), value=-1) if is_image else None
         positions = counted if position_ids is None else position_ids
-        past = PlainPast(mask) if cache is None else CachedPast(mask, cache=cache)
-        return past, self.rotary.cos_sin(positions, resid.dtype)
+        places = Places(at, key_mask, blocks)
+        past = PlainPast(places) if cache is None else CachedPast(places, cache=cache)
+        return past, self.rotary_angles(positions, resid.dtype)
+
+    def rotary_angles(self, position_ids: Int[Tensor, "batch pos"], dtype: torch.dtype) -> Angles:
+        """Cosines and sines of every position's angles, by the kind of layer."""
+        return {
+            kind: rule.rotary.cos_sin(position_ids, dtype)
+            for kind, rule in self.rules.items()
+            if rule.rotary is not None
+        }
 
     def run_with_cache(
         self,

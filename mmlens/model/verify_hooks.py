@@ -34,6 +34,7 @@ def dead_hooks(model: HookedRootModule, inputs: MultimodalInputs) -> list[str]:
         elif layer is not None:
             input = cache[entering[layer]]
             options = {"start_at_layer": layer, "attention_mask": inputs.attention_mask}
+            options["blocks"] = inputs.blocks
             stop = layer + site.after + 1
             if stop <= model.cfg.n_layers:
                 options["stop_at_layer"] = stop

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmlens.config import VisionConfig
 from mmlens.inputs.visual import Visual
+from mmlens.model.components.attention_rule import AttentionRule
 from mmlens.model.components.block import TransformerBlock
 from mmlens.model.components.norm import RMSNorm, make_norm
 from mmlens.model.components.packed_images import (
@@ -26,7 +27,7 @@ from mmlens.model.components.packed_images import (
     places,
     squares,
 )
-from mmlens.model.components.past import PlainPast
+from mmlens.model.components.past import TowerPast
 from mmlens.model.components.rotary import grid_cos_sin
 from mmlens.model.components.tower_positions import interpolated, nearest_positions
 from mmlens.model.hook_points import HookPoint, has_listeners
@@ -109,7 +110,9 @@ class HookedVisionTransformer(HookedRootModule):
         if cfg.pre_norm:
             self.ln_pre = make_norm(cfg)
         self.blocks = nn.ModuleList(
-            TransformerBlock(cfg, rotary=cfg.rotary_base is not None, layer=layer)
+            TransformerBlock(
+                cfg, rotary=cfg.rotary_base is not None, rule=AttentionRule.of_tower(cfg, layer)
+            )
             for layer in range(cfg.n_layers)
         )
         if cfg.final_norm:
@@ -178,7 +181,7 @@ class HookedVisionTransformer(HookedRootModule):
             mask = None
             if seen is not None:
                 mask = seen.flatten(1)[:, None, None].expand(-1, 1, resid.shape[1], -1)
-            return {"past": PlainPast(mask, causal=False)}
+            return {"past": TowerPast(mask)}
         device, window = resid.device, self.cfg.window_size
         images = Segments.of(grids, None, device)
         windows = images if window is None else Segments.of(grids, window, device)

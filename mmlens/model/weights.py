@@ -93,7 +93,16 @@ class WeightProperties(nn.Module):
             mlp_input: count the attention of `layer` itself as well; in parallel blocks it adds
                 nothing to what the MLP reads.
             include_mlp_biases: count the MLPs' biases.
+
+        Raises:
+            ValueError: a model with norms after attention and MLP, where what a bias adds depends
+                on the run.
         """
+        if self.cfg.post_norms and (self.cfg.o_bias or self.cfg.mlp_bias):
+            raise ValueError(
+                "this model normalises what attention and MLP give, biases included: what they add "
+                "to the stream depends on the run"
+            )
         total = self.embed.W_E.new_zeros(self.cfg.d_model)
         reads_mid = mlp_input and not self.cfg.parallel_attn_mlp
         for index in range(self.cfg.n_layers):
@@ -123,7 +132,10 @@ class WeightProperties(nn.Module):
 
     @property
     def OV(self) -> FactoredMatrix:
-        """What each head writes of what it attends to, W_V W_O: [layer, head, d_model, d_model]."""
+        """What each head writes of what it attends to, W_V W_O: [layer, head, d_model, d_model].
+
+        In a model with a norm after attention (Gemma 2 and 3), before that.
+        """
         return FactoredMatrix(self._for_each_head(self.W_V), self.W_O)
 
     def QK_for_attn_layers(self) -> tuple[list[int], FactoredMatrix]:
@@ -246,6 +258,8 @@ class WeightProperties(nn.Module):
             for name in ("W_in", "W_out", "b_in", "b_out", "W_gate", "b_gate"):
                 own[f"mlp.{name}"] = getattr(block.mlp, name)
             norms = {"ln1": block.ln1, "ln2": block.ln2 if block.has_ln2 else block.ln1}
+            if self.cfg.post_norms:
+                norms |= {"ln1_post": block.ln1_post, "ln2_post": block.ln2_post}
             for name, norm in norms.items():
                 own |= {f"{name}.w": norm.w, f"{name}.b": getattr(norm, "b", None)}
             found |= {f"blocks.{layer}.{name}": weight for name, weight in own.items()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from inspect import signature
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -224,7 +224,6 @@ class SameForAll:
 
     attention_dir: ClassVar[str] = "causal"
     attn_only: ClassVar[bool] = False
-    attn_scores_soft_cap: ClassVar[float] = -1.0
     checkpoint_index: ClassVar[int | None] = None
     checkpoint_label_type: ClassVar[str | None] = None
     checkpoint_value: ClassVar[int | None] = None
@@ -239,7 +238,6 @@ class SameForAll:
     load_in_4bit: ClassVar[bool] = False
     n_devices: ClassVar[int] = 1
     num_experts: ClassVar[int | None] = None
-    output_logits_soft_cap: ClassVar[float] = -1.0
     per_layer_head_dim: ClassVar[list | None] = None
     per_layer_num_key_value_heads: ClassVar[list | None] = None
     positional_embedding_type: ClassVar[str] = "rotary"
@@ -247,12 +245,39 @@ class SameForAll:
     qk_norm_after_rope: ClassVar[bool] = False
     relative_attention_max_distance: ClassVar[int | None] = None
     relative_attention_num_buckets: ClassVar[int | None] = None
-    rmsnorm_uses_offset: ClassVar[bool] = False
     rotary_adjacent_pairs: ClassVar[bool] = False
     rotary_interleaved_cos_sin: ClassVar[bool] = False
     scale_attn_by_inverse_layer_idx: ClassVar[bool] = False
-    scale_embedding: ClassVar[bool | None] = None
     trust_remote_code: ClassVar[bool] = False
     use_attn_scale: ClassVar[bool] = True
     use_hook_tokens: ClassVar[bool] = False
-    use_normalization_before_and_after: ClassVar[bool] = False
+
+    if TYPE_CHECKING:  # fields of `TransformerConfig`
+        scores_softcap: float | None
+        norm_offset: float
+        post_norms: bool
+
+    @property
+    def attn_scores_soft_cap(self) -> float:
+        """The same as `scores_softcap`; -1 where scores are not capped."""
+        return -1.0 if self.scores_softcap is None else self.scores_softcap
+
+    @property
+    def output_logits_soft_cap(self) -> float:
+        """The same as `logits_softcap`; -1 where logits are not capped, or there are none."""
+        return vars(self).get("logits_softcap") or -1.0
+
+    @property
+    def rmsnorm_uses_offset(self) -> bool:
+        """Whether norms add 1 to their weights."""
+        return self.norm_offset != 0
+
+    @property
+    def scale_embedding(self) -> bool | None:
+        """Whether token embeddings are scaled; None where they are not."""
+        return True if vars(self).get("embed_scale", 1.0) != 1.0 else None
+
+    @property
+    def use_normalization_before_and_after(self) -> bool:
+        """The same as `post_norms`."""
+        return self.post_norms

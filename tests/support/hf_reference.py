@@ -10,6 +10,9 @@ import torch
 from random_models import Prompts
 from torch import Tensor, nn
 from transformers.models.clip import modeling_clip
+from transformers.models.gemma import modeling_gemma
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -25,6 +28,9 @@ SOURCES = {
     "qwen3": modeling_qwen3,
     "phi": modeling_phi,
     "gpt_neox": modeling_gpt_neox,
+    "gemma": modeling_gemma,
+    "gemma2": modeling_gemma2,
+    "gemma3_text": modeling_gemma3,
     "clip_vision_model": modeling_clip,
     "siglip_vision_model": modeling_siglip,
 }
@@ -62,13 +68,20 @@ def recorded(modules: dict[str, nn.Module], store: dict[str, Tensor]) -> Iterato
 
 
 @contextmanager
-def recorded_attention(source: Any, store: list[tuple[Tensor, ...]]) -> Iterator[None]:
-    """Queries, keys (rotated), mask and pattern of each call of eager attention."""
+def recorded_attention(
+    source: Any, store: list[tuple[Tensor, ...]], how: list[Any] | None = None
+) -> Iterator[None]:
+    """Queries, keys (rotated) and pattern of each call of eager attention; and how scores are made.
+
+    That is, what products are multiplied by, and what they are capped at.
+    """
     original = source.eager_attention_forward
 
     def attend(module: Any, query: Any, key: Any, value: Any, *a: Any, **k: Any) -> Any:
         output, pattern = original(module, query, key, value, *a, **k)
         store.append((query, key, pattern))
+        if how is not None:
+            how.append((k["scaling"], k.get("softcap")))
         return output, pattern
 
     source.eager_attention_forward = attend
@@ -79,12 +92,20 @@ def recorded_attention(source: Any, store: list[tuple[Tensor, ...]]) -> Iterator
 
 
 def attention_activations(
-    prefix: str, query: Tensor, key: Tensor, pattern: Tensor, rotary: bool
+    prefix: str,
+    query: Tensor,
+    key: Tensor,
+    pattern: Tensor,
+    rotary: bool,
+    how: tuple[float | None, float | None] = (None, None),
 ) -> dict[str, Tensor]:
-    groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)
+    groups, (scaling, softcap) = query.shape[1] // key.shape[1], how
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     found = {
-        f"{prefix}.hook_attn_scores": scores / query.shape[-1] ** 0.5,
+        f"{prefix}.hook_attn_scores": scores,
         f"{prefix}.hook_pattern": pattern,
     }
     if rotary:
@@ -98,7 +119,7 @@ def norm_activations(site: str, norm: nn.Module, x: Tensor) -> dict[str, Tensor]
     if isinstance(norm, nn.LayerNorm):
         x, eps = x - x.mean(-1, keepdim=True), norm.eps
     else:
-        eps = norm.variance_epsilon
+        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
     scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
     return {f"{site}.hook_scale": scale, f"{site}.hook_normalized": x / scale}
 
@@ -139,7 +160,10 @@ def decoder_activations(hf: nn.Module, prefix: str, seen: dict[str, Tensor]) -> 
         there, here = f"{prefix}.layers.{layer}", f"blocks.{layer}"
         found |= block_activations(seen, there, here, by_head, names)
         found |= norm_activations(f"{here}.ln1", block.input_layernorm, seen[f"{there}:in"])
-        if not is_phi:
+        if hasattr(block, "pre_feedforward_layernorm"):
+            found |= sandwich_activations(seen, there, here, block)
+            found[f"{here}.mlp.hook_pre_linear"] = seen[f"{there}.mlp.up_proj:out"]
+        elif not is_phi:
             norm, mid = block.post_attention_layernorm, seen[f"{there}.post_attention_layernorm:in"]
             found |= norm_activations(f"{here}.ln2", norm, mid)
             found[f"{here}.hook_resid_mid"] = mid
@@ -149,6 +173,25 @@ def decoder_activations(hf: nn.Module, prefix: str, seen: dict[str, Tensor]) -> 
                 norm, x = f"{which}_norm", by_head(seen[f"{there}.self_attn.{which}_proj:out"])
                 part = getattr(block.self_attn, norm)
                 found |= norm_activations(f"{here}.attn.{norm}", part, x)
+    return found
+
+
+def sandwich_activations(
+    seen: dict[str, Tensor], there: str, here: str, block: Any
+) -> dict[str, Tensor]:
+    """Of a block whose attention and MLP each have a norm behind them."""
+    after, mlp_after = "post_attention_layernorm", "post_feedforward_layernorm"
+    mid = seen[f"{there}.pre_feedforward_layernorm:in"]
+    found = {
+        f"{here}.attn.hook_out": seen[f"{there}.self_attn:out"],
+        f"{here}.mlp.hook_out": seen[f"{there}.mlp:out"],
+        f"{here}.hook_attn_out": seen[f"{there}.{after}:out"],
+        f"{here}.hook_mlp_out": seen[f"{there}.{mlp_after}:out"],
+        f"{here}.hook_resid_mid": mid,
+        **norm_activations(f"{here}.ln2", block.pre_feedforward_layernorm, mid),
+    }
+    for name, norm in ((f"{here}.ln1_post", after), (f"{here}.ln2_post", mlp_after)):
+        found |= norm_activations(name, getattr(block, norm), seen[f"{there}.{norm}:in"])
     return found
 
 
@@ -224,9 +267,10 @@ def hf_activations(hf: nn.Module, prompts: Prompts, tower_layers: int) -> tuple[
     seen: dict[str, Tensor] = {}
     in_decoder: list[tuple[Tensor, ...]] = []
     in_tower: list[tuple[Tensor, ...]] = []
+    how: list[Any] = []
     with ExitStack() as stack:
         stack.enter_context(recorded(dict(hf.named_modules()), seen))
-        stack.enter_context(recorded_attention(SOURCES[text.model_type], in_decoder))
+        stack.enter_context(recorded_attention(SOURCES[text.model_type], in_decoder, how))
         if multimodal:
             tower = SOURCES[hf.config.vision_config.model_type]
             stack.enter_context(recorded_attention(tower, in_tower))
@@ -234,7 +278,8 @@ def hf_activations(hf: nn.Module, prompts: Prompts, tower_layers: int) -> tuple[
     alone = hf.base_model_prefix
     found = decoder_activations(hf, "model.language_model" if multimodal else alone, seen)
     for layer, attended in enumerate(in_decoder):
-        found |= attention_activations(f"blocks.{layer}.attn", *attended, rotary=True)
+        prefix = f"blocks.{layer}.attn"
+        found |= attention_activations(prefix, *attended, rotary=True, how=how[layer])
     if prompts.pixel_values is not None:
         found |= tower_activations(hf, tower_layers, seen)
         if hasattr(hf.config, "image_grid_pinpoints"):  # what the tiles are put together to

@@ -20,6 +20,9 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -56,6 +59,7 @@ YARN = {
     "original_max_position_embeddings": 32,
     "rope_theta": 10000.0,
 }
+THETA = {"rope_type": "default", "rope_theta": 300.0}
 PARTIAL = {"rope_type": "default", "rope_theta": 9000.0, "partial_rotary_factor": 0.4}
 
 
@@ -76,6 +80,7 @@ class Shape:
     mlp_bias: bool = False
     sequential: bool = False
     rope: dict[str, Any] | None = None
+    caps: tuple[float | None, float | None] = (None, None)
     window: int | None = None
     feature_layer: int | list[int] = -2
     select: str = "default"
@@ -120,6 +125,13 @@ SHAPES = {
     "gpt_neox, one part after the other": Shape(
         decoder="gpt_neox", n_heads=5, n_kv_heads=5, d_head=6, rope=PARTIAL, sequential=True
     ),
+    "gemma": Shape(decoder="gemma", n_heads=4, n_kv_heads=1, d_head=8, d_model=36, tied=True),
+    "gemma2": Shape(decoder="gemma2", n_heads=4, n_kv_heads=2, d_model=36, window=5, caps=(1.5, 4)),
+    "gemma2, nothing capped": Shape(decoder="gemma2", d_head=6, window=200, tied=True),
+    "gemma3": Shape(decoder="gemma3_text", n_layers=4, window=4, tied=True),
+    "gemma3, longer": Shape(
+        decoder="gemma3_text", window=6, rope={"full_attention": LINEAR, "sliding_attention": THETA}
+    ),
     "siglip": Shape(tower="siglip", select="full"),
     "siglip, first patch dropped": Shape(tower="siglip"),
     "siglip, several layers": Shape(tower="siglip", select="full", feature_layer=[-1, 0, 2]),
@@ -153,7 +165,25 @@ def text_config(shape: Shape) -> PreTrainedConfig:
         ),
         "phi": PhiConfig,
         "gpt_neox": partial(GPTNeoXConfig, use_parallel_residual=not shape.sequential),
+        "gemma": GemmaConfig,
+        "gemma2": partial(
+            Gemma2Config,
+            sliding_window=shape.window,
+            query_pre_attn_scalar=5,
+            attn_logit_softcapping=shape.caps[0],
+            final_logit_softcapping=shape.caps[1],
+        ),
+        "gemma3_text": partial(
+            Gemma3TextConfig,
+            sliding_window=shape.window,
+            query_pre_attn_scalar=5,
+            sliding_window_pattern=2,
+            final_logit_softcapping=shape.caps[1],
+        ),
     }
+    rope: Any = shape.rope or {"rope_type": "default", "rope_theta": 7000.0}
+    if shape.decoder == "gemma3_text" and shape.rope is None:
+        rope = {"full_attention": rope, "sliding_attention": THETA}
     return makers[shape.decoder](
         vocab_size=shape.vocabulary,
         hidden_size=shape.d_model,
@@ -164,7 +194,7 @@ def text_config(shape: Shape) -> PreTrainedConfig:
         head_dim=shape.d_head,
         max_position_embeddings=N_POSITIONS,
         tie_word_embeddings=shape.tied,
-        rope_parameters=shape.rope or {"rope_type": "default", "rope_theta": 7000.0},
+        rope_parameters=rope,
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
@@ -236,9 +266,13 @@ def in_dtype(hf: Any, dtype: torch.dtype) -> Any:
 @torch.no_grad()
 def enliven(model: Any) -> Any:
     """Redraw every weight, so that activations stay of order 1 and attention picks its keys."""
+    text = model.config.get_text_config()
+    offset = 1.0 if text.model_type.startswith("gemma") else 0.0
     for name, weight in model.named_parameters():
         if "norm" in name or "layrnorm" in name:
-            weight.normal_(mean=0.0 if name.endswith("bias") else 1.0, std=0.3)
+            in_tower = "vision" in name
+            mean = 0.0 if name.endswith("bias") else 1.0 - (0.0 if in_tower else offset)
+            weight.normal_(mean=mean, std=0.3)
         elif weight.ndim == 1:
             weight.normal_(std=0.3)
         elif "embed" in name:

@@ -30,6 +30,14 @@ KINDS = {
     "normalised queries": {"qk_norm": True},
     "parallel": {"parallel_attn_mlp": True, "normalization_type": "LN"},
     "local": {"n_layers": 3, "attn_types": ("local", "global", "local"), "window_size": 3},
+    "sandwich": {
+        "normalization_type": "RMS",
+        "post_norms": True,
+        "norm_offset": 1.0,
+        "embed_scale": 2.5,
+        "attn_scale": 1.7,
+        "scores_softcap": 3.0,
+    },
 }
 
 
@@ -110,12 +118,14 @@ def any_family(seed: int, **choices: Any) -> HookedMultimodalTransformer:
     positions, or with normalised queries."""
     chance = random.Random(seed)
     n_layers = choices.pop("n_layers", chance.randint(2, 6))
-    kind = chance.choice(["plain", "parallel", "local", "normalised"])
+    kind = chance.choice(["plain", "parallel", "local", "normalised", "image", "prompt"])
     if kind == "normalised":
         choices = {"qk_norm": True, **choices}
     elif kind == "parallel":
         choices = {"parallel_attn_mlp": True, **choices}
-    elif kind == "local":
+    elif kind in ("image", "prompt"):
+        choices = {**KINDS["sandwich"], "attention_blocks": kind, **choices}
+    if kind in ("local", "image", "prompt"):
         types = tuple(chance.choice(["local", "global"]) for _ in range(n_layers))
         choices = {"attn_types": types, "window_size": chance.choice([1, 3, 7]), **choices}
     return small_model(seed, n_layers=n_layers, **choices)

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from mmlens.checkpoints.decoders.gemma import GEMMA, GEMMA_2, GEMMA_3
 from mmlens.checkpoints.decoders.gpt_neox import GPT_NEOX
 from mmlens.checkpoints.decoders.llama import LLAMA
 from mmlens.checkpoints.decoders.phi import PHI
@@ -26,6 +27,9 @@ DECODERS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
     "phi": PHI,
     "gpt_neox": GPT_NEOX,
+    "gemma": GEMMA,
+    "gemma2": GEMMA_2,
+    "gemma3_text": GEMMA_3,
 }
 
 
@@ -35,7 +39,7 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
         raise CheckpointError(
             f"a {config.model_type!r} decoder; supported are {', '.join(DECODERS)}"
         )
-    eos = config.eos_token_id
+    decoder, eos = DECODERS[config.model_type], config.eos_token_id
     head_dim = getattr(config, "head_dim", None)
     return {
         "decoder_type": config.model_type,
@@ -45,7 +49,9 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
         "n_key_value_heads": getattr(config, "num_key_value_heads", None),
         "d_head": head_dim or config.hidden_size // config.num_attention_heads,
         "d_mlp": config.intermediate_size,
-        "act_fn": known_activation(config.hidden_act, "hidden_act of the decoder"),
+        "act_fn": known_activation(
+            getattr(config, decoder.activation), f"{decoder.activation} of the decoder"
+        ),
         "d_vocab": config.vocab_size,
         "n_ctx": config.max_position_embeddings,
         "rope_parameters": dict(config.rope_parameters),
@@ -53,7 +59,7 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None),
         "pad_token_id": config.pad_token_id,
-    } | DECODERS[config.model_type].choices(config)
+    } | decoder.choices(config)
 
 
 def decoder_names(cfg: MultimodalConfig, outer: str = "") -> dict[str, str]:

@@ -75,6 +75,7 @@ def model_config(
     )
     fields = decoder_fields(text) | {"tie_word_embeddings": hf.tie_word_embeddings}
     fields["eos_token_ids"] = generation_ends(folder, fields["eos_token_ids"])
+    fields["logits_softcap"] = None  # transformers' LLaVA caps no logits, whatever its decoder does
     # Phi's output layer has a bias; transformers' LLaVA kept it in its first two layouts only.
     fields["unembed_bias"] = fields.get("unembed_bias", False) and has_tensor(
         folder, r"(language_model\.)?lm_head\.bias"

@@ -1,6 +1,6 @@
 """A language model alone, as transformers writes it: one of `checkpoints.decoders`
 (`LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`, `PhiForCausalLM`,
-`GPTNeoXForCausalLM`).
+`GPTNeoXForCausalLM`, `GemmaForCausalLM`, `Gemma2ForCausalLM`, `Gemma3ForCausalLM`).
 
 The paper's comparison: the same class, with `model.vision is None`.
 

@@ -19,16 +19,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmlens.config import TransformerConfig
+from mmlens.model.components.attention_rule import AttentionRule
 from mmlens.model.components.norm import float32_or_wider, make_norm
 from mmlens.model.components.past import Mask, Past
-from mmlens.model.components.rotary import rotate
+from mmlens.model.components.rotary import CosSin, rotate
 from mmlens.model.hook_points import HookPoint, has_listeners, left_alone
 from mmlens.model.sites import Site
 
 Residual = Float[Tensor, "batch pos d_model"]
 Heads = Float[Tensor, "batch pos head d_head"]
 Scores = Float[Tensor, "batch head query key"]
-CosSin = tuple[Tensor, Tensor]
 ByHead = Float[Tensor, "batch pos head d_model"]
 
 
@@ -47,7 +47,7 @@ def in_bias(which: int, attention: Attention) -> Float[Tensor, "head d_head"]:
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d_head)) V, summed over heads through W_O.
+    """softmax(Q K^T / `cfg.attn_scale`) V, summed over heads through W_O.
 
     Where `cfg.qk_norm`, each head's query and key are normalised (`q_norm`, `k_norm`) before they
     are rotated; `hook_q` and `hook_k` come before that.
@@ -69,12 +69,13 @@ class Attention(nn.Module):
         Site("pattern", "batch head query key", masked=0.0),
         Site("z", "batch pos head d_head"),
         Site("result", "batch pos head d_model", needs="use_attn_result"),
+        Site("attn.out", "batch pos d_model", "hook_out"),
     )
 
-    def __init__(self, cfg: TransformerConfig, *, rotary: bool, window: int | None = None) -> None:
+    def __init__(self, cfg: TransformerConfig, *, rotary: bool, rule: AttentionRule) -> None:
         super().__init__()
         self.cfg = cfg
-        self.window = window
+        self.rule = rule
         width_q, width_kv = cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head
         self.widths = [width_q, width_kv, width_kv]
         self.qkv = nn.Linear(cfg.d_model, sum(self.widths), bias=cfg.qkv_bias)
@@ -92,6 +93,8 @@ class Attention(nn.Module):
         self.hook_pattern = HookPoint()
         self.hook_z = HookPoint()
         self.hook_result = HookPoint()
+        if cfg.changes_outputs:
+            self.hook_out = HookPoint()
 
     def forward(
         self,
@@ -126,7 +129,8 @@ class Attention(nn.Module):
             k = self.hook_rot_k(rotate(k, *cos_sin))
         listened = has_listeners(self.hook_attn_scores, self.hook_pattern)
         weigh = self.edited_pattern if listened else None
-        return self.project(self.hook_z(past.attend(layer, q, k, v, self.window, weigh)))
+        out = self.project(self.hook_z(past.attend(layer, q, k, v, self.rule, weigh)))
+        return self.hook_out(out) if self.cfg.changes_outputs else out
 
     def project_each(self, which: int, x: ByHead) -> Float[Tensor, "batch pos width"]:
         """Queries (0), keys (1) or values (2), of an input that each head has for itself."""
@@ -156,7 +160,7 @@ class Attention(nn.Module):
         return None if alone else weights
 
     def project(self, z: Heads) -> Residual:
-        """Return the heads' sum in the residual stream, by head where hooks may edit the parts."""
+        """Return the heads' outputs times `W_O`, by head where hooks may edit the parts."""
         if has_listeners(self.hook_result):
             # One part may be out of float16's range where the sum is not.
             wide_z, W_O, b_O = (float32_or_wider(part) for part in (z, self.W_O, self.b_O))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmlens.config import TransformerConfig
 from mmlens.model.components.attention import Attention, Residual
+from mmlens.model.components.attention_rule import AttentionRule
 from mmlens.model.components.mlp import MLP
 from mmlens.model.components.norm import RMSNorm, float32_or_wider, make_norm
 from mmlens.model.components.past import Past
@@ -21,6 +22,8 @@ from mmlens.utils.threads import adjust_threads
 class TransformerBlock(nn.Module):
     """A pre-norm block; the same in the decoder (causal, rotary) and the vision tower (neither).
 
+    Where `cfg.post_norms`, what attention and MLP give (`attn.hook_out`, `mlp.hook_out`) goes
+    through a norm of its own before it is added (`hook_attn_out`, `hook_mlp_out`).
     Where `cfg.parallel_attn_mlp`, attention and MLP do not see each other: there is no stream
     between the two, and no `ln2` unless `cfg.parallel_ln2`; without it they share one norm.
 
@@ -38,25 +41,29 @@ class TransformerBlock(nn.Module):
         Site("v_input", "batch pos kv_head d_model", key_side=True, needs="use_split_qkv_input"),
         *within("ln1", RMSNorm.SITES, "ln1.", key_side=True),
         *within("attn", Attention.SITES),
+        *within("ln1_post", RMSNorm.SITES, "ln1_post."),
         Site("attn_out", "batch pos d_model"),
         Site("resid_mid", "batch pos d_model"),
         Site("mlp_in", "batch pos d_model", needs="use_hook_mlp_in"),
         *within("ln2", RMSNorm.SITES, "ln2."),
         *within("mlp", MLP.SITES),
+        *within("ln2_post", RMSNorm.SITES, "ln2_post."),
         Site("mlp_out", "batch pos d_model"),
         Site("resid_post", "batch pos d_model", after=True),
     )
     hook_out_is_single_residual_stream = True
     """TransformerLens's logit lens asks."""
 
-    def __init__(self, cfg: TransformerConfig, *, rotary: bool, layer: int = 0) -> None:
+    def __init__(self, cfg: TransformerConfig, *, rotary: bool, rule: AttentionRule) -> None:
         super().__init__()
         self.cfg = cfg
         self.parallel = cfg.parallel_attn_mlp
         self.has_ln2 = cfg.parallel_ln2 or not self.parallel
         self.ln1 = make_norm(cfg)
-        self.attn = Attention(cfg, rotary=rotary, window=cfg.window(layer))
+        self.attn = Attention(cfg, rotary=rotary, rule=rule)
         self.mlp = MLP(cfg)
+        if cfg.post_norms:
+            self.ln1_post, self.ln2_post = make_norm(cfg), make_norm(cfg)
         self.layer_scale = cfg.layer_scale
         if cfg.layer_scale:
             self.ls_1 = nn.Parameter(torch.ones(cfg.d_model))
@@ -84,7 +91,7 @@ class TransformerBlock(nn.Module):
         normalized = self.ln1(resid)
         by_head = self.inputs_by_head(resid, normalized, past)
         attn_out = self.attn(normalized, past=past, by_head=by_head, **attention)
-        attn_out = self.hook_attn_out(attn_out * self.ls_1 if self.layer_scale else attn_out)
+        attn_out = self.hook_attn_out(self.added(attn_out, 1))
         resid = past.kept(resid)
         if self.parallel:
             normalized = past.kept(normalized)
@@ -93,12 +100,35 @@ class TransformerBlock(nn.Module):
                 normalized = self.ln2(mlp_in)
             elif not left_alone(self.hook_mlp_in, resid, mlp_in):
                 normalized = self.normalize_copy(mlp_in, resid, normalized)
-            mlp_out = self.hook_mlp_out(self.mlp(normalized))
+            mlp_out = self.hook_mlp_out(self.added(self.mlp(normalized), 2))
             return self.hook_resid_post(attn_out + mlp_out + resid)
         resid = self.hook_resid_mid(resid + attn_out)
-        mlp_out = self.mlp(self.ln2(self.hook_mlp_in(resid)))
-        mlp_out = self.hook_mlp_out(mlp_out * self.ls_2 if self.layer_scale else mlp_out)
+        mlp_out = self.added(self.mlp(self.ln2(self.hook_mlp_in(resid))), 2)
+        mlp_out = self.hook_mlp_out(mlp_out)
         return self.hook_resid_post(resid + mlp_out)
+
+    def added(self, out: Residual, part: Literal[1, 2]) -> Residual:
+        """Return what is added to the stream of what attention (1) or the MLP (2) gives."""
+        if self.cfg.post_norms:
+            out = (self.ln1_post if part == 1 else self.ln2_post)(out)
+        if self.layer_scale:
+            out = out * (self.ls_1 if part == 1 else self.ls_2)
+        return out
+
+    def written(
+        self, part: Literal[1, 2], vectors: Float[Tensor, "*any d_model"]
+    ) -> Float[Tensor, "*any d_model"]:
+        """Return what vectors that attention (1) or the MLP (2) give add to the stream.
+
+        Where `cfg.post_norms`, that is linear only for a given scale of the norm, which the result
+        is yet to be divided by (`ln1_post.hook_scale`, `ln2_post.hook_scale` of the run).
+        """
+        wide = float32_or_wider(vectors)
+        if self.cfg.post_norms:
+            wide = wide * (self.ln1_post if part == 1 else self.ln2_post).w.to(wide)
+        if self.layer_scale:
+            wide = wide * (self.ls_1 if part == 1 else self.ls_2).to(wide)
+        return wide
 
     def inputs_by_head(
         self, resid: Residual, normalized: Residual, past: Past

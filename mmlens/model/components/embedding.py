@@ -9,35 +9,52 @@ from torch import Tensor, nn
 
 
 class Embed(nn.Module):
-    """The token embedding."""
+    """The token embedding: rows of `W_E`, times `scale`."""
 
-    def __init__(self, d_vocab: int, d_model: int) -> None:
+    def __init__(self, d_vocab: int, d_model: int, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.W_E = nn.Parameter(torch.empty(d_vocab, d_model).normal_(std=0.02))
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """The rows of `W_E`."""
-        return F.embedding(tokens, self.W_E)
+        """Return the rows of `W_E`, times the scale as their dtype has it (as in transformers)."""
+        rows = F.embedding(tokens, self.W_E)
+        if self.scale == 1.0:
+            return rows
+        return rows * torch.tensor(self.scale, dtype=rows.dtype).item()
 
 
 class Unembed(nn.Module):
-    """The output projection; `weight` may be the embedding's own parameter."""
+    """The output projection; `weight` may be the embedding's own parameter.
 
-    def __init__(self, d_vocab: int, d_model: int, bias: bool = False) -> None:
+    With a `softcap` c, a product x becomes the logit c tanh(x / c).
+    """
+
+    def __init__(
+        self, d_vocab: int, d_model: int, bias: bool = False, softcap: float | None = None
+    ) -> None:
         super().__init__()
+        self.softcap = softcap
         self.weight = nn.Parameter(torch.empty(d_vocab, d_model).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(d_vocab)) if bias else None
 
     def forward(
         self, resid: Float[Tensor, "*batch d_model"], tokens: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "*batch n_tokens"]:
-        """Logits, of the whole vocabulary or of some tokens alone."""
-        if tokens is None:
-            return F.linear(resid, self.weight, self.bias)
-        tokens = tokens.to(self.weight.device)
-        return F.linear(
-            resid, self.weight[tokens], None if self.bias is None else self.bias[tokens]
-        )
+        """Return logits, of the whole vocabulary or of some tokens alone."""
+        products = self.products(resid, tokens)
+        return products if self.softcap is None else capped(products, self.softcap)
+
+    def products(
+        self, resid: Float[Tensor, "*batch d_model"], tokens: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "*batch n_tokens"]:
+        """Return logits before they are capped; arguments as of `forward`."""
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if tokens is not None:
+            tokens = tokens.to(weight.device)
+            weight, bias = weight[tokens], None if bias is None else bias[tokens]
+        return F.linear(resid, weight, bias)
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
@@ -48,3 +65,8 @@ class Unembed(nn.Module):
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """Output bias; zeros where the model has none."""
         return self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+
+
+def capped(x: Float[Tensor, "*shape"], cap: float) -> Float[Tensor, "*shape"]:
+    """Return c tanh(x / c), which is nearly x where x is small beside the cap c."""
+    return (x / cap).tanh() * cap

@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from jaxtyping import Bool, Float
-from torch import Tensor, cat
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from mmlens.model.run_positions import computing, current_pass
 
@@ -55,8 +56,8 @@ class KeyValueCache:
         """Keys and values of all positions at `layer`: those held, then the given ones."""
         past = self.entries[layer]
         if past is not None:
-            keys = cat([for_rows(past[0], len(keys)), keys], dim=1)
-            values = cat([for_rows(past[1], len(values)), values], dim=1)
+            keys = torch.cat([for_rows(past[0], len(keys)), keys], dim=1)
+            values = torch.cat([for_rows(past[1], len(values)), values], dim=1)
         if not self.frozen:
             self.entries[layer] = (keys, values)
         return keys, values
@@ -90,6 +91,32 @@ def for_rows(past: Tensor, rows: int) -> Tensor:
             f"a cache of {len(past)} rows serves a multiple of as many rows, and not {rows}"
         )
     return past.repeat(rows // len(past), *[1] * (past.ndim - 1))
+
+
+def keys_mask(
+    attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None,
+    cache: KeyValueCache | None,
+    n_rows: int,
+    n_new: int,
+    device: torch.device,
+) -> Bool[Tensor, "rows key"] | None:
+    """Which keys are no padding, those of the cache first; None where all of them.
+
+    One row serves all rows, as the samples of a noisy prompt share its mask.
+    """
+    new = None if attention_mask is None else attention_mask.bool()
+    if new is not None and bool(new.all()):
+        new = None
+    past = None if cache is None else cache.key_mask
+    if new is None and past is None:
+        return None
+    several = any(len(part) > 1 for part in (new, past) if part is not None)
+    rows = n_rows if several else 1
+    n_past = 0 if cache is None else len(cache)
+    everything = torch.ones(rows, n_past + n_new, dtype=torch.bool, device=device)
+    past = everything[:, :n_past] if past is None else for_rows(past, rows)
+    new = everything[:, n_past:] if new is None else for_rows(new, rows)
+    return torch.cat([past, new], dim=1)
 
 
 def check_cache(cache: Any, n_layers: int) -> None:

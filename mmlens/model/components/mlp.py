@@ -20,7 +20,10 @@ class MLP(nn.Module):
     `W_in`, `W_gate` and `W_out` are views of its modules' weights in TransformerLens's shapes.
     """
 
-    SITES = tuple(Site(name, "batch pos d_mlp") for name in ("pre", "pre_linear", "post"))
+    SITES = (
+        *(Site(name, "batch pos d_mlp") for name in ("pre", "pre_linear", "post")),
+        Site("mlp.out", "batch pos d_model", "hook_out"),
+    )
 
     def __init__(self, cfg: TransformerConfig) -> None:
         super().__init__()
@@ -34,11 +37,18 @@ class MLP(nn.Module):
         if cfg.gated_mlp:
             self.hook_pre_linear = HookPoint()
         self.hook_post = HookPoint()
+        if cfg.changes_outputs:
+            self.hook_out = HookPoint()
 
     def forward(self, x: Residual) -> Residual:
         """The layer's output at every position."""
+        out = self.down(self.neurons(x))
+        return self.hook_out(out) if self.cfg.changes_outputs else out
+
+    def neurons(self, x: Residual) -> Float[Tensor, "*batch d_mlp"]:
+        """Return what the output weights are multiplied by."""
         if not self.cfg.gated_mlp:
-            return self.down(self.hook_post(self.act(self.hook_pre(self.up(x)))))
+            return self.hook_post(self.act(self.hook_pre(self.up(x))))
         gate = self.hook_pre(self.gate(x))
         post = self.act(gate)  # now, while a CPU has `gate` in its caches
         linear = self.hook_pre_linear(self.up(x))
@@ -46,7 +56,7 @@ class MLP(nn.Module):
         # gradient may need it, though.
         in_place = post is not gate and not torch.is_grad_enabled()
         post = post.mul_(linear) if in_place else post * linear
-        return self.down(self.hook_post(post))
+        return self.hook_post(post)
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"] | None:

@@ -30,10 +30,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
-        self.eps = eps
-        self.w = nn.Parameter(torch.ones(d_model))
+        self.eps, self.width = eps, (d_model,)
+        self._add_weights()
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
+
+    def _add_weights(self) -> None:
+        self.w = nn.Parameter(torch.ones(self.width))
 
     def forward(self, x: Activation) -> Activation:
         """Normalise the last axis; through scale and quotient where hooks may edit these."""
@@ -50,13 +53,38 @@ class RMSNorm(nn.Module):
 
     def without_hooks(self, x: Activation) -> Activation:
         """Normalise the last axis, whatever listens."""
-        return F.rms_norm(x, self.w.shape, self.w, self.eps)
+        return F.rms_norm(x, self.width, self.w, self.eps)
 
     def _centred(self, x: Activation) -> Activation:
         return x
 
     def _weighted(self, normalized: Activation) -> Activation:
         return normalized * self.w
+
+
+class OffsetRMSNorm(RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * (offset + w'), with w' around 0 in the checkpoint (Gemma).
+
+    The parameter is the checkpoint's: the sum has more digits than half precision, so it is made in
+    float32 when it is needed. Source: transformers, `Gemma3RMSNorm` of `modeling_gemma3.py`.
+    """
+
+    def __init__(self, d_model: int, eps: float, offset: float) -> None:
+        self.offset = offset
+        super().__init__(d_model, eps)
+
+    def _add_weights(self) -> None:
+        self.w_less_offset = nn.Parameter(torch.zeros(self.width))
+
+    @property
+    def w(self) -> Float[Tensor, " d_model"]:  # type: ignore[override]  # no parameter here
+        """What the quotient is multiplied by: a copy; edit `w_less_offset`."""
+        return float32_or_wider(self.w_less_offset) + self.offset
+
+    def without_hooks(self, x: Activation) -> Activation:
+        """Normalise the last axis, whatever listens."""
+        w = self.w
+        return F.rms_norm(x.to(w.dtype), self.width, w, self.eps).to(x.dtype)
 
 
 class LayerNorm(RMSNorm):
@@ -77,9 +105,12 @@ class LayerNorm(RMSNorm):
         return super()._weighted(normalized) + self.b
 
 
-def make_norm(cfg: TransformerConfig, width: int | None = None) -> RMSNorm:
-    """The norm that `cfg.normalization_type` names, of `width` dimensions; by default `d_model`."""
-    return NORMS[cfg.normalization_type](cfg.d_model if width is None else width, cfg.eps)
-
-
 NORMS: dict[str, type[RMSNorm]] = {"RMS": RMSNorm, "LN": LayerNorm}
+
+
+def make_norm(cfg: TransformerConfig, width: int | None = None) -> RMSNorm:
+    """Return the norm that `cfg.normalization_type` names, of the stream or of another width."""
+    width = cfg.d_model if width is None else width
+    if cfg.norm_offset:
+        return OffsetRMSNorm(width, cfg.eps, cfg.norm_offset)
+    return NORMS[cfg.normalization_type](width, cfg.eps)

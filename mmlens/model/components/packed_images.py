@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mmlens.inputs.visual import Visual
+from mmlens.model.components.attention_rule import AttentionRule
 from mmlens.model.components.partial_attention import attention_scores, weighted_values
-from mmlens.model.components.past import Keys, Queries, Weigh
+from mmlens.model.components.past import Keys, Queries, Weigh, attended
 
 Grids = Sequence[tuple[int, int]]
 
@@ -134,31 +134,18 @@ class SegmentedPast:
         return x
 
     def attend(
-        self,
-        layer: int,
-        q: Queries,
-        k: Keys,
-        v: Keys,
-        window: int | None,
-        weigh: Weigh | None,
+        self, layer: int, q: Queries, k: Keys, v: Keys, rule: AttentionRule, weigh: Weigh | None
     ) -> Queries:
         """Return the heads' outputs of every query."""
-        segments = (self.images if window is None else self.windows).to(q.device)
+        segments = (self.images if rule.window is None else self.windows).to(q.device)
         if weigh is not None:
-            pattern = weigh(attention_scores(q, k), segments.mask)
+            pattern = weigh(attention_scores(q, k, rule), segments.mask)
             if pattern is not None:
                 return weighted_values(pattern, v).to(q.dtype)
         if segments.is_one:
-            return fused(q, k, v)
+            return attended(q, k, v, rule)
         z = torch.empty_like(q)
         for index in segments.by_size:
-            own = (x[:, index].flatten(0, 1) for x in (q, k, v))
-            z[:, index] = fused(*own).unflatten(0, (len(q), -1))
+            own_q, own_k, own_v = (x[:, index].flatten(0, 1) for x in (q, k, v))
+            z[:, index] = attended(own_q, own_k, own_v, rule).unflatten(0, (len(q), -1))
         return z
-
-
-def fused(q: Queries, k: Keys, v: Keys) -> Queries:
-    """Return attention of all to all, in torch's kernel."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = k.shape[1] < q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped).transpose(1, 2)

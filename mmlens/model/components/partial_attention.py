@@ -21,6 +21,7 @@ from torch.backends.cuda import (
     can_use_flash_attention,
 )
 
+from mmlens.model.components.attention_rule import AttentionRule
 from mmlens.model.components.norm import float32_or_wider
 
 Queries = Float[Tensor, "batch query head d_head"]
@@ -41,10 +42,12 @@ def unfold(
     return x.unflatten(2, (-1, n_heads // x.shape[1])).transpose(1, 2).flatten(2, 3)
 
 
-def attention_scores(q: Queries, k: Keys) -> Float[Tensor, "batch head query key"]:
-    """Return q k^T / sqrt(d_head), in float32 or wider."""
+def attention_scores(
+    q: Queries, k: Keys, rule: AttentionRule
+) -> Float[Tensor, "batch head query key"]:
+    """Return the rule's scores, in float32 or wider, nothing masked."""
     grouped = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))
-    scores = scaled_products(grouped.flatten(2, 3), k.transpose(1, 2))
+    scores = scores_of(grouped.flatten(2, 3), k.transpose(1, 2), rule)
     return scores.unflatten(2, grouped.shape[2:4]).flatten(1, 2)
 
 
@@ -57,16 +60,21 @@ def weighted_values(
     return z.unflatten(2, grouped.shape[2:4]).flatten(1, 2).transpose(1, 2)
 
 
-def scaled_products(
-    q: Float[Tensor, "*batch query d_head"], k: Float[Tensor, "*batch key d_head"]
+def scores_of(
+    q: Float[Tensor, "*batch query d_head"],
+    k: Float[Tensor, "*batch key d_head"],
+    rule: AttentionRule,
 ) -> Float[Tensor, "*batch query key"]:
     """Return the scores of one head or a group, in float32 or wider."""
-    products = float32_or_wider(q) @ float32_or_wider(k).transpose(-1, -2)
-    return products.mul_(q.shape[-1] ** -0.5)
+    return rule.scores(float32_or_wider(q) @ float32_or_wider(k).transpose(-1, -2))
 
 
 def attend_part(
-    q: Queries, k: Keys, v: Keys, mask: Bool[Tensor, "mask_rows query_or_1 key"] | None
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    mask: Bool[Tensor, "mask_rows query_or_1 key"] | None,
+    rule: AttentionRule,
 ) -> tuple[Queries, Float[Tensor, "batch query head"]]:
     """Softmax attention to these keys, and the logarithm of its normaliser.
 
@@ -76,8 +84,8 @@ def attend_part(
     keys, and 2.3 ms for 22 keys of their own; products with the scores written down take 45 and
     2.6 ms, and prefix and own keys concatenated for every row 72 ms.
 
-    Kernels give no gradient of the normaliser, and those of CUDA take no mask here: then the scores
-    are written down.
+    Kernels give no gradient of the normaliser and cap no scores, and those of CUDA take no mask
+    here: then the scores are written down.
     """
     n_heads, n_kv_heads = q.shape[2], k.shape[2]
     folded = fold(q, n_kv_heads)
@@ -86,7 +94,8 @@ def attend_part(
         mask = mask[:, None]
         if mask.shape[2] > 1:
             mask = mask.repeat_interleave(n_heads // n_kv_heads, dim=2)
-    out, lse = run_kernel(folded, keys, values, mask) or run_openly(folded, keys, values, mask)
+    parts = (folded, keys, values, mask, rule)
+    out, lse = run_kernel(*parts) or run_openly(*parts)
     if mask is not None:
         lse = lse.masked_fill(~mask.any(dim=-1), almost_nothing(lse))
     return unfold(out, n_heads), unfold(lse[..., None], n_heads)[..., 0]
@@ -98,32 +107,40 @@ def almost_nothing(x: Tensor) -> float:
 
 
 def run_kernel(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: AttentionRule
 ) -> tuple[Tensor, Tensor] | None:
     """A fused kernel that also returns the normaliser; None where there is none."""
+    if rule.softcap is not None:
+        return None
     if torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v)):
         return None
     if q.device.type == "cpu":
         bias = None
         if mask is not None:
             bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=bias, scale=rule.scale
+        )
     if q.device.type != "cuda" or mask is not None:
         return None
     choice = SDPAParams(q, k, v, None, 0.0, False, False)
     # torch pads heads of other sizes before it calls the flash kernel; this is the kernel itself.
     if can_use_flash_attention(choice) and q.shape[-1] % 8 == 0:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=rule.scale)
     elif can_use_efficient_attention(choice):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, scale=rule.scale
+        )
     else:
         return None
     return out, lse[..., : q.shape[2]]  # some kernels round the number of queries up
 
 
-def run_openly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def run_openly(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: AttentionRule
+) -> tuple[Tensor, Tensor]:
     """The same by way of the scores, in float32 or wider."""
-    scores = scaled_products(q, k)
+    scores = scores_of(q, k, rule)
     if mask is not None:
         scores = scores.masked_fill(~mask, almost_nothing(scores))
     lse = scores.logsumexp(dim=-1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +18,10 @@ from mmlens.config import MultimodalConfig
 # would mean something else in a run that branches from another.
 SUPPORTED = ("default", "linear", "llama3", "yarn")
 
+CosSin = tuple[Float[Tensor, "some pos 1 rotary_dim"], Float[Tensor, "some pos 1 rotary_dim"]]
+Angles = Mapping[str, CosSin]
+"""Cosines and sines of all positions of a pass, by the kind of layer that rotates by them."""
+
 
 class Rotary:
     """Rotates pairs (i, i + rotary_dim/2) of each head by an angle that grows with the position.
@@ -24,8 +30,8 @@ class Rotary:
     dtype, as Hugging Face does.
     """
 
-    def __init__(self, cfg: MultimodalConfig) -> None:
-        self.rope_type = cfg.rope_parameters.get("rope_type", "default")
+    def __init__(self, cfg: MultimodalConfig, parameters: Mapping[str, Any]) -> None:
+        self.rope_type = parameters.get("rope_type", "default")
         if self.rope_type not in SUPPORTED:
             raise ValueError(
                 f"rope_type {self.rope_type!r} is not supported; these are: {', '.join(SUPPORTED)}"
@@ -34,16 +40,14 @@ class Rotary:
         # A model may be built on the meta device; its angles are needed all the same.
         try:
             with torch.device("cpu"):
-                self.inv_freq, self.attention_scaling = frequencies(cfg)
+                self.inv_freq, self.attention_scaling = frequencies(cfg, parameters)
             finite = bool(self.inv_freq.isfinite().all()) and math.isfinite(self.attention_scaling)
         except (TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"rope_parameters {cfg.rope_parameters}: {error!r}") from error
+            raise ValueError(f"rope_parameters {dict(parameters)}: {error!r}") from error
         if not finite:
-            raise ValueError(f"rope_parameters {cfg.rope_parameters} give no finite angles")
+            raise ValueError(f"rope_parameters {dict(parameters)} give no finite angles")
 
-    def cos_sin(
-        self, position_ids: Int[Tensor, "batch pos"], dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "batch pos 1 rotary_dim"], Float[Tensor, "batch pos 1 rotary_dim"]]:
+    def cos_sin(self, position_ids: Int[Tensor, "batch pos"], dtype: torch.dtype) -> CosSin:
         """Cosine and sine of every position's angles; once per forward pass, for all layers."""
         self.inv_freq = self.inv_freq.to(position_ids.device)
         angles = position_ids[..., None].float() * self.inv_freq
@@ -52,9 +56,10 @@ class Rotary:
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
-def frequencies(cfg: MultimodalConfig) -> tuple[Float[Tensor, " half_rotary_dim"], float]:
+def frequencies(
+    cfg: MultimodalConfig, rope: Mapping[str, Any]
+) -> tuple[Float[Tensor, " half_rotary_dim"], float]:
     """The angle per position of every rotated pair, and what cosine and sine are scaled by."""
-    rope = cfg.rope_parameters
     if rope.get("rope_type", "default") == "default":
         exponent = torch.arange(0, cfg.rotary_dim, 2).float() / cfg.rotary_dim
         return 1.0 / rope["rope_theta"] ** exponent, 1.0
