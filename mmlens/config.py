@@ -359,7 +359,7 @@ class MultimodalConfig(TransformerConfig):
     tie_word_embeddings: bool = False
     unembed_bias: bool = False
     image_token_id: int | None = None
-    image_layout: Literal["one_grid", "anyres", "row_col"] = "one_grid"
+    image_layout: Literal["one_grid", "anyres", "row_col", "any_grid"] = "one_grid"
     """How an image becomes visual tokens; see `mmlens.inputs.layouts`."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -50,8 +50,8 @@ def test_standard_spans_under_left_padding_with_several_images() -> None:
     assert inputs.span("text", batch=1).tolist() == [1, 8, 15]
     assert inputs.span("bos", batch=2).tolist() == [13]
     assert inputs.span("last").tolist() == [15]
-    assert inputs.position_ids[0].tolist() == [0] * 7 + list(range(1, 10))
-    assert inputs.position_ids[1].tolist() == list(range(16))
+    assert inputs.rope_positions[0, 0].tolist() == [0] * 7 + list(range(1, 10))
+    assert inputs.rope_positions[0, 1].tolist() == list(range(16))
 
 
 def test_rows_that_differ_need_a_batch_index() -> None:

@@ -96,7 +96,7 @@ def test_equals_hugging_face(kind: str, select: str) -> None:
         tokenizer=tokenizer,
     )
     assert torch.equal(again.grid, inputs.grid)
-    assert torch.equal(again.position_ids, inputs.position_ids)
+    assert torch.equal(again.rope_positions, inputs.rope_positions)
     assert again.labels(1) == inputs.labels(1)
     for row in range(4):
         for name in again.spans[row]:

@@ -100,7 +100,7 @@ def run_joined(
     schedule = Schedule.of(starts, read, n_layers, recording.inputs.n_pos)
     run = recording.past_before(schedule.firsts.first)
     resid = recording.own.resid[0][:, :0]
-    rotary = model.rotary_angles(recording.inputs.position_ids, resid.dtype)
+    rotary = model.rotary_angles(recording.inputs.rope_positions, resid.dtype)
     below = streams_from_below(recording, branches, starts)
     with model.hooks(fwd_hooks=branch_hooks(branches, starts, schedule, n_layers)):
         for step in schedule.steps:

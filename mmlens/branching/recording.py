@@ -79,7 +79,7 @@ class Recording(RecordedRun):
                 inputs, None if encoded_images is None else encoded_images.visual
             )
             past, angles = model.attention_context(
-                resid, inputs.attention_mask, None, None, inputs.blocks
+                resid, inputs.attention_mask, inputs.rope_positions, None, inputs.blocks
             )
             own = keep_run(model, resid, 0, past, angles)
         return cls(model, inputs, own, None, encoded_images, cache)
@@ -167,7 +167,7 @@ class Recording(RecordedRun):
         resid = self.model.input_embeddings(inputs, visual)[:, first:]
         packing = Packing((first,), inputs.n_pos)
         past = SharedPast(self.past_before(first, inputs), packing, packing)
-        angles = self.model.rotary_angles(inputs.position_ids[:, first:], resid.dtype)
+        angles = self.model.rotary_angles(inputs.rope_positions[..., first:], resid.dtype)
         kept, caching, _ = self.model.get_caching_hooks(names)
         with self.model.hooks(fwd_hooks=caching):
             own = keep_run(self.model, resid, first, past, angles)

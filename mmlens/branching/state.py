@@ -102,7 +102,9 @@ class RecordedRun:
     @property
     def past(self) -> KeyValueCache:
         """Keys and values of all positions, frozen."""
-        return KeyValueCache.holding(self._whole.keys_values, self.inputs.attention_mask)
+        return KeyValueCache.holding(
+            self._whole.keys_values, self.inputs.attention_mask, self.inputs.rope_positions
+        )
 
     def resid_from(self, layer: int, first: int) -> Float[Tensor, "batch suffix d_model"]:
         """What enters a layer (`n_layers`: the final norm), from a position on."""

@@ -94,8 +94,8 @@ def replayed_to_layer(
             chance = random.Random(f"{seed} {kind}")
             for inputs in chance.sample(prompts, min(REPLAYED, len(prompts))):
                 resid = model(inputs, stop_at_layer=layer)
-                options = {"attention_mask": inputs.attention_mask, "start_at_layer": layer}
-                logits = model(resid, **options)[0, -1]
+                resumed = model.resuming(inputs, layer)
+                logits = model(resid, start_at_layer=layer, **resumed)[0, -1]
                 found.append(Replayed(inputs, resid, logits.double().log_softmax(-1)))
     random.Random(seed).shuffle(found)
     return found

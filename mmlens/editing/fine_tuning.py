@@ -132,9 +132,9 @@ def tuned(
     def forward(resid: Tensor, inputs: MultimodalInputs) -> Tensor:
         changed = {name: added(weight, deltas[name]) for name, weight in weights.items()}
         options = {
-            "attention_mask": inputs.attention_mask,
             "start_at_layer": min(layers),
             "stop_at_layer": model.cfg.n_layers,
+            **model.resuming(inputs, min(layers)),
         }
         return functional_call(model, changed, (resid,), options)
 

@@ -79,9 +79,9 @@ def lora(
     def forward(resid: Tensor, inputs: MultimodalInputs) -> Tensor:
         return model(
             resid,
-            attention_mask=inputs.attention_mask,
             start_at_layer=min(layers),
             stop_at_layer=model.cfg.n_layers,
+            **model.resuming(inputs, min(layers)),
         )
 
     with frozen(model), adapted(model, names, rank, alpha, seed) as adapters:

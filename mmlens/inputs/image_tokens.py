@@ -83,6 +83,9 @@ class ImageTokens:
     """What a visual token is that is no cell, by its offset from `start`: "cls", "newline"."""
     row: int = 0
     """Which row of the batch."""
+    mrope: bool = False
+    """Whether its tokens have rotary positions by row and column (M-RoPE); else they are counted
+    as words are."""
     image: Image.Image | None = None
     """The image as it was given."""
     boxes: Callable[[tuple[int, int]], Sequence[Box]] | None = None

@@ -42,6 +42,7 @@ from mmlens.inputs.checks import (
 )
 from mmlens.inputs.image_tokens import ImageTokens
 from mmlens.inputs.position_labels import position_labels
+from mmlens.inputs.rope_positions import rope_positions
 from mmlens.inputs.token_array import TokenArray
 from mmlens.inputs.visual import Visual
 
@@ -146,10 +147,14 @@ class MultimodalInputs(TokenArray):
         """Where the tensors are."""
         return self.tokens.device
 
-    @property
-    def position_ids(self) -> Int[Tensor, "batch pos"]:
-        """Rotary positions: 0 at the first real token of each row, and at the padding."""
-        return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    @cached_property
+    def rope_positions(self) -> Int[Tensor, "axis batch pos"]:
+        """Rotary positions: 0 at the first real token of each row, and at the padding.
+
+        On one axis, or on three (time, row, column) where an image's tokens are told apart by
+        them; see `mmlens.inputs.rope_positions`.
+        """
+        return rope_positions(self.attention_mask, self.images)
 
     @property
     def is_image(self) -> Bool[Tensor, "batch pos"]:

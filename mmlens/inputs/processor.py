@@ -256,6 +256,7 @@ class Processor:
                 vocabulary, a mask of another shape or with padding elsewhere, positions outside.
         """
         cfg, tokenizer = self.cfg, self.tokenizer
+        visual.pop("mm_token_type_ids", None)  # which ids are image tokens is known here
         if tokens.ndim not in (1, 2):
             raise ValueError(f"tokens must be [batch, pos] or [pos], not {tuple(tokens.shape)}")
         tokens = tokens.reshape(-1, tokens.shape[-1]).long()

@@ -184,6 +184,23 @@ class InputMethods(TokenMethods):
                 )
         return self.inputs_from_tokens(input, pixel_values, attention_mask=attention_mask, **visual)
 
+    def resuming(self, inputs: MultimodalInputs, layer: int) -> dict[str, Any]:
+        """Return the arguments with which a run of inputs goes on from their residual stream.
+
+        Args:
+            inputs: as `prepare` returns them.
+            layer: which layer the stream enters.
+
+        Example:
+            >>> resid = model(inputs, stop_at_layer=3)
+            >>> logits = model(resid, start_at_layer=3, **model.resuming(inputs, 3))
+        """
+        return {
+            "attention_mask": inputs.attention_mask,
+            "position_ids": inputs.rope_positions,
+            "blocks": inputs.blocks,
+        }
+
     def _given(
         self,
         input: Input,

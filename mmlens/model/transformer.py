@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from mmlens.config import MultimodalConfig
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.rope_positions import counted
 from mmlens.inputs.special_tokens import Side
 from mmlens.model.activation_cache import ActivationCache, check_one_row
 from mmlens.model.components import (
@@ -33,7 +34,7 @@ from mmlens.model.components import (
 )
 from mmlens.model.components.attention import Residual
 from mmlens.model.components.attention_rule import AttentionRule, Places
-from mmlens.model.components.key_value_cache import continuing, keys_mask
+from mmlens.model.components.key_value_cache import continuing, for_rows, keys_mask
 from mmlens.model.components.past import CachedPast, Past, PlainPast
 from mmlens.model.components.rotary import Angles
 from mmlens.model.generation import GenerationMethods
@@ -229,7 +230,7 @@ class HookedMultimodalTransformer(
         *,
         pixel_values: Tensor | None = None,
         attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
-        position_ids: Int[Tensor, "rows pos"] | None = None,
+        position_ids: Int[Tensor, "*axis rows pos"] | None = None,
         blocks: Int[Tensor, "rows pos"] | None = None,
         prepend_bos: bool | None = None,
         padding_side: Side | None = None,
@@ -251,7 +252,9 @@ class HookedMultimodalTransformer(
                 returns them; see `Processor.from_tokens`.
             attention_mask: with token ids or a residual stream, False at left padding. By default
                 the padding tokens at the left of each row of ids are taken for padding.
-            position_ids: rotary positions; by default counted from the mask and the cache.
+            position_ids: rotary positions, or three of them where images have rows and columns (see
+                `MultimodalInputs.rope_positions`); by default those of the inputs, after the cache.
+                A residual stream has no images: give `inputs.rope_positions` where it had some.
             blocks: with a residual stream, which positions attend to each other in both directions,
                 as in `MultimodalInputs.blocks`.
             prepend_bos: of text, whether it begins with BOS; see `to_tokens`.
@@ -294,6 +297,12 @@ class HookedMultimodalTransformer(
             )
             resid, attention_mask = self.input_embeddings(inputs), inputs.attention_mask
             blocks = inputs.blocks
+        if position_ids is None:
+            if inputs is not None:
+                position_ids = inputs.rope_positions
+            elif attention_mask is not None:
+                position_ids = counted(attention_mask.bool())[None]
+            position_ids = self._after(past_kv_cache, position_ids, resid)
         past, angles = self.attention_context(
             resid, attention_mask, position_ids, past_kv_cache, blocks
         )
@@ -321,38 +330,47 @@ class HookedMultimodalTransformer(
             )
         return layer + n_layers * (layer < 0)
 
+    def _after(
+        self, cache: KeyValueCache | None, positions: Tensor | None, resid: Residual
+    ) -> Int[Tensor, "axis rows pos"]:
+        """Rotary positions of a pass, counted from 0 or given so, after those of a cache."""
+        if positions is None:
+            positions = torch.arange(resid.shape[1], device=resid.device)[None, None]
+        first = 0 if cache is None else cache.next_position()
+        if isinstance(first, Tensor):
+            first = for_rows(first, max(positions.shape[1], len(first))).to(positions)
+        return positions + first
+
     def attention_context(
         self,
         resid: Residual,
         attention_mask: Tensor | None,
-        position_ids: Tensor | None,
+        positions: Int[Tensor, "*axis rows pos"],
         cache: KeyValueCache | None,
         blocks: Int[Tensor, "rows pos"] | None = None,
     ) -> tuple[Past, Angles]:
-        """What all layers share: what queries attend to, and the rotary angles."""
+        """What all layers share: what queries attend to, and the rotary angles of positions."""
         n_new, n_past = resid.shape[1], 0 if cache is None else len(cache)
         key_mask = keys_mask(attention_mask, cache, len(resid), n_new, resid.device)
         self.cfg.check_length(n_past + n_new, key_mask)
         if cache is not None and not cache.frozen:
+            cache.place(positions if positions.ndim == 3 else positions[None])
             cache.key_mask = key_mask
         at = torch.arange(n_past + n_new, device=resid.device)
-        if key_mask is not None:
-            counted = (key_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -n_new:]
-        else:
-            counted = at[None, n_past:]
         if blocks is not None and n_past:
             # What follows a past is no prompt; an image is one all the same.
             is_image = self.cfg.attention_blocks == "image"
             blocks = pad(blocks, (n_past, 0), value=-1) if is_image else None
-        positions = counted if position_ids is None else position_ids
         places = Places(at, key_mask, blocks)
         past = PlainPast(places) if cache is None else CachedPast(places, cache=cache)
-        return past, self.rotary_angles(positions, resid.dtype)
+        return past, self.rotary_angles(positions.to(resid.device), resid.dtype)
 
-    def rotary_angles(self, position_ids: Int[Tensor, "batch pos"], dtype: torch.dtype) -> Angles:
+    def rotary_angles(
+        self, positions: Int[Tensor, "*axis batch pos"], dtype: torch.dtype
+    ) -> Angles:
         """Cosines and sines of every position's angles, by the kind of layer."""
         return {
-            kind: rule.rotary.cos_sin(position_ids, dtype)
+            kind: rule.rotary.cos_sin(positions, dtype)
             for kind, rule in self.rules.items()
             if rule.rotary is not None
         }

@@ -13,7 +13,7 @@ from mmlens.utils.grad_mode import without_gradients
 
 
 @without_gradients
-def dead_hooks(model: HookedRootModule, inputs: MultimodalInputs) -> list[str]:
+def dead_hooks(model: Any, inputs: MultimodalInputs) -> list[str]:
     """Names of hook points that do not fire or do not change the logits when they are edited.
 
     Every activation is edited by noise of its own size, at all positions. So that a deep model
@@ -33,8 +33,7 @@ def dead_hooks(model: HookedRootModule, inputs: MultimodalInputs) -> list[str]:
             options = {"stop_at_layer": 0}
         elif layer is not None:
             input = cache[entering[layer]]
-            options = {"start_at_layer": layer, "attention_mask": inputs.attention_mask}
-            options["blocks"] = inputs.blocks
+            options = {"start_at_layer": layer, **model.resuming(inputs, layer)}
             stop = layer + site.after + 1
             if stop <= model.cfg.n_layers:
                 options["stop_at_layer"] = stop

@@ -15,6 +15,7 @@ from mmlens.checkpoints.decoders.gemma import GEMMA, GEMMA_2, GEMMA_3
 from mmlens.checkpoints.decoders.gpt_neox import GPT_NEOX
 from mmlens.checkpoints.decoders.llama import LLAMA
 from mmlens.checkpoints.decoders.phi import PHI
+from mmlens.checkpoints.decoders.qwen_vl import QWEN_VL
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Decoder
 from mmlens.checkpoints.hf_configs import known_activation
@@ -30,6 +31,7 @@ DECODERS = {
     "gemma": GEMMA,
     "gemma2": GEMMA_2,
     "gemma3_text": GEMMA_3,
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), QWEN_VL),
 }
 
 
@@ -55,7 +57,7 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
         "d_vocab": config.vocab_size,
         "n_ctx": config.max_position_embeddings,
         "rope_parameters": dict(config.rope_parameters),
-        "tie_word_embeddings": config.tie_word_embeddings,
+        "tie_word_embeddings": getattr(config, "tie_word_embeddings", False),
         "bos_token_id": config.bos_token_id,
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None),
         "pad_token_id": config.pad_token_id,

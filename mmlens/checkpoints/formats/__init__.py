@@ -14,5 +14,6 @@ __all__ = ["FORMATS", "Format", "register"]
 for _file in (
     *("language_model", "hf_llava", "llava_original", "bunny", "tinyllava"),
     *("llava_phi", "llava_phi_msft", "llava_next", "llava_onevision", "idefics3"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 ):
     register(import_module(f"{__name__}.{_file}").FORMAT)

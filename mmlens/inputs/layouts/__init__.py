@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mmlens.inputs.layouts.any_grid import AnyGrid
 from mmlens.inputs.layouts.anyres import AnyRes
 from mmlens.inputs.layouts.layout import (
     BATCH_KEYS,
@@ -24,6 +25,7 @@ LAYOUTS: dict[str, Callable[[MultimodalConfig], ImageLayout]] = {
     "one_grid": OneGrid,
     "anyres": AnyRes,
     "row_col": RowCol,
+    "any_grid": AnyGrid,
 }
 """By the names that `MultimodalConfig.image_layout` takes."""
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmlens.inputs.rope_positions import counted
 from mmlens.model.run_positions import computing, current_pass
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,22 +36,50 @@ class KeyValueCache:
         self.entries: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
         self.key_mask: Tensor | None = None
         """Bool [batch, pos], False at padding; None where nothing is padded."""
+        self.rope_positions: Tensor | None = None
+        """Int [3, batch, pos] where images have rows and columns (M-RoPE); else None."""
         self.frozen = False
 
     @classmethod
     def holding(
-        cls, entries: Sequence[tuple[Tensor, Tensor]], attention_mask: Bool[Tensor, "batch pos"]
+        cls,
+        entries: Sequence[tuple[Tensor, Tensor]],
+        attention_mask: Bool[Tensor, "batch pos"],
+        rope_positions: Int[Tensor, "axis batch pos"] | None = None,
     ) -> KeyValueCache:
         """A frozen cache of these keys and values."""
         cache = cls(len(entries))
         cache.entries = list(entries)
         cache.key_mask = None if bool(attention_mask.all()) else attention_mask
+        if rope_positions is not None and len(rope_positions) > 1:
+            cache.rope_positions = rope_positions
         cache.frozen = True
         return cache
 
     def __len__(self) -> int:
         """Number of positions held."""
         return next((entry[0].shape[1] for entry in self.entries if entry is not None), 0)
+
+    def next_position(self) -> Int[Tensor, "batch 1"] | int:
+        """The rotary position of the token after those that are held."""
+        if self.rope_positions is not None:
+            return self.rope_positions.amax(dim=(0, 2))[:, None] + 1
+        return len(self) if self.key_mask is None else self.key_mask.sum(dim=1, keepdim=True)
+
+    def place(self, positions: Int[Tensor, "axis batch pos"]) -> None:
+        """Note the rotary positions of what is about to be added.
+
+        Nothing is noted while they are those that one would count.
+        """
+        if self.rope_positions is None and len(positions) == 1:
+            return
+        if self.rope_positions is None:
+            held = torch.ones(positions.shape[1], len(self), dtype=torch.bool)
+            held = held if self.key_mask is None else for_rows(self.key_mask, len(held))
+            self.rope_positions = counted(held.to(positions.device))[None].expand(3, -1, -1)
+        parts = [for_rows(self.rope_positions.transpose(0, 1), positions.shape[1]).transpose(0, 1)]
+        parts.append(positions.expand(3, *positions.shape[1:]))
+        self.rope_positions = torch.cat([part.to(positions) for part in parts], dim=2)
 
     def extend(self, layer: int, keys: Keys, values: Keys) -> tuple[AllKeys, AllKeys]:
         """Keys and values of all positions at `layer`: those held, then the given ones."""
@@ -78,6 +107,8 @@ class KeyValueCache:
             ]
         if self.key_mask is not None:
             view.key_mask = self.key_mask[:, :n_pos]
+        if self.rope_positions is not None:
+            view.rope_positions = self.rope_positions[..., :n_pos]
         view.frozen = True
         return view
 

@@ -46,14 +46,66 @@ class Rotary:
             raise ValueError(f"rope_parameters {dict(parameters)}: {error!r}") from error
         if not finite:
             raise ValueError(f"rope_parameters {dict(parameters)} give no finite angles")
+        with torch.device("cpu"):
+            self.axes = axes_of(parameters, cfg.rotary_dim // 2)
 
-    def cos_sin(self, position_ids: Int[Tensor, "batch pos"], dtype: torch.dtype) -> CosSin:
-        """Cosine and sine of every position's angles; once per forward pass, for all layers."""
-        self.inv_freq = self.inv_freq.to(position_ids.device)
-        angles = position_ids[..., None].float() * self.inv_freq
+    def cos_sin(self, positions: Int[Tensor, "*axis batch pos"], dtype: torch.dtype) -> CosSin:
+        """Cosine and sine of every position's angles; once per forward pass, for all layers.
+
+        Args:
+            positions: on one axis, with or without it in the shape; or on three, of which each
+                pair takes its own (M-RoPE).
+            dtype: of what is returned.
+
+        Raises:
+            ValueError: three axes for a model whose positions have one.
+        """
+        self.inv_freq = self.inv_freq.to(positions.device)
+        if positions.ndim == 3 and len(positions) == 1:
+            positions = positions[0]
+        if positions.ndim == 3:
+            if self.axes is None or len(positions) != 3:
+                raise ValueError(
+                    f"rotary positions of {len(positions)} axes; this model's have "
+                    f"{'one' if self.axes is None else 'one or three'}"
+                )
+            by_pair = positions[self.axes.to(positions.device)].movedim(0, -1)
+        else:
+            by_pair = positions[..., None]
+        angles = by_pair.float() * self.inv_freq
         angles = torch.cat([angles, angles], dim=-1)[:, :, None, :]
         scale = self.attention_scaling
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def axes_of(rope: Mapping[str, Any], n_pairs: int) -> Int[Tensor, " pair"] | None:
+    """Which axis (0 time, 1 row, 2 column) rotates each pair; None without M-RoPE.
+
+    `mrope_section` says how many pairs each axis has: one after the other (Wang et al. 2024), or,
+    with `mrope_interleaved`, in turns of three so long as an axis has some left, and the time's
+    after that (Qwen3-VL).
+
+    Raises:
+        ValueError: sections that are not three counts of all pairs.
+    """
+    if (section := rope.get("mrope_section")) is None:
+        return None
+    counts = list(section) if isinstance(section, list | tuple) else []
+    if (
+        len(counts) != 3
+        or any(type(n) is not int or n < 0 for n in counts)
+        or sum(counts) != (n_pairs)
+    ):
+        raise ValueError(
+            f"mrope_section is {section!r}; it must be three numbers of pairs (time, row, column) "
+            f"whose sum is {n_pairs}"
+        )
+    if not rope.get("mrope_interleaved"):
+        return torch.tensor([axis for axis, n in enumerate(counts) for _ in range(n)])
+    axes = torch.zeros(n_pairs, dtype=torch.long)
+    for axis in (1, 2):
+        axes[axis : 3 * counts[axis] : 3] = axis
+    return axes
 
 
 def frequencies(
