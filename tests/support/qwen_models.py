@@ -37,7 +37,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-FAMILIES = ("qwen2", "qwen2.5", "qwen3")
+FAMILIES = ("qwen2", "qwen2.5")
 CLASSES: dict[str, tuple[Any, ...]] = {
     "qwen2": (
         Qwen2VLConfig,
@@ -186,6 +186,14 @@ def random_batch(processor: Any, images: list[int], chance: random.Random) -> di
     return dict(processor(images=pictures, **given) if pictures else processor(**given))
 
 
+def positioned(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch; without images with positions, since transformers would count padding there."""
+    if "pixel_values" in batch:
+        return batch
+    counted = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return {**batch, "position_ids": counted.expand(3, -1, -1)}
+
+
 def qwen_activations(family: str, hf: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     """Transformers' output in eager attention, and its activations under our names."""
     hf.set_attn_implementation("eager")
@@ -195,7 +203,7 @@ def qwen_activations(family: str, hf: Any, batch: dict[str, Any]) -> tuple[Any, 
         stack.enter_context(recorded(dict(hf.named_modules()), seen))
         # The tower's attention goes through the same function.
         stack.enter_context(recorded_attention(SOURCES[family], attended))
-        output = hf(**batch)
+        output = hf(**positioned(batch))
     found = decoder_activations(hf, "model.language_model", seen)
     n_layers = hf.config.text_config.num_hidden_layers
     for layer, parts in enumerate(attended[len(attended) - n_layers :]):

@@ -1,0 +1,235 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: positions, logits, hooks, runs and files equal transformers'."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qwen_models import FAMILIES, positioned, qwen_activations, random_batch, random_qwen, write
+from rounding import assert_same, rounded_otherwise
+from test_branching import assert_equal_to_plain_runs
+from test_branching_families import any_edit
+from torch import Tensor
+from transformers import GenerationConfig
+
+from mmlens import Intervention
+from mmlens.interventions.functions import scale
+from mmlens.model.components import KeyValueCache
+from mmlens.model.transformer import HookedMultimodalTransformer
+
+EVERY = pytest.mark.parametrize("family", FAMILIES)
+N_NEW = 7
+
+
+def opened(folder: Path, **options: Any) -> HookedMultimodalTransformer:
+    return HookedMultimodalTransformer.from_pretrained(folder, device="cpu", **options)
+
+
+def checkpoint(family: str, folder: Path, chance: random.Random, **bounds: int) -> Any:
+    """Transformers' model and processor, written to a folder."""
+    hf = random_qwen(family, chance)
+    return hf, write(family, folder, hf, **bounds)
+
+
+def inputs_of(model: Any, batch: dict[str, Any]) -> Any:
+    rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
+    return model.inputs_from_tokens(batch["input_ids"], **rest)
+
+
+@EVERY
+@pytest.mark.parametrize("images", [[1], [1, 0, 3], [0, 0]], ids=str)
+def test_logits_and_every_hook_equal_hugging_face(
+    family: str, images: list[int], seed: int, tmp_path: Path
+) -> None:
+    chance = random.Random(seed)
+    hf, processor = checkpoint(family, tmp_path, chance)
+    batch = random_batch(processor, images, chance)
+    model = opened(tmp_path)
+    real = batch["attention_mask"].bool()
+
+    def compared(name: str, x: Tensor) -> Tensor:
+        """What is compared: no padding, and nothing hidden."""
+        if name.startswith(("vision.", "projector.")):
+            return x.masked_fill(x == -torch.inf, 0.0)
+        if not name.endswith(("hook_attn_scores", "hook_pattern")):
+            return x[real]
+        n_pos = real.shape[1]
+        visible = torch.ones(n_pos, n_pos, dtype=torch.bool).tril() & real[:, None]
+        return x.masked_fill(~visible[:, None], 0.0).transpose(1, 2)[real]
+
+    def theirs(hf: Any) -> dict[str, Tensor]:
+        output, found = qwen_activations(family, hf, batch)
+        found = {**found, "logits": output.logits, "fused logits": output.logits}
+        return {name: compared(name, x) for name, x in found.items()}
+
+    expected = theirs(hf)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(**batch)
+        ours = {**cache, "logits": logits, "fused logits": model(**batch)}
+    ours = {name: compared(name, x) for name, x in ours.items()}
+    assert expected["logits"].std() > 0.1
+    assert_same(ours, expected, lambda: theirs(rounded_otherwise(hf)))
+
+
+@EVERY
+def test_rotary_positions_equal_hugging_face(family: str, seed: int, tmp_path: Path) -> None:
+    """Of several images of different grids, one-row images among them, in padded batches."""
+    chance = random.Random(seed)
+    hf, processor = checkpoint(family, tmp_path, chance)
+    model = opened(tmp_path)
+    for images in ([1], [3], [1, 0, 2], [0, 4, 1]):
+        batch = random_batch(processor, images, chance)
+        inputs = inputs_of(model, batch)
+        positions, deltas = hf.model.get_rope_index(
+            batch["input_ids"],
+            batch["mm_token_type_ids"],
+            image_grid_thw=batch["image_grid_thw"],
+            attention_mask=batch["attention_mask"],
+        )
+        assert torch.equal(inputs.rope_positions, positions)
+        ends = inputs.rope_positions.amax(dim=(0, 2)) + 1
+        assert torch.equal(ends - batch["attention_mask"].sum(dim=1), deltas[:, 0])
+        row = inputs.rows([len(images) - 1])
+        assert torch.equal(row.rope_positions, positions[:, -1:])
+
+
+@EVERY
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "from the beginning"])
+def test_greedy_generation_equals_hugging_face(
+    family: str, cached: bool, seed: int, tmp_path: Path
+) -> None:
+    chance = random.Random(seed)
+    hf, processor = checkpoint(family, tmp_path, chance)
+    batch = random_batch(processor, [1, 0, 2], chance)
+    hf.double().generation_config = GenerationConfig()
+    batch["pixel_values"] = batch["pixel_values"].double()
+    model = opened(tmp_path).double()
+    model.generation_config = GenerationConfig()
+    theirs = hf.generate(
+        **batch,
+        max_new_tokens=N_NEW,
+        min_new_tokens=N_NEW,
+        do_sample=False,
+        suppress_tokens=[model.cfg.image_token_id],
+        pad_token_id=0,
+    )
+    ours = model.generate(
+        **batch, max_new_tokens=N_NEW, stop_at_eos=False, use_past_kv_cache=cached
+    )
+    assert torch.equal(ours, theirs)
+
+
+@EVERY
+@torch.no_grad()
+def test_an_image_after_a_cache_goes_on_counting(family: str, seed: int, tmp_path: Path) -> None:
+    """A prompt in pieces, with an image in each, is the prompt."""
+    chance = random.Random(seed)
+    _, processor = checkpoint(family, tmp_path, chance)
+    model = opened(tmp_path).double()
+    inputs = inputs_of(model, random_batch(processor, [3], chance))
+    expected, cache = model(inputs), KeyValueCache(model.cfg.n_layers)
+    cuts = [image.start - 1 for image in inputs.images[1:]]
+    pieces, first, grids = [], 0, inputs.visual["image_grid_thw"]
+    for i, end in enumerate([*cuts, inputs.n_pos]):
+        image = inputs.visual.of([i])
+        tokens = inputs.tokens[:, first:end]
+        piece = {"pixel_values": image["pixel_values"], "image_grid_thw": grids[i : i + 1]}
+        mask = torch.ones_like(tokens)
+        pieces.append(model(tokens, attention_mask=mask, past_kv_cache=cache, **piece))
+        first = end
+    assert torch.equal(cache.rope_positions, inputs.rope_positions)
+    assert float((torch.cat(pieces, dim=1) - expected).abs().max()) < 1e-9
+    held = cache.prefix(inputs.images[1].start)
+    rest = inputs.tokens[:, -1:]
+    recorded = model.record(inputs).past
+    assert torch.equal(recorded.rope_positions[..., : len(held)], held.rope_positions)
+    after = model(rest, past_kv_cache=recorded, attention_mask=torch.ones_like(rest))
+    grown = model(inputs.append(rest[0]))[:, -1:]
+    assert float((after - grown).abs().max()) < 1e-9
+
+
+@EVERY
+def test_every_hook_is_alive(family: str, seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    _, processor = checkpoint(family, tmp_path, chance, least=4)
+    model = opened(tmp_path)
+    assert model.verify_hooks(inputs_of(model, random_batch(processor, [2], chance))) == []
+
+
+@EVERY
+@torch.no_grad()
+def test_branches_equal_plain_runs(family: str, seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    _, processor = checkpoint(family, tmp_path, chance, least=4)
+    model = opened(tmp_path)
+    inputs = inputs_of(model, random_batch(processor, [1, 2], chance))
+    branches = [
+        [any_edit(model, inputs, chance) for _ in range(chance.choice([1, 1, 2]))] for _ in range(8)
+    ]
+    visual = inputs.images[0].positions[-2:].tolist()
+    layer = chance.randrange(3)
+    branches += [
+        [Intervention("mlp_out", layer, visual, scale(1.7))],
+        [Intervention("resid_post", layer, [inputs.n_pos - 1], scale(1.3))],
+        [Intervention("projector.in", None, [0, 3], scale(1.4))],
+        [Intervention("projector.out", None, [1], scale(1.4))],
+        [Intervention("vision.mlp_out", layer, [1, 2], scale(1.4))],
+        [Intervention("vision.pattern", layer, [0, 3], scale(0.3))],
+        [Intervention("vision.rot_q", layer, None, scale(0.5))],
+    ]
+    assert_equal_to_plain_runs(model, inputs, branches, chance, batch_rows=chance.choice([None, 3]))
+
+
+@EVERY
+@torch.no_grad()
+def test_prompts_share_images_of_the_same_grid(family: str, seed: int, tmp_path: Path) -> None:
+    """Recorded keys hold up to the first image that differs, in its patches or in its grid."""
+    chance = random.Random(seed)
+    _, processor = checkpoint(family, tmp_path, chance, least=6, most=6)
+    model = opened(tmp_path).double()
+    first = inputs_of(model, random_batch(processor, [2], chance))
+    grids = first.visual["image_grid_thw"]
+    turned = {"image_grid_thw": grids[:, [0, 2, 1]], "pixel_values": first.visual["pixel_values"]}
+    others = [
+        first.append(torch.tensor([5, 6, 7])),
+        model.inputs_from_tokens(first.tokens, **turned),
+        first.with_pixels(first.visual["pixel_values"] + 0.5),
+    ]
+    for inputs, recording in zip(
+        [first, *others], model.record_many([first, *others]), strict=True
+    ):
+        assert float((recording.logits()[:, -1] - model(inputs)[:, -1]).abs().max()) < 1e-9
+    root = model.record(first)
+    for inputs in others:
+        again = root.record(inputs)
+        assert float((again.logits()[:, -1] - model(inputs)[:, -1]).abs().max()) < 1e-9
+        branch = [Intervention("resid_post", 1, [inputs.n_pos - 1, 1], scale(1.5))]
+        branched = again.run([branch], lambda logits: logits)[0]
+        plain = again.run([branch], lambda logits: logits, plain=True)[0]
+        assert float((branched - plain).abs().max()) < 1e-9
+
+
+@EVERY
+@torch.no_grad()
+def test_a_saved_model_opens_in_transformers(family: str, seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    hf, processor = checkpoint(family, tmp_path / "a", chance)
+    batch = random_batch(processor, [2, 1], chance)
+    model = opened(tmp_path / "a")
+    model.blocks[1].mlp.W_out[2:5].mul_(-2.0)
+    model.vision.blocks[0].attn.W_V[0].mul_(3.0)
+    model.projector.linear_1.weight.add_(torch.randn_like(model.projector.linear_1.weight) / 9)
+    model.save_pretrained(tmp_path / "b")
+    reread = type(hf).from_pretrained(tmp_path / "b")
+    real = batch["attention_mask"].bool()
+
+    def theirs(hf: Any) -> Tensor:
+        return hf(**positioned(batch)).logits[real]
+
+    ours = model(**batch)[real]
+    assert_same(ours, theirs(reread), lambda: theirs(rounded_otherwise(reread)))
+    assert float((ours - theirs(hf)).abs().max()) > 1e-2
+    assert torch.equal(opened(tmp_path / "b")(**batch)[real], ours)
