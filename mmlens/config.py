@@ -433,6 +433,11 @@ class MultimodalConfig(TransformerConfig):
         return self.vision is not None
 
     @property
+    def n_deepstack(self) -> int:
+        """In how many first blocks the images add something besides their visual tokens."""
+        return self.projector.n_deepstack if self.projector else 0
+
+    @property
     def vision_hidden_size(self) -> int | None:
         """The tower's `d_model`."""
         return self.vision.d_model if self.vision else None

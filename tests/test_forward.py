@@ -137,8 +137,8 @@ class WithDeadHooks(HookedMultimodalTransformer):
         self.blocks[1].mlp = MLPWithDeadHook(cfg)
         self.setup()
 
-    def input_embeddings(self, inputs: MultimodalInputs) -> Tensor:
-        resid = super().input_embeddings(inputs)
+    def input_embeddings(self, inputs: MultimodalInputs, visual: Tensor | None = None) -> Tensor:
+        resid = super().input_embeddings(inputs, visual)
         self.hook_dropped(resid)
         return resid
 

@@ -30,9 +30,10 @@ def test_every_hook_point_has_a_short_name(seed):
     absent = {
         hook_name(f"vision.{site}", layer)
         for site in LAYERED_SITES
-        if site in ("rot_q", "rot_k", "pre_linear") or "_norm." in site
+        if site in ("rot_q", "rot_k", "pre_linear", "deepstack") or "_norm." in site
         for layer in range(model.cfg.vision.n_layers)
     }
+    absent |= {hook_name("deepstack", layer) for layer in range(model.cfg.n_layers)}
     assert all_names(model) - absent == set(model.hook_dict)
 
 

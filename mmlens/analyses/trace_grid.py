@@ -92,7 +92,10 @@ def labels_at(model: HookedMultimodalTransformer, clean: MultimodalInputs, site:
         return [labels[position] for image in clean.images for position in image.positions]
     if vision.packed:
         grids = [] if clean.visual is None else grids_of(clean.visual)
-        return [f"<patch {row},{column}>" for _, row, column in places(grids).tolist()]
+        return [
+            f"<patch {image}:{row},{column}>" if len(grids) > 1 else f"<patch {row},{column}>"
+            for image, row, column in places(grids).tolist()
+        ]
     rows, columns = vision.grid
     if clean.pixel_values is not None:  # of another size than the tower's own, perhaps
         height, width = clean.pixel_values.shape[-2:]

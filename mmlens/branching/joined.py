@@ -8,7 +8,7 @@ to no branch, and what a branch's hook functions get is a slice.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -101,7 +101,12 @@ def run_joined(
     run = recording.past_before(schedule.firsts.first)
     resid = recording.own.resid[0][:, :0]
     rotary = model.rotary_angles(recording.inputs.rope_positions, resid.dtype)
-    below = streams_from_below(recording, branches, starts)
+    visual = edited_images(recording, branches, starts)
+    below = streams_from_below(recording, branches, starts, visual)
+    deepstack = [
+        model.deepstack(recording.inputs, visual[i]) if i in visual else recording.deepstack
+        for i in range(len(branches))
+    ]
     with model.hooks(fwd_hooks=branch_hooks(branches, starts, schedule, n_layers)):
         for step in schedule.steps:
             new = [
@@ -115,9 +120,8 @@ def run_joined(
                 kind: (cos.to(at.device)[:, at], sin.to(at.device)[:, at])
                 for kind, (cos, sin) in rotary.items()
             }
-            for layer in step.layers:
-                cos_sin = angles[model.cfg.kind(layer)]
-                resid = model.blocks[layer](resid, past=past, cos_sin=cos_sin, layer=layer)
+            added = packed_deepstack(recording, deepstack, step.keys)
+            resid = model.run_blocks(resid, step.layers, past, angles, added)
         at = to_device(torch.tensor(schedule.read), resid.device)
         norm: Any = model.ln_final
         if has_listeners(norm.hook_scale, norm.hook_normalized):
@@ -144,30 +148,61 @@ def entering(
     return stream
 
 
-def streams_from_below(
+def edited_images(
     recording: RecordedRun, branches: Sequence[Declared], starts: Sequence[Start]
+) -> dict[int, Float[Tensor, "1 visual_token d_visual"]]:
+    """The visual tokens of the branches that edit the tower or the connector."""
+    if recording.encoded_images is None:
+        return {}
+    edits = {
+        index: parts
+        for index, start in enumerate(starts)
+        if start.layer < 0 and (parts := [part for part in branches[index] if sees(part)])
+    }
+    found = recording.encoded_images.edited(recording.model, list(edits.values())) if edits else []
+    return dict(zip(edits, found, strict=True))
+
+
+def streams_from_below(
+    recording: RecordedRun,
+    branches: Sequence[Declared],
+    starts: Sequence[Start],
+    visual: Mapping[int, Float[Tensor, "1 visual_token d_visual"]],
 ) -> dict[int, Float[Tensor, "row suffix d_model"]]:
     """What enters the first layer, for the branches that change it: images or embeddings."""
     model, encoded_images = recording.model, recording.encoded_images
-    below = [index for index, start in enumerate(starts) if start.layer < 0]
-    if not below:
-        return {}
-    edits = {index: [part for part in branches[index] if sees(part)] for index in below}
-    seeing = {index: parts for index, parts in edits.items() if parts}
-    visual = dict.fromkeys(below, None if encoded_images is None else encoded_images.visual)
-    if seeing and encoded_images is not None:
-        visual |= dict(
-            zip(seeing, encoded_images.edited(model, list(seeing.values())), strict=True)
-        )
+    recorded = None if encoded_images is None else encoded_images.visual
     streams = {}
-    for index in below:
+    for index, start in enumerate(starts):
+        if start.layer >= 0:
+            continue
         flat = (part for part in branches[index] if part.layers is None)
         parts = [part for part in flat if not (sees(part) or part.where.after)]
         hooks = [pair for part in parts for pair in part.fwd_hooks()]
         with model.hooks(fwd_hooks=hooks):
-            stream = model.input_embeddings(recording.inputs, visual[index])
-        streams[index] = stream[:, starts[index].first :]
+            stream = model.input_embeddings(recording.inputs, visual.get(index, recorded))
+        streams[index] = stream[:, start.first :]
     return streams
+
+
+def packed_deepstack(
+    recording: RecordedRun,
+    deepstack: Sequence[Sequence[Float[Tensor, "batch pos d_model"]]],
+    keys: Packing,
+) -> list[Float[Tensor, "_batch packed d_model"]]:
+    """What the images add in layer 0, 1, ..., branch after branch; [] where all begin after them.
+
+    Args:
+        deepstack: of each branch, per layer.
+    """
+    last = max((int(image.positions[-1]) for image in recording.inputs.images), default=-1)
+    if keys.first > last:
+        return []
+    starts = list(enumerate(keys.starts))
+    return [
+        torch.cat([deepstack[i][layer][:, start:] for i, start in starts], dim=1)
+        for layer in range(len(recording.deepstack))
+    ]
 
 
 def branch_hooks(

@@ -75,13 +75,13 @@ class Recording(RecordedRun):
         cache, caching, _ = model.get_caching_hooks(names)
         with model.hooks(fwd_hooks=caching):
             encoded_images = EncodedImages.encoded(model, inputs, known)
-            resid = model.input_embeddings(
-                inputs, None if encoded_images is None else encoded_images.visual
-            )
+            visual = None if encoded_images is None else encoded_images.visual
+            resid = model.input_embeddings(inputs, visual)
+            deepstack = model.deepstack(inputs, visual)
             past, angles = model.attention_context(
                 resid, inputs.attention_mask, inputs.rope_positions, None, inputs.blocks
             )
-            own = keep_run(model, resid, 0, past, angles)
+            own = keep_run(model, resid, 0, past, angles, deepstack)
         return cls(model, inputs, own, None, encoded_images, cache)
 
     @classmethod
@@ -165,12 +165,13 @@ class Recording(RecordedRun):
         encoded_images = EncodedImages.encoded(self.model, inputs, known=self.encoded_images)
         visual = None if encoded_images is None else encoded_images.visual
         resid = self.model.input_embeddings(inputs, visual)[:, first:]
+        deepstack = [part[:, first:] for part in self.model.deepstack(inputs, visual)]
         packing = Packing((first,), inputs.n_pos)
         past = SharedPast(self.past_before(first, inputs), packing, packing)
         angles = self.model.rotary_angles(inputs.rope_positions[..., first:], resid.dtype)
         kept, caching, _ = self.model.get_caching_hooks(names)
         with self.model.hooks(fwd_hooks=caching):
-            own = keep_run(self.model, resid, first, past, angles)
+            own = keep_run(self.model, resid, first, past, angles, deepstack)
         cache = {name: with_before(self.cache[name][:, :first], new) for name, new in kept.items()}
         shared = self.own if self.shared is None else self.shared
         if self.shared is not None and first > self.own.begin:

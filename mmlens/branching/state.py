@@ -99,6 +99,12 @@ class RecordedRun:
         rules = self.model.rules.values()
         return min(rule.first_affected(position, self.places) for rule in rules)
 
+    @cached_property
+    def deepstack(self) -> tuple[Float[Tensor, "batch pos d_model"], ...]:
+        """What the images add in the first blocks; () where they add nothing."""
+        visual = None if self.encoded_images is None else self.encoded_images.visual
+        return self.model.deepstack(self.inputs, visual)
+
     @property
     def past(self) -> KeyValueCache:
         """Keys and values of all positions, frozen."""
@@ -134,7 +140,12 @@ class RecordedRun:
 
 
 def keep_run(
-    model: HookedMultimodalTransformer, resid: Tensor, begin: int, past: Past, angles: Angles
+    model: HookedMultimodalTransformer,
+    resid: Tensor,
+    begin: int,
+    past: Past,
+    angles: Angles,
+    deepstack: Sequence[Tensor],
 ) -> Stretch:
     """Run all blocks from their input, and keep what branches need."""
     layers = range(model.cfg.n_layers)
@@ -143,10 +154,7 @@ def keep_run(
         for site in ("resid_pre", "rot_k", "v")
     ]
     with outputs_kept(model, [name for site in names for name in site]) as kept:
-        for layer in layers:
-            resid = model.blocks[layer](
-                resid, past=past, cos_sin=angles[model.cfg.kind(layer)], layer=layer
-            )
+        resid = model.run_blocks(resid, layers, past, angles, deepstack)
     entering, keys, values = ([kept[name] for name in site] for site in names)
     return Stretch(begin, (*entering, resid), tuple(zip(keys, values, strict=True)))
 

@@ -101,10 +101,10 @@ def n_layers_of(site: str, model: HookedMultimodalTransformer) -> int:
     """How many layers the stack of a site has."""
     cfg = model.cfg
     of: Any = {"decoder": cfg, "tower": cfg.vision, "connector": cfg.projector}
-    stack = of[site_of(site).stack]
-    if stack is None:
+    where = site_of(site)
+    if (stack := of[where.stack]) is None:
         raise ValueError(f"site {site!r}: this model has no vision tower")
-    return stack.n_layers
+    return getattr(stack, where.layers)
 
 
 @dataclass(frozen=True, eq=False, init=False)

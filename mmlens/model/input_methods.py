@@ -70,6 +70,8 @@ class InputMethods(TokenMethods):
 
     image_processor: Any
     input_embeddings: Callable[..., Tensor]
+    visual_tokens: Callable[..., Tensor | None]
+    deepstack: Callable[..., tuple[Tensor, ...]]
 
     @property
     def processor(self) -> Processor:
@@ -195,10 +197,12 @@ class InputMethods(TokenMethods):
             >>> resid = model(inputs, stop_at_layer=3)
             >>> logits = model(resid, start_at_layer=3, **model.resuming(inputs, 3))
         """
+        adds = layer < self.cfg.n_deepstack
         return {
             "attention_mask": inputs.attention_mask,
             "position_ids": inputs.rope_positions,
             "blocks": inputs.blocks,
+            "deepstack": self.deepstack(inputs, self.visual_tokens(inputs)) if adds else (),
         }
 
     def _given(

@@ -55,6 +55,8 @@ class Site:
     """Whether it comes after its block (a site without layers: after all blocks)."""
     masked: float | None = None
     """What it holds where a query must not attend; None where it says nothing of pairs."""
+    layers: str = "n_layers"
+    """The field of its stack's configuration that counts its layers."""
     needs: str | None = None
     """The field of the config without which a cache keeps it only where it is named."""
 

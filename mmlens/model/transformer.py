@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import GenerationConfig
@@ -39,11 +39,11 @@ from mmlens.model.components.past import CachedPast, Past, PlainPast
 from mmlens.model.components.rotary import Angles
 from mmlens.model.generation import GenerationMethods
 from mmlens.model.hook_points import HookPoint
-from mmlens.model.hooked_root_module import HookedRootModule, exclusively
+from mmlens.model.hooked_root_module import HookedRootModule
 from mmlens.model.input_methods import Input, InputMethods, batch_arguments
 from mmlens.model.loss import next_token_loss
-from mmlens.model.run_positions import computing
 from mmlens.model.sites import Site, SiteTable, within
+from mmlens.model.stream import StreamMethods
 from mmlens.model.verify_hooks import dead_hooks
 from mmlens.model.vision_tower import HookedVisionTransformer
 from mmlens.model.weights import WeightProperties
@@ -59,7 +59,7 @@ INPUT_OPTIONS = ("pixel_values", "attention_mask", "prepend_bos", "padding_side"
 
 
 class HookedMultimodalTransformer(
-    HookedRootModule, WeightProperties, InputMethods, GenerationMethods, Refusing
+    HookedRootModule, StreamMethods, WeightProperties, InputMethods, GenerationMethods, Refusing
 ):
     """A multimodal language model (or a language model alone: `model.vision is None`) with hooks.
 
@@ -97,7 +97,12 @@ class HookedMultimodalTransformer(
         self.rules = AttentionRule.of_decoder(cfg)
         """Who attends to whom, by the kind of layer (`cfg.kind(layer)`)."""
         self.blocks = nn.ModuleList(
-            TransformerBlock(cfg, rotary=True, rule=self.rules[cfg.kind(layer)])
+            TransformerBlock(
+                cfg,
+                rotary=True,
+                rule=self.rules[cfg.kind(layer)],
+                deepstack=layer < cfg.n_deepstack,
+            )
             for layer in range(cfg.n_layers)
         )
         self.ln_final = make_norm(cfg)
@@ -190,34 +195,6 @@ class HookedMultimodalTransformer(
         """Where the token embedding lies."""
         return self.embed.W_E.device
 
-    @exclusively
-    def input_embeddings(
-        self,
-        inputs: MultimodalInputs,
-        visual: Float[Tensor, "1 visual_token d_model"] | None = None,
-    ) -> Residual:
-        """The residual stream that enters block 0: token embeddings with the visual tokens in.
-
-        Args:
-            visual: the visual tokens, where the images are encoded already.
-        """
-        is_image = inputs.is_image
-        # The image token and the padding token may have no row in the embedding.
-        tokens = inputs.tokens.masked_fill(inputs.tokens >= self.cfg.d_vocab, 0)
-        resid = self.hook_embed(self.embed(tokens))
-        if visual is None and inputs.visual is not None and self.vision and self.projector:
-            with computing():  # the tower has positions of its own
-                visual = self.projector(self.vision.of_images(inputs.visual), inputs.visual)
-        if visual is not None:
-            if visual.shape[1] != int(is_image.sum()):
-                raise ValueError(
-                    f"{int(is_image.sum())} image tokens, but {visual.shape[1]} visual tokens"
-                )
-            resid = resid.masked_scatter(is_image[..., None], visual.to(resid))
-        if inputs.noise is not None:
-            resid = resid + inputs.noise.to(resid)
-        return self.hook_input_embed(resid)
-
     # Running
 
     @continuing
@@ -237,6 +214,7 @@ class HookedMultimodalTransformer(
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         past_kv_cache: KeyValueCache | None = None,
+        deepstack: Sequence[Residual] = (),
         **others: Any,
     ) -> Any:
         """Run the model.
@@ -264,6 +242,7 @@ class HookedMultimodalTransformer(
             stop_at_layer: return the residual stream that would enter this layer; `n_layers` gives
                 the one before the final norm. Negative counts from the end.
             past_kv_cache: earlier positions to attend to; grows unless it is frozen.
+            deepstack: with `start_at_layer`, what images add in block 0, 1, ... (`hook_deepstack`).
             others: what else that processor returns, so that `model(**batch)` works: `input_ids`
                 for `input`, `image_sizes`, ...; and transformers' and TransformerLens's, such as
                 `use_cache` and `labels`, where they ask for nothing.
@@ -295,7 +274,8 @@ class HookedMultimodalTransformer(
                 follows_past=bool(past_kv_cache),
                 **visual,
             )
-            resid, attention_mask = self.input_embeddings(inputs), inputs.attention_mask
+            seen, attention_mask = self.visual_tokens(inputs), inputs.attention_mask
+            resid, deepstack = self.input_embeddings(inputs, seen), self.deepstack(inputs, seen)
             blocks = inputs.blocks
         if position_ids is None:
             if inputs is not None:
@@ -306,9 +286,7 @@ class HookedMultimodalTransformer(
         past, angles = self.attention_context(
             resid, attention_mask, position_ids, past_kv_cache, blocks
         )
-        for layer in range(first, last):
-            cos_sin = angles[self.cfg.kind(layer)]
-            resid = self.blocks[layer](resid, past=past, cos_sin=cos_sin, layer=layer)
+        resid = self.run_blocks(resid, range(first, last), past, angles, deepstack)
         if stop_at_layer is not None:
             return resid
         logits = self.unembed(self.ln_final(resid))

@@ -19,21 +19,22 @@ def dead_hooks(model: Any, inputs: MultimodalInputs) -> list[str]:
     Every activation is edited by noise of its own size, at all positions. So that a deep model
     takes minutes rather than hours, only what an edit passes through first is run: a hook inside a
     decoder block is looked for in that block's output, this (`hook_resid_post`) in that of the next
-    block, tower and projector in what enters block 0, and that (`hook_input_embed`) and the last
-    block's output in the logits.
+    block, tower and projector in what enters block 0 (after the blocks to which images add), and
+    that (`hook_input_embed`) and the last block's output in the logits.
     """
     entering = [model.SITES.hook_name("resid_pre", layer) for layer in range(model.cfg.n_layers)]
     _, cache = model.run_with_cache(inputs, names_filter=entering)
+    resuming = [model.resuming(inputs, layer) for layer in range(model.cfg.n_layers)]
     dead = []
     for name in model.hook_dict:
         input: Any = inputs
         options: dict[str, Any] = {}
         site, layer = model.SITES.of(name)
         if site.stack != "decoder":
-            options = {"stop_at_layer": 0}
+            options = {"stop_at_layer": model.cfg.n_deepstack}
         elif layer is not None:
             input = cache[entering[layer]]
-            options = {"start_at_layer": layer, **model.resuming(inputs, layer)}
+            options = {"start_at_layer": layer, **resuming[layer]}
             stop = layer + site.after + 1
             if stop <= model.cfg.n_layers:
                 options["stop_at_layer"] = stop

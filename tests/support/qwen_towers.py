@@ -6,13 +6,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from hf_reference import heads, norm_activations, recorded, recorded_attention
 from random_models import enliven
-from small_models import small_config
+from small_models import BOS, IMAGE, PAD, small_config
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -30,6 +30,9 @@ from mmlens.checkpoints.towers.qwen_vl import (
     qwen3_tower,
     tower_config,
 )
+from mmlens.inputs.checks import standard_spans
+from mmlens.inputs.image_tokens import ImageTokens, grid_cells
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.visual import Visual
 from mmlens.model.transformer import HookedMultimodalTransformer
 
@@ -140,7 +143,7 @@ def as_visual(batch: dict[str, Tensor]) -> Visual:
 def model_of(family: str, tower: Any, d_model: int) -> HookedMultimodalTransformer:
     """A model with this tower and merger, by the name tables, and a random decoder."""
     chance = random.Random(int(torch.randint(2**31, ())))
-    cfg = small_config(chance, d_model=d_model)
+    cfg = small_config(chance, d_model=d_model, n_layers=chance.randint(3, 5))
     cfg.vision = tower_config(tower.config)
     cfg.projector = merger_config(cfg.vision, tower.config, d_model)
     model = HookedMultimodalTransformer(cfg).requires_grad_(False)
@@ -318,3 +321,36 @@ def merger_activations(
         streams.append(ours(seen[f"blocks.{layer}:out"]))
     found["vision.hook_out"] = torch.cat(streams, dim=-1)
     return found
+
+
+def packed_inputs(
+    model: HookedMultimodalTransformer,
+    batch: dict[str, Tensor],
+    images: Sequence[int],
+    chance: random.Random,
+) -> MultimodalInputs:
+    """Prompts of random words with the images, so many in each row; padded on the left."""
+    assert model.cfg.vision is not None
+    merge, rows, placed = model.cfg.vision.merge_size, [], []
+    grids = iter((batch["image_grid_thw"].reshape(-1, 3)[:, 1:] // merge).tolist())
+    for row, n_images in enumerate(images):
+        ids = [BOS, chance.randrange(2, IMAGE)]
+        for _ in range(n_images):
+            height, width = next(grids)
+            placed.append(
+                ImageTokens(len(ids), grid_cells((height, width)), ((height, width),), row=row)
+            )
+            ids += [IMAGE] * (height * width) + [chance.randrange(2, IMAGE)]
+        rows.append(ids + [chance.randrange(2, IMAGE) for _ in range(chance.randint(2, 5))])
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]).bool()
+    placed = [replace(each, start=each.start + longest - len(rows[each.row])) for each in placed]
+    return MultimodalInputs(
+        tokens=tokens,
+        attention_mask=mask,
+        visual=as_visual(batch) if sum(images) else None,
+        spans=standard_spans(tokens, mask, placed, bos_token_id=BOS),
+        images=tuple(placed),
+        image_token_id=IMAGE,
+    )

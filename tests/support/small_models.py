@@ -92,7 +92,10 @@ def small_config(chance: random.Random, **choices: Any) -> MultimodalConfig:
         final_norm=True,  # as Idefics3's; transformers' towers without one are in other tests
     )
     projector = ProjectorConfig(
-        d_in=10 * len(vision.feature_layers), d_hidden=15, d_out=sizes["d_model"]
+        d_in=10 * len(vision.feature_layers),
+        d_hidden=15,
+        d_out=sizes["d_model"],
+        normalization_type="LN",  # as Qwen-VL's
     )
     return MultimodalConfig(
         act_fn="silu",

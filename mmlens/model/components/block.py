@@ -31,6 +31,8 @@ class TransformerBlock(nn.Module):
     the residual stream that one part alone reads (each head, for the first four), before the norm;
     they are made where something listens. An edit there reaches that part and nothing else. With
     grouped queries the keys and values of a group read the mean of its heads' `hook_attn_in`.
+
+    `hook_deepstack`, in the first blocks of some decoders, is what the images add after the MLP.
     """
 
     SITES = (
@@ -49,12 +51,20 @@ class TransformerBlock(nn.Module):
         *within("mlp", MLP.SITES),
         *within("ln2_post", RMSNorm.SITES, "ln2_post."),
         Site("mlp_out", "batch pos d_model"),
+        Site("deepstack", "batch pos d_model"),
         Site("resid_post", "batch pos d_model", after=True),
     )
     hook_out_is_single_residual_stream = True
     """TransformerLens's logit lens asks."""
 
-    def __init__(self, cfg: TransformerConfig, *, rotary: bool, rule: AttentionRule) -> None:
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        *,
+        rotary: bool,
+        rule: AttentionRule,
+        deepstack: bool = False,
+    ) -> None:
         super().__init__()
         self.cfg = cfg
         self.parallel = cfg.parallel_attn_mlp
@@ -80,12 +90,21 @@ class TransformerBlock(nn.Module):
             self.hook_resid_mid = HookPoint()
         self.hook_mlp_in = HookPoint()
         self.hook_mlp_out = HookPoint()
+        self.has_deepstack = deepstack
+        if deepstack:
+            self.hook_deepstack = HookPoint()
         self.hook_resid_post = HookPoint()
 
     def forward(
-        self, resid: Residual, *, past: Past, **attention: Any
+        self, resid: Residual, *, past: Past, deepstack: Tensor | None = None, **attention: Any
     ) -> Float[Tensor, "batch query d_model"]:
-        """The residual stream after this layer, at the positions that have queries."""
+        """The residual stream after this layer, at the positions that have queries.
+
+        Args:
+            past: what they attend to.
+            deepstack: what the images add here, [rows, pos, d_model]; None where nothing.
+            attention: other arguments of `Attention`.
+        """
         adjust_threads(resid.numel() * self.mlp.cfg.d_mlp)
         resid = self.hook_resid_pre(resid)
         normalized = self.ln1(resid)
@@ -101,11 +120,22 @@ class TransformerBlock(nn.Module):
             elif not left_alone(self.hook_mlp_in, resid, mlp_in):
                 normalized = self.normalize_copy(mlp_in, resid, normalized)
             mlp_out = self.hook_mlp_out(self.added(self.mlp(normalized), 2))
-            return self.hook_resid_post(attn_out + mlp_out + resid)
+            resid = attn_out + mlp_out + resid
+            return self.hook_resid_post(self.with_deepstack(resid, deepstack, past))
         resid = self.hook_resid_mid(resid + attn_out)
         mlp_out = self.added(self.mlp(self.ln2(self.hook_mlp_in(resid))), 2)
         mlp_out = self.hook_mlp_out(mlp_out)
-        return self.hook_resid_post(resid + mlp_out)
+        return self.hook_resid_post(self.with_deepstack(resid + mlp_out, deepstack, past))
+
+    def with_deepstack(self, resid: Residual, deepstack: Tensor | None, past: Past) -> Residual:
+        """The stream with what the images add; without images zeros, where something listens."""
+        if not self.has_deepstack:
+            return resid
+        if deepstack is not None:
+            return resid + self.hook_deepstack(past.kept(deepstack).to(resid).expand_as(resid))
+        if has_listeners(self.hook_deepstack):
+            return resid + self.hook_deepstack(torch.zeros_like(resid))
+        return resid
 
     def added(self, out: Residual, part: Literal[1, 2]) -> Residual:
         """Return what is added to the stream of what attention (1) or the MLP (2) gives."""

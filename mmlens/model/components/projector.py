@@ -51,6 +51,7 @@ class Projector(nn.Module):
                 Site("out", "all visual_token d_out"),
             ),
             "deepstack.",
+            layers="n_deepstack",
         ),
     )
 
