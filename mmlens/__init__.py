@@ -57,6 +57,19 @@ if TYPE_CHECKING:
         direct_logit_attribution as direct_logit_attribution,
     )
     from mmlens.analyses.logit_lens import LogitLens as LogitLens, logit_lens as logit_lens
+    from mmlens.analyses.steering_scores import (
+        SteeringScores as SteeringScores,
+        steering_scores as steering_scores,
+    )
+    from mmlens.analyses.steering_vector import (
+        SteeringVector as SteeringVector,
+        steering_vector as steering_vector,
+    )
+    from mmlens.analyses.token_erasure import (
+        TokenErasure as TokenErasure,
+        token_erasure as token_erasure,
+    )
+    from mmlens.analyses.word_map import WordMap as WordMap, word_map as word_map
     from mmlens.branching.recording import Recording as Recording
     from mmlens.checkpoints.errors import CheckpointError as CheckpointError
     from mmlens.config import (

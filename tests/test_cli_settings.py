@@ -13,7 +13,7 @@ from mmlens.cli.app import app
 from mmlens.cli.from_settings import Field, fields_of, from_settings
 from mmlens.edit_bench.settings import BenchSettings
 from mmlens.reproduce.settings import Settings
-from mmlens.sweeps import ContributionsTask, TraceTask
+from mmlens.sweeps import ContributionsTask, SteerTask, TraceTask
 from mmlens.sweeps.tasks.edit import EditTask
 
 SOURCES = {
@@ -22,6 +22,7 @@ SOURCES = {
     "sweeps/tasks/trace.py:TraceTask": TraceTask,
     "sweeps/tasks/contributions.py:ContributionsTask": ContributionsTask,
     "sweeps/tasks/edit.py:EditTask": EditTask,
+    "sweeps/tasks/steer.py:SteerTask": SteerTask,
 }
 
 

@@ -21,6 +21,10 @@ from mmlens.analyses.attribution_patching import AttributionPatching
 from mmlens.analyses.direct_logit_attribution import DirectLogitAttribution
 from mmlens.analyses.logit_lens import LogitLens
 from mmlens.analyses.result import SavedResult
+from mmlens.analyses.steering_scores import SteeringScores
+from mmlens.analyses.steering_vector import SteeringVector
+from mmlens.analyses.token_erasure import TokenErasure
+from mmlens.analyses.word_map import WordMap
 from mmlens.editing.covariance import KeyCovariance
 from mmlens.editing.edit_check import EditCheck
 from mmlens.editing.edit_evaluation import EditEvaluation
@@ -49,6 +53,18 @@ def made() -> list[SavedResult]:
         LogitLens(
             torch.rand(2, 3, 1), torch.ones(2, 3, 1).long(), torch.ones(2, 3, 4).long(),
             torch.rand(2, 3, 4), (0, 1), (5, 6, 7), WORDS, (9,), {"9": "Rome"},
+        ),
+        SteeringVector(
+            torch.rand(2, 5), torch.rand(2), torch.rand(2, 3), (3, 7), "resid_post", "pca"
+        ),
+        SteeringScores(
+            torch.rand(3, 2, 4), torch.ones(3, 2, 4).long(), WORDS, WORDS, (3, 7),
+            (-1.0, 0.0, 1.0, 2.0),
+        ),
+        TokenErasure(0.5, 0.25, torch.rand(4), (5, 6), ("a", "b"), " Rome", "Rome", "Paris"),
+        WordMap(
+            torch.rand(2, 3), torch.ones(2, 3).long(), (3, 7), (5, 6, 7),
+            ((0, 0, 0), (0, 0, 1), (-1, -1, -1)), " dog", 0, "resid_post",
         ),
         KeyCovariance(torch.rand(2, 5, 5), (0, 1), 100, "hash"),
         ReferenceKeys(torch.rand(5, 3), "hash", {"prompts": 3}),

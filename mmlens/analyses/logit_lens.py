@@ -1,6 +1,6 @@
-"""Logit lens: the residual stream after every layer, read as logits of the next token.
+"""Logit lens: the residual stream in every layer, read as logits of the next token.
 
-nostalgebraist 2020; at every position, visual tokens included.
+nostalgebraist 2020; at every position, visual tokens included (Neo et al. 2024).
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from mmlens.analyses.arguments import (
 )
 from mmlens.analyses.result import SavedResult, description, long_table
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
-from mmlens.interventions.intervention import hook_name
+from mmlens.interventions.intervention import hook_names, site_of
 from mmlens.model.components.norm import float32_or_wider
-from mmlens.model.hook_points import HookPoint, reading
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.threads import on_free_cores
 
@@ -40,10 +39,11 @@ POSITIONS_AT_ONCE = 64
 
 @dataclass(frozen=True, eq=False)
 class LogitLens(SavedResult):
-    """What the model would say if it stopped after a layer.
+    """What the model would say if it stopped after (or before, or within) a layer.
 
     Example:
         >>> lens.top_strings(layer=3, position=inputs.patch(2, 5))
+        >>> lens.patch_words(layer=3)            # what every patch says
         >>> lens.log_probs[:, -1, 0].exp()       # P(first token asked for), layer by layer
     """
 
@@ -68,6 +68,11 @@ class LogitLens(SavedResult):
     tokens: tuple[int, ...]
     names: dict[str, str] = field(default_factory=dict)
     """Texts of all tokens that occur, by token id (as text: JSON has no other keys)."""
+    site: str = "resid_post"
+    """What was read."""
+    patches: tuple[tuple[int, int, int, int], ...] = ()
+    """(image, view, row, column) of each position, -1 where it is none (see
+    `MultimodalInputs.grid`)."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def top_strings(self, layer: int, position: int) -> list[str]:
@@ -78,6 +83,33 @@ class LogitLens(SavedResult):
         """
         at = self.layers.index(layer), self.positions.index(position)
         return [self.names[str(token)] for token in self.top_tokens[at].tolist()]
+
+    def patch_words(self, layer: int, *, image: int = 0) -> pd.DataFrame:
+        """Return what every patch of an image says: one row for each of its visual tokens.
+
+        The columns are position, view, row and column (-1 of a visual token that is no patch),
+        words, a list with the most probable token first, and the probability of that one.
+
+        Raises:
+            ValueError: the lens was not asked about that layer, or about tokens of that image.
+        """
+        import pandas as pd
+
+        at = self.layers.index(layer)
+        chosen = [i for i, patch in enumerate(self.patches) if patch[0] == image]
+        if not chosen:
+            raise ValueError(f"none of the positions is a visual token of image {image}")
+        return pd.DataFrame(
+            [
+                {
+                    "position": self.positions[i],
+                    **dict(zip(("view", "row", "column"), self.patches[i][1:], strict=True)),
+                    "words": self.top_strings(layer, self.positions[i]),
+                    "probability": float(self.top_log_probs[at, i, 0].exp()),
+                }
+                for i in chosen
+            ]
+        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per layer and position: the best token, and each one asked for."""
@@ -99,18 +131,22 @@ def logit_lens(
     model: HookedMultimodalTransformer,
     inputs: MultimodalInputs,
     *,
+    site: str = "resid_post",
     layers: Iterable[int] | None = None,
     positions: Where | None = None,
     tokens: Sequence[str | int] | None = None,
     top: int = 5,
 ) -> LogitLens:
-    """Read the residual stream after every layer with the final norm and the unembedding.
+    """Read the residual stream in every layer with the final norm and the unembedding.
 
     After the last layer it is what the model says.
 
     Args:
         inputs: one prompt.
-        layers: after which; all by default.
+        site: what is read: the residual stream after a layer, before it ("resid_pre") or between
+            attention and MLP ("resid_mid"); what enters the first layer ("input_embed", with the
+            visual tokens in it); or what a layer adds ("attn_out", "mlp_out").
+        layers: which; all by default. A site without layers is layer 0 of the result.
         positions: a span ("image") or positions; all by default.
         tokens: whose probabilities are followed: ids, or texts (their first token, as it would
             follow the prompt). By default the most probable next token of the whole prompt.
@@ -118,32 +154,31 @@ def logit_lens(
 
     Raises:
         UnknownSpanError: (a KeyError) no span of that name.
-        ValueError: a batch or samples of noise; positions, layers or tokens that are not there.
+        ValueError: a batch or samples of noise; positions, layers or tokens that are not there; a
+            site that is no vector of the residual stream, or that the model does not have.
 
     Example:
         >>> lens = logit_lens(model, inputs, positions="image", tokens=["Paris"])
     """
     check_single_run(inputs, "logit_lens")
-    chosen = layers_of(model, layers)
+    names = residual_hooks(model, site, layers)
     where = positions_of(inputs, positions)
     if not 1 <= top <= model.cfg.d_vocab:
         raise ValueError(f"top={top}; the model knows {model.cfg.d_vocab} tokens")
     asked: Sequence[str | int | None] = [None] if tokens is None else tokens
     wanted = [token_id(model, inputs, token) for token in asked]
-    found: dict[str, list[Tensor]] = {}
-
-    def read(resid: Tensor, hook: HookPoint) -> None:
-        at = resid[0, where.to(resid.device)]
+    _, cache = model.run_with_cache(
+        inputs, names_filter=list(names.values()), stop_at_layer=max(names) + 1, return_type=None
+    )
+    found = []
+    for name in names.values():
+        at = cache[name][0, where.to(cache[name].device)].to(model.device)
         parts = [
             read_logits(model.unembed(model.ln_final(part[None]))[0], wanted, top)
             for part in at.split(POSITIONS_AT_ONCE)
         ]
-        found[str(hook.name)] = [torch.cat(each).cpu() for each in zip(*parts, strict=True)]
-
-    names = [hook_name("resid_post", layer) for layer in chosen]
-    with model.hooks(fwd_hooks=[(name, reading(read)) for name in names]):
-        model(inputs, stop_at_layer=max(chosen) + 1)
-    stacked = (torch.stack(each) for each in zip(*(found[name] for name in names), strict=True))
+        found.append([torch.cat(each).cpu() for each in zip(*parts, strict=True)])
+    stacked = (torch.stack(each) for each in zip(*found, strict=True))
     log_probs, ranks, top_tokens, top_log_probs = stacked
     labels = inputs.labels()
     return LogitLens(
@@ -151,13 +186,39 @@ def logit_lens(
         ranks=ranks,
         top_tokens=top_tokens,
         top_log_probs=top_log_probs,
-        layers=tuple(chosen),
+        layers=tuple(names),
         positions=tuple(where.tolist()),
         labels=tuple(labels[position] for position in where.tolist()),
         tokens=tuple(wanted),
         names=token_names(model, [*wanted, *top_tokens.unique().tolist()]),
+        site=site,
+        patches=tuple(map(tuple, inputs.grid[0].cpu()[where].tolist())),
         metadata=description(model, inputs),
     )
+
+
+def residual_hooks(
+    model: HookedMultimodalTransformer, site: str, layers: Iterable[int] | None
+) -> dict[int, str]:
+    """Return the hook points of vectors of the residual stream, by their layers.
+
+    Raises:
+        ValueError: another kind of site, one that the model does not have, or layers that are not
+            there.
+    """
+    where = site_of(site)
+    if where.stack != "decoder" or where.axes != ["batch", "pos", "d_model"]:
+        raise ValueError(
+            f"site={site!r}; the lens reads vectors of the residual stream, such as resid_pre, "
+            "resid_mid, resid_post, attn_out, mlp_out and input_embed"
+        )
+    if not where.is_layered and layers is not None:
+        raise ValueError(f"site {site!r} has no layers; leave them out")
+    chosen = layers_of(model, layers) if where.is_layered else [0]
+    names = hook_names(site, chosen if where.is_layered else None)
+    if missing := [name for name in names if name not in model.hook_dict]:
+        raise ValueError(f"site={site!r}: this model has no {missing[0]}")
+    return dict(zip(chosen, names, strict=True))
 
 
 def read_logits(

@@ -18,6 +18,7 @@ from mmlens.cli.errors import as_user_error, explained
 from mmlens.cli.knockout import knockout
 from mmlens.cli.report import report
 from mmlens.cli.reproduce import reproduce
+from mmlens.cli.steer import steer
 from mmlens.cli.sweep import summarize, sweep, with_ray_address
 from mmlens.cli.trace import trace
 from mmlens.cli.verify import verify
@@ -36,6 +37,7 @@ app.command()(trace)
 app.command()(report)
 app.command()(contributions)
 app.command()(knockout)
+app.command()(steer)
 app.command()(edit)
 app.command("edit-bench")(edit_bench)
 app.command()(reproduce)

@@ -24,6 +24,7 @@ PLAIN = {"str": str, "int": int, "float": float, "bool": bool}
 READERS: dict[str, Callable[[str, str], Any]] = {
     "tuple[str, ...]": options.comma_list,
     "tuple[int, ...]": options.numbers,
+    "tuple[float, ...]": options.scales,
     "tuple[str, str]": options.two_files,
     "tuple[tuple[str, str], ...]": options.pair_list,
 }

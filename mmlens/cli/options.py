@@ -5,6 +5,7 @@ What cannot work is a `UserError` that names the option.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -112,6 +113,17 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
     if not all(each.isdecimal() and int(each) for each in found):
         raise UserError(f"{name}: positive numbers, separated by commas, not {text!r}")
     return tuple(map(int, found))
+
+
+def scales(text: str, name: str) -> tuple[float, ...]:
+    """Return the numbers of an option like ``--scales -4,0,4``."""
+    try:
+        found = tuple(map(float, comma_list(text, name)))
+    except ValueError:
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"{name}: numbers, separated by commas, not {text!r}")
+    return found
 
 
 def pair_list(text: str, name: str) -> tuple[tuple[str, str], ...]:

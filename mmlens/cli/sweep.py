@@ -21,27 +21,28 @@ from mmlens.cli.trace import check_sites
 if TYPE_CHECKING:
     from mmlens.sweeps import Summary, Sweep
 
+TASK_NAMES = ("trace", "contributions", "edit", "steer")
 NUMBERS = ("n", "mean", "low", "high")
 FAILED_QUESTIONS = 3
 """Exit status of a sweep that is complete, but for questions that failed."""
 
 
 @from_settings(
-    *(f"sweeps/tasks/{name}.py:{name.title()}Task" for name in ("trace", "contributions", "edit")),
+    *(f"sweeps/tasks/{name}.py:{name.title()}Task" for name in TASK_NAMES),
     called={"replacement": "corrupt_with"},
     declared={"layers": options.Layers},
     without=("corrupt", "method_settings", "n_key_questions", "n_kept"),
 )
 def sweep(
-    task: Annotated[str, typer.Argument(help="trace, contributions or edit.")],
+    task: Annotated[str, typer.Argument(help="trace, contributions, edit or steer.")],
     out: Annotated[Path, typer.Option(help="The folder of the sweep; an unfinished one goes on.")],
     model: options.Model = "demo",
     data: Annotated[
         str,
         typer.Option(
             help='"demo"; a csv of VQA-Constraints or a folder with its three; a jsonl file or '
-            "folder of your own; NAME:PATH for encyclopedic_vqa, okvqa, gqa, pope, mmmu (trace: "
-            "pairs, whats_up; edit: mmedit, vlkeb)."
+            "folder of your own; NAME:PATH for encyclopedic_vqa, okvqa, gqa, pope, coco, mmmu "
+            "(trace: pairs, whats_up; edit: mmedit, vlkeb)."
         ),
     ] = "demo",
     images: Annotated[

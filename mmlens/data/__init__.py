@@ -7,6 +7,8 @@ two images is an `ImagePair` (`image_pairs`). A row that cannot be used is left 
 never stops the others (`reading`).
 """
 
+from mmlens.data.chair import ChairScores, chair_scores, objects_in
+from mmlens.data.coco import coco_captions
 from mmlens.data.demo import demo_questions
 from mmlens.data.demo_edits import demo_edits
 from mmlens.data.edits import EditCase, EditSet, edit_cases
@@ -38,6 +40,7 @@ from mmlens.data.vqa_constraints import vqa_constraints
 from mmlens.data.whats_up import whats_up
 
 __all__ = [
+    "ChairScores",
     "EditCase",
     "EditSet",
     "ImagePair",
@@ -47,7 +50,9 @@ __all__ = [
     "Report",
     "VisualQuestion",
     "YesNoScores",
+    "chair_scores",
     "check_questions",
+    "coco_captions",
     "demo_edits",
     "demo_questions",
     "edit_cases",
@@ -61,6 +66,7 @@ __all__ = [
     "mmmu",
     "normalise_answer",
     "normalise_vqa_answer",
+    "objects_in",
     "okvqa",
     "open_pairs",
     "open_questions",

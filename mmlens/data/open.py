@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmlens.data.coco import coco_captions
 from mmlens.data.demo import demo_questions
 from mmlens.data.demo_edits import demo_edits
 from mmlens.data.edits import EditCase, edit_cases
@@ -16,7 +17,7 @@ from mmlens.data.mmedit import mmedit
 from mmlens.data.mmmu import mmmu
 from mmlens.data.okvqa import okvqa
 from mmlens.data.pope import pope
-from mmlens.data.question_sets import joined_sets
+from mmlens.data.question_sets import QuestionSet, joined_sets
 from mmlens.data.questions import VisualQuestion
 from mmlens.data.vqa_constraints import vqa_constraints
 from mmlens.data.whats_up import whats_up
@@ -25,7 +26,7 @@ VQA_CONSTRAINTS = ("okvqa.csv", "multimodal_known.csv", "multimodal_movies.csv")
 OTHER_IMAGES = 3
 """How often another image is drawn for a question of Encyclopedic-VQA, which has up to five."""
 
-NAMES = ("vqa_constraints", "encyclopedic_vqa", "okvqa", "gqa", "pope", "mmmu", "local")
+NAMES = ("vqa_constraints", "encyclopedic_vqa", "okvqa", "gqa", "pope", "coco", "mmmu", "local")
 PAIRS = ("pairs", "whats_up")
 
 
@@ -43,6 +44,8 @@ def open_questions(
             own, or a folder with `questions.jsonl`; or a data set's name and its path,
             "encyclopedic_vqa:val.csv", "okvqa:OpenEnded_mscoco_val2014_questions.json",
             "gqa:val_balanced_questions.json", "pope:coco_pope_random.json",
+            "coco:instances_val2014.json" (images to describe, with the captions of
+            "captions_val2014.json" beside it, if it is there),
             "mmmu:MMMU/MMMU/Physics" (a folder, or a name on the hub, and a subject after it).
         images: the folder of the images; by default that of the file.
         annotations: OK-VQA's questions and annotations, which have the answers to its questions.
@@ -80,10 +83,9 @@ def open_questions(
             return encyclopedic_vqa(path, folder, inaturalist=index, seed=seed)
         case "okvqa":
             return okvqa(path, images=folder) if answers is None else answers
-        case "gqa":
-            return gqa(path, images=folder)
-        case "pope":
-            return pope(path, images=folder)
+        case "gqa" | "pope" | "coco":
+            readers = {"gqa": gqa, "pope": pope, "coco": _coco}
+            return readers[name](path, images=folder)
         case "mmmu":
             return mmmu(path.name, path=str(path.parent))
         case _:
@@ -142,6 +144,13 @@ def kind_of(path: Path) -> str:
         f"{str(path)!r} is neither 'demo' nor a csv of VQA-Constraints, a jsonl file or a folder "
         f"with a questions.jsonl, nor NAME:PATH with a name among {', '.join(NAMES)}"
     )
+
+
+def _coco(path: Path, images: Path) -> QuestionSet:
+    """Return COCO's images, with the captions in the file beside, if it is there."""
+    captions = path.with_name(path.name.replace("instances", "captions", 1))
+    there = captions != path and captions.is_file()
+    return coco_captions(path, captions if there else None, images)
 
 
 def _files_in(folder: Path) -> list[Path]:

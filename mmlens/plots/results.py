@@ -12,7 +12,11 @@ from mmlens.analyses.attribution_patching import AttributionPatching
 from mmlens.analyses.direct_logit_attribution import DirectLogitAttribution
 from mmlens.analyses.logit_lens import LogitLens
 from mmlens.analyses.result import SavedResult
+from mmlens.analyses.steering_scores import SteeringScores
+from mmlens.analyses.steering_vector import SteeringVector
+from mmlens.analyses.token_erasure import TokenErasure
 from mmlens.analyses.trace_result import CausalTrace
+from mmlens.analyses.word_map import WordMap
 from mmlens.editing.edit_check import EditCheck
 from mmlens.editing.edit_evaluation import EditEvaluation
 from mmlens.plots.contributions import plot_contribution
@@ -21,7 +25,9 @@ from mmlens.plots.figure import Figure
 from mmlens.plots.knockout import plot_knockout
 from mmlens.plots.layer_profile import plot_aggregated
 from mmlens.plots.lens import plot_lens, plot_logit_attribution
+from mmlens.plots.steering import plot_steering_scores, plot_steering_vector
 from mmlens.plots.trace import plot_patching, plot_trace
+from mmlens.plots.words import plot_token_erasure, plot_word_map
 
 
 @singledispatch
@@ -39,3 +45,7 @@ draw.register(DirectLogitAttribution, plot_logit_attribution)
 draw.register(EditCheck, plot_check)
 draw.register(EditEvaluation, plot_evaluation)
 draw.register(LogitLens, plot_lens)
+draw.register(SteeringScores, plot_steering_scores)
+draw.register(SteeringVector, plot_steering_vector)
+draw.register(TokenErasure, plot_token_erasure)
+draw.register(WordMap, plot_word_map)

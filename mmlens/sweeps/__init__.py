@@ -3,7 +3,7 @@
     mmlens.sweep("trace", "demo", "demo", "runs/trace", windows=(1, 3, 5))
     Sweep("runs/trace").summarize().write("runs/trace/summary")
 
-- `task`: what is done with a question; `trace`, `contributions`, `edit`, or a dataclass of your own
+- `task`: what is done with a question, a dataclass like those of `tasks`, or one of your own
 - `items`, `plan`: which questions, in which shards, and whose turn it is
 - `folder`: the files: whole or not at all, and never mixed
 - `worker`, `ray_engine`: models that turn shards into files, in this process or as Ray actors
@@ -18,7 +18,7 @@ from mmlens.sweeps.results import Sweep
 from mmlens.sweeps.run import sweep
 from mmlens.sweeps.summary import Summary, summarize
 from mmlens.sweeps.task import Asked, Carried, ImpossibleTask, Task
-from mmlens.sweeps.tasks import TASKS, ContributionsTask, EditTask, TraceTask
+from mmlens.sweeps.tasks import TASKS, ContributionsTask, EditTask, SteerTask, TraceTask
 from mmlens.utils.resumable import FolderInUse
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "ImpossibleTask",
     "OtherSettings",
     "RayMissing",
+    "SteerTask",
     "Summary",
     "Sweep",
     "Task",

@@ -42,7 +42,8 @@ def content(item: Item | Refused) -> Any:
     if not isinstance(item, EditCase):
         regions = [repr(item.regions)] if item.regions else []
         words = [getattr(item, name) for name in COMPARED]
-        return [words, [image_name(x) for x in item.images], *regions]
+        objects = [list(item.extra["objects"])] if "objects" in item.extra else []
+        return [words, [image_name(x) for x in item.images], *regions, *objects]
     groups = {**item.groups(), "for the method": (*item.key_questions, *item.kept)}
     asked = {name: [content(each) for each in group] for name, group in groups.items()}
     return [content(item.question), item.target, asked]

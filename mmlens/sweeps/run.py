@@ -54,7 +54,7 @@ def sweep(
     complete shards are skipped, all others are done again. Nothing is ever written twice.
 
     Args:
-        task: "trace", "contributions" or "edit", or a `Task` of your own.
+        task: "trace", "contributions", "edit" or "steer", or a `Task` of your own.
         model: a model, or a name for `from_pretrained` (on Ray a name, since workers load it).
         data: questions (for "trace" also `ImagePair`s, for "edit" `EditCase`s), or what the task's
             `open` takes: "demo", a path, "name:path", see `mmlens.data.open_questions`.

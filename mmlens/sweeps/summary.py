@@ -172,6 +172,8 @@ def draw_measure(table: pd.DataFrame, measure: str, subtitle: str) -> Figure:
     if "source_role" in points:
         points["role"] = points["source_role"].astype(str) + " to " + points["role"]
     points["model"] = "window " + points["window"].astype(str)
+    if "scale" in points:
+        points["model"] = "scale " + points["scale"].map("{:g}".format)
     if "method" in points:
         points["model"] = points["method"].astype(str)
         points["role"] = points["group"].astype(str)
