@@ -316,9 +316,13 @@ class ProjectorConfig:
     bias: bool = True
     pixel_shuffle: int = 1
     """Rows and columns of features that make one visual token (Idefics3, Qwen-VL)."""
+    average_pool: int = 1
+    """Rows and columns of features of which one visual token is the mean (Gemma 3)."""
     normalization_type: Literal["RMS", "LN"] | None = None
     """Of the features, before anything else (Qwen-VL); None where they are not normalised."""
     eps: float = 1e-6
+    norm_offset: float = 0.0
+    """What the norm adds to its weights, as in `TransformerConfig`."""
     norm_merged: bool = False
     """Whether features are normalised after they are put together, and not each for itself."""
     n_deepstack: int = 0
@@ -329,12 +333,18 @@ class ProjectorConfig:
     """How the tiles of an image are put together; None where an image is one tile."""
 
     def __post_init__(self) -> None:
-        check_sizes(self, "d_in", "d_hidden", "d_out", "n_layers", "pixel_shuffle")
+        sizes = ("d_in", "d_hidden", "d_out", "n_layers", "pixel_shuffle", "average_pool")
+        check_sizes(self, *sizes)
         check_sizes(self, "n_deepstack", least=0)
         if self.normalization_type not in ("RMS", "LN", None):
             raise ValueError(
                 f"normalization_type={self.normalization_type!r}; it can be 'RMS', 'LN' or None"
             )
+
+    @property
+    def merged(self) -> int:
+        """Rows and columns of features that become one visual token."""
+        return self.pixel_shuffle * self.average_pool
 
 
 @dataclass(kw_only=True)
@@ -349,6 +359,8 @@ class MultimodalConfig(TransformerConfig):
     """Hugging Face's own description of the rotary embedding: `rope_theta`, `rope_type`, ..."""
     local_rope_parameters: dict[str, Any] | None = None
     """The same of "local" layers, where it is another one (Gemma 3)."""
+    first_rope_position: int = 0
+    """What rotary positions begin at (PaliGemma: 1)."""
     attention_blocks: Literal["image", "prompt"] | None = None
     """Which positions attend to each other in both directions: those of each image (Gemma 3), or
     the whole prompt (PaliGemma); see `mmlens.model.components.attention_rule`."""
@@ -359,6 +371,10 @@ class MultimodalConfig(TransformerConfig):
     tie_word_embeddings: bool = False
     unembed_bias: bool = False
     image_token_id: int | None = None
+    image_placeholder: str = "<image>"
+    """What the checkpoint's chat template writes for an image."""
+    image_text: str = "<image>"
+    """What stands in a prompt for one image, with `<image>` for its visual tokens."""
     image_layout: Literal["one_grid", "anyres", "row_col", "any_grid"] = "one_grid"
     """How an image becomes visual tokens; see `mmlens.inputs.layouts`."""
     bos_token_id: int | None = None
@@ -457,7 +473,7 @@ class MultimodalConfig(TransformerConfig):
         """How many visual tokens an image of the tower's size has; None where any size is."""
         if self.vision is None or self.vision.packed:
             return None
-        merged = self.projector.pixel_shuffle**2 if self.projector else 1
+        merged = self.projector.merged**2 if self.projector else 1
         return self.vision.n_visual_tokens // merged
 
     @property

@@ -1,6 +1,8 @@
 """Edits of a model whose facts are known to be in one layer's MLP, at one word."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,20 +10,42 @@ from planted_cases import Case, one_hop_case
 from planted_edits import PlantedEdits
 from planted_models import ASKS, FIRST_ANSWER, N_ANSWERS, N_ENTITIES, Planted
 
-from mmlens import EditRequest, multedit
+from mmlens import EditRequest, HookedMultimodalTransformer, multedit
 from mmlens.editing import MultEditSettings, References, evaluate
 
 LOOKS, KNOWS, TELLS, N_LAYERS = 1, 2, 3, 5
 
 
 @torch.no_grad()
-def planted_case(seed: int) -> Case:
+def behind_norms(case: Case) -> Case:
+    """The same model with a norm after each attention and MLP, of which the fact's saturates.
+
+    The others' are the identity, to rounding. That of the fact's layer leaves the fact as it is,
+    and makes what is larger smaller: an MLP that writes twice as much adds 1.26 times as much.
+    """
+    old, at = case.planted.model, case.inputs.span("asks").tolist()
+    name = f"blocks.{KNOWS}.hook_mlp_out"
+    fact = old.run_with_cache(case.inputs, names_filter=name)[1][name][0, at]
+    model = HookedMultimodalTransformer(replace(old.cfg, post_norms=True))
+    missing, unexpected = model.load_state_dict(old.state_dict(), strict=False)
+    assert not unexpected and all("_post" in each for each in missing)
+    for layer, block in enumerate(model.blocks):
+        for norm in (block.ln1_post, block.ln2_post):
+            norm.eps = 1e8
+            if layer == KNOWS and norm is block.ln2_post:
+                norm.eps = float(fact.pow(2).mean())
+            norm.w.fill_((norm.eps * (2 if norm.eps < 1e8 else 1)) ** 0.5)
+    return replace(case, planted=replace(case.planted, model=model.requires_grad_(False)))
+
+
+@torch.no_grad()
+def planted_case(seed: int, **choices: Any) -> Case:
     """The last word looks at the one that asks, whatever small thing is added to that.
 
     What it looks for there has length 1, and what Adam adds by chance in that direction may be of
     this size; then it would look away, for good. So it gets length 9.
     """
-    case = one_hop_case(seed, layers=[LOOKS, KNOWS, TELLS], n_layers=N_LAYERS)
+    case = one_hop_case(seed, layers=[LOOKS, KNOWS, TELLS], n_layers=N_LAYERS, **choices)
     hold(case.planted, TELLS)
     return case
 
@@ -48,9 +72,13 @@ def new_answer(case: Case) -> int:
     return next(a for a in range(FIRST_ANSWER, FIRST_ANSWER + N_ANSWERS) if a not in facts)
 
 
-def test_the_fact_is_edited_where_it_is(seed: int) -> None:
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "behind norms"])
+def test_the_fact_is_edited_where_it_is(seed: int, normed: bool) -> None:
     """There it changes and no other does; in other layers it does not change."""
-    case = planted_case(seed)
+    if normed:
+        case = behind_norms(planted_case(seed, normalization_type="RMS", parallel_attn_mlp=False))
+    else:
+        case = planted_case(seed)
     target = new_answer(case)
     others = [entity for entity in range(N_ENTITIES) if entity != case.entity]
     right = [case.planted.facts[entity, 0] for entity in others]

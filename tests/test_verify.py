@@ -94,7 +94,7 @@ def test_a_model_of_tiles(name: str, verify: Any, seed: int, tmp_path: Path) -> 
         assert rows[check].startswith("✓"), rows[check]
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox, one part after the other"])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox, one part after the other", "gemma2"])
 def test_a_language_model(name: str, verify: Any, seed: int, tmp_path: Path) -> None:
     random_language_model(SHAPES[name]).save_pretrained(tmp_path)
     code, rows, err = verify(tmp_path, "--device", "cpu")

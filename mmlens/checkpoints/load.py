@@ -18,8 +18,10 @@ from mmlens.checkpoints.json_files import check_folder, read_json
 from mmlens.checkpoints.loader import Weights, build, check_layers, has_own_head
 from mmlens.checkpoints.paths import checkpoint_errors, regular_file
 from mmlens.checkpoints.processors import (
+    IMAGE_PLACEHOLDER,
     add_image_token,
     chat_template,
+    learn_placeholder,
     load_image_processor,
     load_tokenizer,
 )
@@ -165,7 +167,11 @@ def processor_of(cfg: MultimodalConfig, folder: Path, tower: Tower | None) -> Pr
     tokenizer = load_tokenizer(folder)
     if tower is None:
         if tokenizer is not None:
-            cfg.default_template = chat_template(folder, tokenizer, cfg.vision is not None)
+            if cfg.image_placeholder != IMAGE_PLACEHOLDER:
+                learn_placeholder(tokenizer)
+            sees = cfg.vision is not None
+            written = chat_template(folder, tokenizer, sees, cfg.image_placeholder)
+            cfg.default_template = written or cfg.default_template
         image_processor = load_image_processor(folder) if cfg.vision else None
     else:
         with checkpoint_errors(folder, "the image processor: "):

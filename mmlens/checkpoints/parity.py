@@ -170,7 +170,8 @@ def run_reference(
             **where,
             dtype=dtype or reference.dtype,
             device_map=device,
-            attn_implementation="sdpa",  # a config.json could name a kernel of the hub
+            # A config.json could name a kernel of the hub. No other than eager caps scores.
+            attn_implementation="sdpa" if reference.cfg.scores_softcap is None else "eager",
         )
     hf.eval().generation_config = GenerationConfig()  # nothing of the checkpoint's own taste
     prompt = random_prompt(reference.cfg, seed)
@@ -181,6 +182,9 @@ def run_reference(
         see_in_float32(hf)
         given |= {name: tensor.to(device) for name, tensor in prompt.visual.items()}
         suppressed = [reference.cfg.image_token_id]
+    if reference.cfg.attention_blocks is not None:  # else transformers' attention is causal
+        is_image = tokens.eq(reference.cfg.image_token_id or 0)
+        given["token_type_ids"] = is_image.long() * (reference.cfg.attention_blocks == "image")
     out = hf(**given, output_hidden_states=True, use_cache=False)
     generated = hf.generate(
         **given,
@@ -275,11 +279,12 @@ def seeing_in_float32(model: HookedMultimodalTransformer) -> Changes[None]:
 
 def blocks_alone(model: HookedMultimodalTransformer, reference: ReferenceRun) -> Pairs:
     """Each block on the residual stream that transformers' has got."""
+    inputs = reference.prompt.inputs(model)
     for layer, (entering, leaving) in enumerate(
         zip(reference.streams[:-1], reference.streams[1:], strict=True)
     ):
         options = {"start_at_layer": layer, "stop_at_layer": layer + 1}
-        ours = model(entering.to(model.device), **options)
+        ours = model(entering.to(model.device), **options, **model.resuming(inputs, layer))
         last = layer == model.cfg.n_layers - 1
         yield f"block {layer}", model.ln_final(ours) if last else ours, leaving
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
@@ -67,6 +68,12 @@ def add_image_token(tokenizer: Any) -> int:
     return tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
 
 
+def learn_placeholder(tokenizer: Any) -> None:
+    """Let a tokenizer take `<image>` for one special token, whose id is only looked for."""
+    word = AddedToken(IMAGE_PLACEHOLDER, normalized=False, special=True)
+    tokenizer.add_tokens([word], special_tokens=True)
+
+
 def load_image_processor(folder: Path) -> Any:
     """Return the folder's image processor, or None if it has none."""
     names = ("preprocessor_config.json", "processor_config.json")
@@ -77,19 +84,30 @@ def load_image_processor(folder: Path) -> Any:
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
-def chat_template(folder: Path, tokenizer: Any, with_images: bool) -> ChatTemplate | None:
+def chat_template(
+    folder: Path, tokenizer: Any, with_images: bool, placeholder: str = IMAGE_PLACEHOLDER
+) -> ChatTemplate | None:
     """Return the folder's chat template for one turn of a user, or None if it has none.
 
     A template takes a message's content as a string, as a list of typed parts (`{"type": "image"}`,
     `{"type": "text", "text": ...}`), or either; both are tried, and the first that the question and
     the images come through is taken. In a string, `<image>` and a line break stand for an image, as
     in LLaVA's own prompts.
+
+    Args:
+        with_images: whether the model sees any.
+        placeholder: what the template writes for an image; `<image>` stands there in the result.
     """
-    return written_out(_template_source(folder, tokenizer), tokenizer, with_images, folder)
+    source = _template_source(folder, tokenizer)
+    return written_out(source, tokenizer, with_images, folder, placeholder)
 
 
 def written_out(
-    source: str | None, tokenizer: Any, with_images: bool, where: Path
+    source: str | None,
+    tokenizer: Any,
+    with_images: bool,
+    where: Path,
+    placeholder: str = IMAGE_PLACEHOLDER,
 ) -> ChatTemplate | None:
     """Return a chat template's source for one turn of a user; see `chat_template`."""
     if source is None:
@@ -100,7 +118,7 @@ def written_out(
     # Whether the content has parts, and how many `<image>` it must lead to.
     forms = [(True, 1), (False, 1), (True, 0)] if with_images else [(False, 0), (True, 0)]
     for typed, n_expected in forms:
-        turn = partial(render_turn, source, special_tokens, str(where), typed)
+        turn = partial(render_turn, source, special_tokens, str(where), typed, placeholder)
         asked = (QUESTION, f" {QUESTION} ", PROBE)
         try:
             prompt, spaced, probed = (turn(n_images, question) for question in asked)
@@ -146,6 +164,7 @@ def render_turn(
     special_tokens: dict[str, Any],
     where: str,
     typed: bool,
+    placeholder: str,
     n_images: int,
     text: str = QUESTION,
 ) -> str:
@@ -153,13 +172,14 @@ def render_turn(
 
     Args:
         typed: whether the content is a list of parts; else it is one string.
+        placeholder: what the template writes for an image, in whose place `<image>` is returned.
         n_images: how many images stand before the text.
     """
     content: Any = f"{IMAGE_PLACEHOLDER}\n" * n_images + text
     if typed:
         content = [*[{"type": "image"}] * n_images, {"type": "text", "text": text}]
     turn = [{"role": "user", "content": content}]
-    return render(source, turn, special_tokens, where)
+    return render(source, turn, special_tokens, where).replace(placeholder, IMAGE_PLACEHOLDER)
 
 
 def _shows_parts(prompt: str) -> bool:

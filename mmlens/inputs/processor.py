@@ -44,7 +44,13 @@ from mmlens.inputs.spans import (
     token_strings,
 )
 from mmlens.inputs.special_tokens import Side, filler, padding_at, special_tokens_around
-from mmlens.inputs.templates import ChatTemplate, Phrase, Template, fill_template
+from mmlens.inputs.templates import (
+    ChatTemplate,
+    Phrase,
+    Template,
+    fill_template,
+    with_image_text,
+)
 from mmlens.inputs.visual import Visual
 
 if TYPE_CHECKING:
@@ -149,6 +155,8 @@ class Processor:
             if isinstance(template, ChatTemplate):
                 question, phrases = template.asked(question, phrases)
             prompt, at = fill_template(template, question, len(images), optional_images=automatic)
+            image_text = getattr(self.cfg, "image_text", PLACEHOLDER)
+            prompt, at, phrases = with_image_text(prompt, at, phrases, image_text)
             complete = isinstance(template, ChatTemplate) and not template.adds_special_tokens
             encoded = encode(tokenizer, prompt)
             around = special_tokens_around(
@@ -166,7 +174,7 @@ class Processor:
         images: tuple[Image.Image, ...],
     ) -> MultimodalInputs:
         """Return one row; `around` are the special tokens before and after the encoded prompt."""
-        image_token = self.cfg.image_token_id
+        image_token = self._placeholder_id()
         processed = self._processed(images)
         _check_image_token(self.tokenizer, encoded, image_token, len(images))
         before, after = around
@@ -193,12 +201,18 @@ class Processor:
             visual=Visual.joined([Visual.of_one(one.visual) for one in processed]),
             spans=(standard | _text_spans(encoded, starts[first:], chars, image_token),),
             images=placed,
-            image_token_id=image_token,
+            image_token_id=self.cfg.image_token_id,
             str_tokens=(token_strings(self.tokenizer, ids),),
             texts=(encoded.text,),
             char_spans=(chars,),
             blocks=self._blocks(tokens, mask),
         )
+
+    def _placeholder_id(self) -> int | None:
+        """Return the id of `<image>` in text: that of visual tokens, unless they have another."""
+        if getattr(self.cfg, "image_placeholder", PLACEHOLDER) == PLACEHOLDER:
+            return self.cfg.image_token_id
+        return self.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
 
     def _blocks(self, tokens: Tensor, mask: Tensor, follows: Tensor | None = None) -> Tensor | None:
         """Return which positions attend to each other; `follows` is True after the prompt."""

@@ -108,3 +108,32 @@ def fill_template(
             f"placeholders out (images then come in front of the text)"
         )
     return prompt, (len(before), len(before) + len(question))
+
+
+def with_image_text(
+    prompt: str, question: tuple[int, int], phrases: Mapping[str, Phrase], image_text: str
+) -> tuple[str, tuple[int, int], dict[str, Phrase]]:
+    """Return a prompt in which an image's text stands for each `<image>`, and where parts are then.
+
+    Args:
+        prompt: with one `<image>` for each image.
+        question: the question's characters.
+        phrases: of the question, by their words or by their characters in it.
+        image_text: as `MultimodalConfig.image_text`.
+    """
+    if image_text == PLACEHOLDER:
+        return prompt, question, dict(phrases)
+    more, begin = len(image_text) - len(PLACEHOLDER), question[0]
+
+    def moved(at: int) -> int:
+        """Where a character of the prompt is then."""
+        return at + more * prompt[:at].count(PLACEHOLDER)
+
+    there = moved(begin), moved(question[1])
+    found = {
+        name: phrase
+        if isinstance(phrase, str)
+        else (moved(begin + phrase[0]) - there[0], moved(begin + phrase[1]) - there[0])
+        for name, phrase in phrases.items()
+    }
+    return prompt.replace(PLACEHOLDER, image_text), there, found

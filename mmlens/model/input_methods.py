@@ -18,6 +18,8 @@ from mmlens.model.loss import next_token_loss
 from mmlens.model.text import TokenMethods, Tokens
 
 Input = MultimodalInputs | Tensor | str | list[str]
+NO_LABEL = -100
+"""In transformers' labels, what stands where no token is to be predicted."""
 
 
 def batch_arguments(input: Any, others: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -30,6 +32,9 @@ def batch_arguments(input: Any, others: dict[str, Any]) -> tuple[Any, dict[str, 
         TypeError: neither or both of `input` and `input_ids`.
     """
     others.pop("mm_token_type_ids", None)  # which ids are image tokens is known here
+    labels = others.get("labels")
+    if isinstance(labels, Tensor) and bool((labels == NO_LABEL).all()):
+        others.pop("labels")  # PaliGemma's processor makes them of every prompt
     ids = others.pop("input_ids", None)
     if (input is None) == (ids is None):
         raise TypeError("give either inputs, token ids or text, or input_ids= of a batch")

@@ -105,7 +105,7 @@ class HookedMultimodalTransformer(
             )
             for layer in range(cfg.n_layers)
         )
-        self.ln_final = make_norm(cfg)
+        self.ln_final = make_norm(cfg, cfg.d_model)
         self.unembed = Unembed(cfg.d_vocab, cfg.d_model, cfg.unembed_bias, cfg.logits_softcap)
         if cfg.tie_word_embeddings:
             self.unembed.weight = self.embed.W_E
@@ -347,6 +347,7 @@ class HookedMultimodalTransformer(
         self, positions: Int[Tensor, "*axis batch pos"], dtype: torch.dtype
     ) -> Angles:
         """Cosines and sines of every position's angles, by the kind of layer."""
+        positions = positions + self.cfg.first_rope_position
         return {
             kind: rule.rotary.cos_sin(positions, dtype)
             for kind, rule in self.rules.items()

@@ -108,7 +108,7 @@ class HookedVisionTransformer(HookedRootModule):
             self.W_pos = nn.Parameter(positions.normal_(std=0.02))
             self.hook_pos_embed = HookPoint()
         if cfg.pre_norm:
-            self.ln_pre = make_norm(cfg)
+            self.ln_pre = make_norm(cfg, cfg.d_model)
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 cfg, rotary=cfg.rotary_base is not None, rule=AttentionRule.of_tower(cfg, layer)
@@ -116,7 +116,7 @@ class HookedVisionTransformer(HookedRootModule):
             for layer in range(cfg.n_layers)
         )
         if cfg.final_norm:
-            self.ln_final = make_norm(cfg)
+            self.ln_final = make_norm(cfg, cfg.d_model)
         self.hook_patch_embed = HookPoint()
         self.hook_embed = HookPoint()
         self.hook_out = HookPoint()

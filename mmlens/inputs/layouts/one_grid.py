@@ -31,7 +31,13 @@ class OneGrid:
     ) -> list[ProcessedImage]:
         """Return the images of one prompt, of the tower's size."""
         pixels = as_image_processor(image_processor)(list(images))
-        grid = check_pixels(pixels, self.cfg)
+        if len(pixels) != len(images):
+            raise ValueError(
+                f"the image processor makes {len(pixels)} arrays of pixels of {len(images)} "
+                "image(s): this model takes one of each, so its crops (Gemma 3's pan and scan) "
+                "must be off: image_processor.do_pan_and_scan = False"
+            )
+        grid = self._grid(check_pixels(pixels, self.cfg))
         boxes = partial(_whole_frame, image_processor, pixels.shape[-2] // grid[0], grid)
         tokens = self._tokens(grid)
         ids = [self.cfg.image_token_id or 0] * tokens.length
@@ -41,6 +47,21 @@ class OneGrid:
             )
             for i, image in enumerate(images)
         ]
+
+    def _grid(self, patches: Grid) -> Grid:
+        """Return rows and columns of visual tokens, of one or several patches each.
+
+        Raises:
+            ValueError: patches that cannot be put together, or not to a square.
+        """
+        projector = getattr(self.cfg, "projector", None)
+        merged = 1 if projector is None else projector.merged
+        if merged > 1 and (patches[0] != patches[1] or patches[0] % merged):
+            raise ValueError(
+                f"images of {patches[0]} x {patches[1]} patches; this model makes a visual token "
+                f"of {merged} x {merged}, and takes square images that are so divided"
+            )
+        return patches[0] // merged, patches[1] // merged
 
     def _tokens(self, grid: Grid) -> ImageTokens:
         """Return one image's tokens: a class token in front of its patches, or the first left out.
@@ -57,16 +78,17 @@ class OneGrid:
     def random_image(self, generator: torch.Generator, *, small: bool = False) -> ProcessedImage:
         """Return random pixels of the tower's size, or of four patches."""
         vision: Any = self.cfg.vision
-        sides = (2 * vision.patch_size,) * 2 if small else vision.image_size
+        merged = self.cfg.projector.merged if self.cfg.projector else 1
+        sides = (2 * merged * vision.patch_size,) * 2 if small else vision.image_size
         pixels = torch.randn(1, vision.n_channels, *sides, generator=generator)
-        tokens = self._tokens((2, 2) if small else vision.grid)
+        tokens = self._tokens((2, 2) if small else self._grid(vision.grid))
         ids = [self.cfg.image_token_id or 0] * tokens.length
         return ProcessedImage({"pixel_values": pixels}, ids, tokens)
 
     def description(self) -> str:
         """How many visual tokens an image has, in words."""
         assert self.cfg.vision is not None
-        return str(self.cfg.vision.n_visual_tokens)
+        return str(self.cfg.mm_tokens_per_image)
 
     def located(
         self, tokens: Tensor, mask: Tensor, tokenizer: Any, batch: Mapping[str, Tensor]
@@ -77,6 +99,7 @@ class OneGrid:
         grid = self.cfg.vision.grid if self.cfg.vision else (0, 0)
         if pixels is not None:
             grid = check_pixels(pixels, self.cfg, any_size=True)
+        grid = self._grid(grid)
         one = self._tokens(grid) if self.cfg.vision else ImageTokens(0, grid_cells((0, 0)), ())
         n_images = None if pixels is None else len(pixels)
         image_token = self.cfg.image_token_id

@@ -69,11 +69,11 @@ class TransformerBlock(nn.Module):
         self.cfg = cfg
         self.parallel = cfg.parallel_attn_mlp
         self.has_ln2 = cfg.parallel_ln2 or not self.parallel
-        self.ln1 = make_norm(cfg)
+        self.ln1 = make_norm(cfg, cfg.d_model)
         self.attn = Attention(cfg, rotary=rotary, rule=rule)
         self.mlp = MLP(cfg)
         if cfg.post_norms:
-            self.ln1_post, self.ln2_post = make_norm(cfg), make_norm(cfg)
+            self.ln1_post, self.ln2_post = make_norm(cfg, cfg.d_model), make_norm(cfg, cfg.d_model)
         self.layer_scale = cfg.layer_scale
         if cfg.layer_scale:
             self.ls_1 = nn.Parameter(torch.ones(cfg.d_model))
@@ -85,7 +85,7 @@ class TransformerBlock(nn.Module):
         self.hook_v_input = HookPoint()
         self.hook_attn_out = HookPoint()
         if self.has_ln2:
-            self.ln2 = make_norm(cfg)
+            self.ln2 = make_norm(cfg, cfg.d_model)
         if not self.parallel:
             self.hook_resid_mid = HookPoint()
         self.hook_mlp_in = HookPoint()

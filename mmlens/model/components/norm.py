@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmlens.config import TransformerConfig
+from mmlens.config import ProjectorConfig, TransformerConfig
 from mmlens.model.hook_points import HookPoint, has_listeners, left_alone
 from mmlens.model.sites import Site
 
@@ -108,9 +108,9 @@ class LayerNorm(RMSNorm):
 NORMS: dict[str, type[RMSNorm]] = {"RMS": RMSNorm, "LN": LayerNorm}
 
 
-def make_norm(cfg: TransformerConfig, width: int | None = None) -> RMSNorm:
-    """Return the norm that `cfg.normalization_type` names, of the stream or of another width."""
-    width = cfg.d_model if width is None else width
+def make_norm(cfg: TransformerConfig | ProjectorConfig, width: int) -> RMSNorm:
+    """Return the norm of this width that `cfg.normalization_type` names."""
+    assert cfg.normalization_type is not None
     if cfg.norm_offset:
         return OffsetRMSNorm(width, cfg.eps, cfg.norm_offset)
     return NORMS[cfg.normalization_type](width, cfg.eps)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from math import isqrt
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from mmlens.config import ProjectorConfig
 from mmlens.inputs.visual import Visual
 from mmlens.model.components.activations import activation
 from mmlens.model.components.line_ends import LineEnds
-from mmlens.model.components.norm import NORMS
+from mmlens.model.components.norm import make_norm
 from mmlens.model.components.packed_images import grids_of, squares
 from mmlens.model.hook_points import HookPoint
 from mmlens.model.sites import Site, within
@@ -26,7 +27,8 @@ class Projector(nn.Module):
     A projector of one layer is a linear map, without `hook_pre` and `hook_post`; after the second
     layer of a deeper one come `hook_pre_2` and `hook_post_2`, and so on.
 
-    Idefics3's and Qwen-VL's put squares of features together before; Qwen-VL's normalises them
+    Gemma 3's takes the mean of squares of features before, and normalises it. Idefics3's and
+    Qwen-VL's put squares together; Qwen-VL's normalises them
     ("patch merger"; Wang et al. 2024, 2.1). Qwen3-VL has one such projector for the visual tokens
     and others, `deepstack`, for what first blocks of the decoder get of earlier layers' features.
     """
@@ -63,8 +65,7 @@ class Projector(nn.Module):
         self.act = activation(cfg.act_fn)
         self.hook_in = HookPoint()
         if cfg.normalization_type is not None:
-            kind = NORMS[cfg.normalization_type]
-            self.ln = kind(d_square if cfg.norm_merged else cfg.d_in, cfg.eps)
+            self.ln = make_norm(cfg, d_square if cfg.norm_merged else cfg.d_in)
         for layer in range(1, cfg.n_layers + 1):
             linear = nn.Linear(widths[layer - 1], widths[layer], bias=cfg.bias)
             self.add_module(f"linear_{layer}", linear)
@@ -105,6 +106,8 @@ class Projector(nn.Module):
             x = self.ln(x)
         if cfg.pixel_shuffle > 1:
             x = self.put_together(x, visual)
+        if cfg.average_pool > 1:
+            x = pooled(x, cfg.average_pool)
         if cfg.normalization_type is not None and cfg.norm_merged:
             x = self.ln(x)
         for layer in range(1, cfg.n_layers):
@@ -148,6 +151,22 @@ def shuffled(
         y=factor,
         x=factor,
     )
+
+
+def pooled(
+    features: Float[Tensor, "tile feature d_in"], factor: int
+) -> Float[Tensor, "tile token d_in"]:
+    """Return the mean of each square of factor x factor features.
+
+    Source: transformers, `Gemma3MultiModalProjector` of `modeling_gemma3.py`.
+
+    Args:
+        features: of square tiles, row by row.
+        factor: rows and columns of a square.
+    """
+    side = isqrt(features.shape[1])
+    grid = rearrange(features, "tile (row col) d -> tile d row col", row=side)
+    return F.avg_pool2d(grid, factor).flatten(2).transpose(1, 2)
 
 
 def numbered(name: str, layer: int) -> str:
