@@ -24,7 +24,7 @@ from test_branching_families import any_edit
 from test_model_parity import rms_error
 from torch import Tensor
 
-from mmlens import Intervention
+from mmlens import Intervention, mean_image, noise_span
 from mmlens.interventions.functions import knockout, noise, scale
 from mmlens.model.transformer import HookedMultimodalTransformer
 
@@ -186,6 +186,45 @@ def test_deepstack_is_a_part_of_the_first_blocks(images: list[int], seed: int) -
         given = {"start_at_layer": layer, **model.resuming(inputs, layer)}
         again = model(cache["resid_pre", layer], **given)
         torch.testing.assert_close(again, logits, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_corrupted_visual_tokens_are_corrupted_in_deepstack_too(seed: int) -> None:
+    """Otherwise the clean image would still be seen from the second block on."""
+    chance = random.Random(seed)
+    model, inputs = drawn("qwen3", chance, [2])
+    n_deepstack = model.cfg.n_deepstack
+    clean = model.run_with_cache(inputs)[1]
+    names = ["hook_input_embed", *(f"blocks.{i}.hook_deepstack" for i in range(n_deepstack))]
+    where = inputs.images[0].positions
+
+    merged = mean_image(model, inputs, which=0, level="embeddings")
+    found = model.run_with_cache(merged)[1]
+    for name in names:
+        expected = clean[name].clone()
+        expected[:, where] = expected[:, where].mean(dim=1, keepdim=True)
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5)
+
+    noisy = noise_span(model, inputs, ["image_1", "last"], samples=40, seed=seed)
+    found = model.run_with_cache(noisy)[1]
+    where, last = inputs.images[1].positions, inputs.n_pos - 1
+    for name in names:
+        moved = found[name] - clean[name]
+        other = [i for i in range(inputs.n_pos) if i not in {*where.tolist(), last}]
+        assert float(moved[:, other].abs().max()) == 0
+        assert bool(moved[:, last].any()) == (name == "hook_input_embed")
+        std = 3 * clean[name][inputs.is_image].std()
+        n = moved[:, where].numel()  # 40 samples or more of 18 numbers: five standard errors
+        assert float(moved[:, where].std() / std) == pytest.approx(1, abs=5 / (2 * n) ** 0.5)
+    text = noise_span(model, inputs, "last", samples=2)
+    assert text.noise.shape[-1] == model.cfg.d_model
+    branches = [
+        [Intervention("mlp_out", 0, [last], scale(1.4))],
+        [Intervention("projector.deepstack.out", 0, [1], scale(1.4))],
+        [Intervention("deepstack", 0, where[-1:].tolist(), scale(1.4))],
+    ]
+    for corrupted in (merged, noise_span(model, inputs, "image", samples=2)):
+        assert_equal_to_plain_runs(model, corrupted, branches, chance)
 
 
 @EVERY

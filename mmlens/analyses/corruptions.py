@@ -124,7 +124,8 @@ def noise_span(
     """The language-model corruption: Gaussian noise on the embeddings of spans (ROME, 2022).
 
     The noise is added where the visual tokens are in place already, so it can hit text, images
-    or both. Runs on the result have one row per sample; `causal_trace` averages over them.
+    or both; of images also what they add in the first blocks (deepstack), each part in units of
+    its own. Runs on the result have one row per sample; `causal_trace` averages over them.
 
     Args:
         span: one span of a single prompt, or several ("constraint", "image").
@@ -148,14 +149,20 @@ def noise_span(
     check_samples(samples)
     names = [span] if isinstance(span, str) else list(span)
     hit = torch.cat([inputs.span(name) for name in names]).unique()
-    unit = torch.full((inputs.n_pos,), 0.0 if std is None else std, device=inputs.device)
     visual = inputs.is_image[0]
-    if std is None:
-        unit[~visual] = model.W_E.float().std()
+    # Of an image's tokens, and of what it adds in the first blocks: the noise has parts of each.
+    parts = 1 + model.cfg.n_deepstack * bool(visual[hit].any())
+    unit = torch.zeros(parts, inputs.n_pos, device=inputs.device)
+    if std is not None:
+        unit[0], unit[:, visual] = std, std
+    else:
+        unit[0, ~visual] = model.W_E.float().std()
         if bool(visual[hit].any()):
-            unit[visual] = model.input_embeddings(inputs)[0, visual].float().std()
+            found = model.all_embeddings(inputs)[0, visual].float()
+            unit[:, visual] = found.unflatten(1, (parts, -1)).std(dim=(0, 2))[:, None]
     chosen = torch.zeros_like(unit)
-    chosen[hit] = multiple * unit[hit]
+    chosen[:, hit] = multiple * unit[:, hit]
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(samples, inputs.n_pos, model.cfg.d_model, generator=generator)
-    return replace(inputs, noise=drawn.to(inputs.device) * chosen[None, :, None])
+    drawn = torch.randn(samples, inputs.n_pos, parts * model.cfg.d_model, generator=generator)
+    scaled = drawn.to(inputs.device).unflatten(2, (parts, -1)) * chosen.T[None, :, :, None]
+    return replace(inputs, noise=scaled.flatten(2))

@@ -228,7 +228,7 @@ def edit_images(
         others = {i: as_image(edit(as_maps(image_at(inputs, i, name)))) for i in chosen}
         return with_images(model, inputs, others)
     check_no_noise(inputs)
-    before = model.input_embeddings(inputs)[0]
+    before = model.all_embeddings(inputs)[0]
     after = before.clone()
     for image in (inputs.images[i] for i in chosen):
         for view, grid in enumerate(image.grids):
@@ -257,8 +257,8 @@ def with_embeddings_of(
 ) -> MultimodalInputs:
     """The inputs, with a row for each of `others` that has the others' visual tokens."""
     check_no_noise(inputs)
-    before = model.input_embeddings(inputs)
-    after = torch.cat([model.input_embeddings(other) for other in others])
+    before = model.all_embeddings(inputs)
+    after = torch.cat([model.all_embeddings(other) for other in others])
     return replace(inputs, noise=(after - before).float())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch.nn.functional import pad
+
 from mmlens.inputs.attention_blocks import before_blocks
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 
@@ -26,7 +28,9 @@ def common_prefix(one: MultimodalInputs, other: MultimodalInputs) -> int:
     if len(noises) == 2:
         if len(noises[0]) != len(noises[1]):
             return 0
-        noises = [noises[0] - noises[1]]
+        wide = max(noise.shape[-1] for noise in noises)
+        wide_noises = [pad(noise, (0, wide - noise.shape[-1])) for noise in noises]
+        noises = [wide_noises[0] - wide_noises[1]]
     if noises:
         differs = differs | (noises[0] != 0).any(dim=-1)
     first = int(differs.any(dim=0).long().argmax()) if bool(differs.any()) else n_pos

@@ -95,8 +95,9 @@ class MultimodalInputs(TokenArray):
     attend to each other, whichever comes first; -1 stands for those that attend to what is before
     them. Those of an image (Gemma 3) or of the prompt (PaliGemma) are a block. None: no blocks."""
     noise: Float[Tensor, "sample pos d_model"] | None = None
-    """Added to the residual stream after the visual tokens are spliced in. A single row may have
-    several samples: a run then has one row for each."""
+    """Added to the residual stream after the visual tokens are spliced in; what is beyond its width
+    to what images add in block 0, 1, ... (deepstack). A single row may have several samples: a run
+    then has one row for each."""
 
     def __post_init__(self) -> None:
         mask, noise = self.attention_mask, self.noise

@@ -64,12 +64,12 @@ class StreamMethods:
             spliced = visual[..., : self.cfg.d_model].to(resid)
             resid = resid.masked_scatter(is_image[..., None], spliced)
         if inputs.noise is not None:
-            resid = resid + inputs.noise.to(resid)
+            resid = resid + inputs.noise[..., : self.cfg.d_model].to(resid)
         return self.hook_input_embed(resid)
 
     def deepstack(
         self, inputs: MultimodalInputs, visual: Visual | None
-    ) -> tuple[Float[Tensor, "batch pos d_model"], ...]:
+    ) -> tuple[Float[Tensor, "row pos d_model"], ...]:
         """Return what the images add in block 0, 1, ...: zero at text; () where they add nothing.
 
         Meng et al. 2024, "DeepStack"; transformers, `_deepstack_process` of `modeling_qwen3_vl.py`.
@@ -81,8 +81,18 @@ class StreamMethods:
             return ()
         where = inputs.is_image[..., None].to(visual.device)
         zeros = torch.zeros(*inputs.tokens.shape, self.cfg.d_model).to(visual)
-        _, *added = visual.split(self.cfg.d_model, dim=-1)
-        return tuple(zeros.masked_scatter(where, part) for part in added)
+        _, *parts = visual.split(self.cfg.d_model, dim=-1)
+        added = [zeros.masked_scatter(where, part) for part in parts]
+        noise = () if inputs.noise is None else inputs.noise.split(self.cfg.d_model, dim=-1)[1:]
+        for layer, part in enumerate(noise):
+            added[layer] = added[layer] + part.to(visual)
+        return tuple(added)
+
+    def all_embeddings(self, inputs: MultimodalInputs) -> Float[Tensor, "row pos d_visual"]:
+        """Return what enters block 0, and along the last axis what images add in block 0, 1, ..."""
+        visual = self.visual_tokens(inputs)
+        entering = self.input_embeddings(inputs, visual)
+        return torch.cat([entering, *self.deepstack(inputs, visual)], dim=-1)
 
     def run_blocks(
         self,
@@ -90,9 +100,9 @@ class StreamMethods:
         layers: Iterable[int],
         past: Past,
         angles: Angles,
-        deepstack: Sequence[Tensor | None],
+        deepstack: Sequence[Tensor],
     ) -> Float[Tensor, "batch query d_model"]:
-        """Return the residual stream after some layers, where these have queries.
+        """Return the residual stream after some layers, at the positions that still have queries.
 
         Args:
             past: what the queries attend to.
