@@ -180,7 +180,42 @@ def test_branches_equal_plain_runs(family: str, seed: int, tmp_path: Path) -> No
         [Intervention("vision.pattern", layer, [0, 3], scale(0.3))],
         [Intervention("vision.rot_q", layer, None, scale(0.5))],
     ]
+    if model.cfg.qk_norm:
+        last = [inputs.n_pos - 1, visual[0]]
+        branches += [
+            [Intervention(f"{norm}.{site}", layer, last, scale(1.6))]
+            for norm in ("q_norm", "k_norm")
+            for site in ("scale", "normalized")
+        ]
+    for deep in range(model.cfg.n_deepstack):
+        branches += [
+            [Intervention("deepstack", deep, visual, scale(2.5))],
+            [Intervention("deepstack", deep, None, scale(0.0))],
+            [Intervention("projector.deepstack.out", deep, [0, 1], scale(1.5))],
+        ]
     assert_equal_to_plain_runs(model, inputs, branches, chance, batch_rows=chance.choice([None, 3]))
+
+
+@EVERY
+@torch.no_grad()
+def test_the_stream_is_the_sum_of_what_is_added(family: str, seed: int, tmp_path: Path) -> None:
+    """`resid_post` of a block is `resid_pre` of the next; all that is added sums to the end."""
+    chance = random.Random(seed)
+    _, processor = checkpoint(family, tmp_path, chance)
+    model = opened(tmp_path).double()
+    _, cache = model.run_with_cache(inputs_of(model, random_batch(processor, [1, 2], chance)))
+    n_layers = model.cfg.n_layers
+    for layer in range(1, n_layers):
+        assert torch.equal(cache["resid_post", layer - 1], cache["resid_pre", layer])
+    parts = [cache["hook_input_embed"]]
+    for layer in range(n_layers):
+        parts += [cache["attn_out", layer], cache["mlp_out", layer]]
+        if layer < model.cfg.n_deepstack:
+            parts.append(cache["deepstack", layer])
+            is_image = cache.inputs.is_image
+            assert float(parts[-1][~is_image].abs().max()) == 0 < float(parts[-1].abs().max())
+    end = cache["resid_post", n_layers - 1]
+    assert float((torch.stack(parts).sum(dim=0) - end).abs().max()) < 1e-12 * float(end.abs().max())
 
 
 @EVERY

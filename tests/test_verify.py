@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import qwen_models
 import torch
 from anyres_checkpoints import random_anyres
 from checkpoint_folders import edit_config
@@ -81,6 +83,15 @@ def test_idefics3_and_smolvlm(
     assert f"{FAMILIES[name].n_tokens} of each tile" in rows["visual tokens"]
     judged = PARITY if dtype == "float32" else ("embeddings", "each block alone", "generation")
     for check in (*judged, "hooks"):
+        assert rows[check].startswith("✓"), rows[check]
+
+
+@pytest.mark.parametrize("family", qwen_models.FAMILIES)
+def test_qwen(family: str, verify: Any, seed: int, tmp_path: Path) -> None:
+    qwen_models.write(family, tmp_path, qwen_models.random_qwen(family, random.Random(seed)))
+    code, rows, err = verify(tmp_path, "--device", "cpu")
+    assert code == 0, (rows, err)
+    for check in (*PARITY, "hooks"):
         assert rows[check].startswith("✓"), rows[check]
 
 

@@ -88,8 +88,9 @@ def with_images(
     shown = {**known, **others}
     # How an image is seen may depend on how many there are: unknown ones have a substitute.
     substitute = next(iter(shown.values()))
+    own = (inputs.images[i].image_processor for i in others)
     processed = model.processor.layout.processed(
-        model.image_processor,
+        next((each for each in own if each is not None), model.image_processor),
         model.tokenizer,
         [shown.get(i, substitute) for i in range(len(inputs.images))],
     )

@@ -14,9 +14,10 @@ How far apart they may be, relative to the norm of what is compared, at every po
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ N_NEW = 12
 """Tokens that are generated."""
 Pairs = Iterable[tuple[str, Tensor, Tensor]]
 """What is compared: its name, ours, transformers'."""
-SEEING = ("vision_tower", "multi_modal_projector", "vision_model", "connector")
+SEEING = ("vision_tower", "multi_modal_projector", "vision_model", "connector", "visual")
 """What transformers calls tower and projector, in one family or another."""
 
 
@@ -182,10 +183,13 @@ def run_reference(
         see_in_float32(hf)
         given |= {name: tensor.to(device) for name, tensor in prompt.visual.items()}
         suppressed = [reference.cfg.image_token_id]
+        if "image_grid_thw" in prompt.visual:  # rotary positions are told from it
+            given["mm_token_type_ids"] = tokens.eq(reference.cfg.image_token_id or 0).int()
     if reference.cfg.attention_blocks is not None:  # else transformers' attention is causal
         is_image = tokens.eq(reference.cfg.image_token_id or 0)
         given["token_type_ids"] = is_image.long() * (reference.cfg.attention_blocks == "image")
-    out = hf(**given, output_hidden_states=True, use_cache=False)
+    with what_enters(hf, reference.cfg.n_deepstack) as entering:
+        out = hf(**given, output_hidden_states=True, use_cache=False)
     generated = hf.generate(
         **given,
         max_new_tokens=N_NEW,
@@ -194,12 +198,28 @@ def run_reference(
         min_new_tokens=N_NEW,
         pad_token_id=0,
     )[0, tokens.shape[1] :]
-    streams = tuple(stream.cpu() for stream in out.hidden_states)
+    streams = tuple(entering.get(i, each).cpu() for i, each in enumerate(out.hidden_states))
     run = ReferenceRun(prompt, streams, out.logits.cpu(), generated.cpu())
     del hf, out
     gc.collect()  # the machine's memory, and the GPU's
     torch.cuda.empty_cache()
     return run
+
+
+@contextmanager
+def what_enters(hf: Any, n_deepstack: int) -> Iterator[dict[int, Tensor]]:
+    """Keep the streams after the blocks to which images add: `hidden_states` lack what is added."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int, module: Any, args: Any, kwargs: Any) -> None:
+        kept[layer] = args[0] if args else kwargs["hidden_states"]
+
+    with ExitStack() as stack:
+        blocks = hf.get_decoder().layers if n_deepstack else ()
+        for layer, block in list(enumerate(blocks))[1 : n_deepstack + 1]:
+            handle = block.register_forward_pre_hook(partial(keep, layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield kept
 
 
 def see_in_float32(hf: Any) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,6 +86,8 @@ class ImageTokens:
     mrope: bool = False
     """Whether its tokens have rotary positions by row and column (M-RoPE); else they are counted
     as words are."""
+    image_processor: Any = None
+    """What has made its pixels, where that is not the model's own."""
     image: Image.Image | None = None
     """The image as it was given."""
     boxes: Callable[[tuple[int, int]], Sequence[Box]] | None = None

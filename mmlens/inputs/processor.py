@@ -34,6 +34,7 @@ from mmlens.inputs.checks import (
 from mmlens.inputs.collation import collate
 from mmlens.inputs.images import load_images
 from mmlens.inputs.layouts import ImageLayout, ProcessedImage, image_layout
+from mmlens.inputs.layouts.any_grid import AnyGrid, with_pixel_bounds
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.spans import (
     PLACEHOLDER,
@@ -82,24 +83,64 @@ class Processor:
     """transformers', open_clip's, or any `mmlens.inputs.images.ImageProcessor`."""
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> Processor:
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Processor:
         """Load a checkpoint's processor without its weights.
 
         Args:
             name_or_path: as in `HookedMultimodalTransformer.from_pretrained`.
             revision: branch, tag or commit on the hub.
+            min_pixels: as in `bounded`.
+            max_pixels: as in `bounded`.
 
         Raises:
             CheckpointError: not found, or no format knows it.
+            ValueError: bounds as in `bounded`.
         """
         from mmlens.checkpoints.load import load_processor
 
-        return load_processor(name_or_path, revision=revision)
+        return load_processor(name_or_path, revision=revision).bounded(min_pixels, max_pixels)
 
     @property
     def layout(self) -> ImageLayout:
         """How images become visual tokens."""
         return image_layout(self.cfg)
+
+    def bounded(self, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
+        """Return the processor with other bounds of an image's area.
+
+        For the families whose images have as many visual tokens as their area asks for (Qwen2-VL,
+        Qwen2.5-VL, Qwen3-VL): the image is scaled to lie between the bounds, which decide what it
+        costs.
+
+        Args:
+            min_pixels: the least that an image has, scaled; None leaves it as it is.
+            max_pixels: the most.
+
+        Raises:
+            ValueError: bounds that cannot be, or a family whose images have other sizes.
+
+        Example:
+            >>> processor = Processor.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")
+            >>> inputs = processor.bounded(max_pixels=256 * 28 * 28)("What is this?", "photo.jpg")
+        """
+        if min_pixels is None and max_pixels is None:
+            return self
+        if not isinstance(self.layout, AnyGrid) or self.image_processor is None:
+            has = self.layout.description() if self.cfg.vision else "none"
+            raise ValueError(
+                "min_pixels and max_pixels are for models whose images have any grid (Qwen2-VL, "
+                f"Qwen2.5-VL, Qwen3-VL); the number of this model's visual tokens is: {has}"
+            )
+        return replace(
+            self, image_processor=with_pixel_bounds(self.image_processor, min_pixels, max_pixels)
+        )
 
     def __call__(
         self,
@@ -109,6 +150,8 @@ class Processor:
         spans: Spans = None,
         template: Template = "auto",
         prepend_bos: bool | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         device: torch.device | str | None = None,
     ) -> MultimodalInputs:
         """Return tokens, pixels and named positions of one question or a batch of them.
@@ -130,6 +173,8 @@ class Processor:
             prepend_bos: begin with the tokenizer's BOS, if it has one and the prompt does not
                 begin with it already; None does what the model was trained with
                 (`cfg.default_prepend_bos`), or else what transformers' tokenizer does.
+            min_pixels: as in `bounded`, for these images.
+            max_pixels: the same.
             device: where the tensors go.
 
         Raises:
@@ -138,7 +183,7 @@ class Processor:
                 name.
             SpanNotFoundError: (a ValueError) a phrase that is not in the text.
         """
-        tokenizer = self.tokenizer
+        processor, tokenizer = self.bounded(min_pixels, max_pixels), self.tokenizer
         if tokenizer is None:
             raise ValueError(
                 "the model has no tokenizer (its folder has no tokenizer.json), so it cannot take "
@@ -162,7 +207,13 @@ class Processor:
             around = special_tokens_around(
                 tokenizer, prompt, encoded.ids, prepend_bos, is_complete=complete
             )
-            rows.append(self._row(encoded, around, _char_spans(encoded, at, phrases), images))
+            rows.append(processor._row(encoded, around, _char_spans(encoded, at, phrases), images))
+        if processor is not self:  # other images in their place are made in the same way
+            own = {"image_processor": processor.image_processor}
+            rows = [
+                replace(row, images=tuple(replace(image, **own) for image in row.images))
+                for row in rows
+            ]
         inputs = rows[0] if len(rows) == 1 else collate(rows, filler(tokenizer, self.cfg))
         return inputs if device is None else inputs.to(device)
 

@@ -91,6 +91,8 @@ class InputMethods(TokenMethods):
         spans: Any = None,
         template: Any = "auto",
         prepend_bos: bool | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> MultimodalInputs:
         """Return text and images as model inputs with named positions; see `Processor.__call__`.
 
@@ -104,6 +106,8 @@ class InputMethods(TokenMethods):
             spans=spans,
             template=template,
             prepend_bos=prepend_bos,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
             device=self.device,
         )
 

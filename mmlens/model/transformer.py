@@ -132,6 +132,8 @@ class HookedMultimodalTransformer(
         revision: str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         vision_tower: str | Path | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         **others: Any,
     ) -> HookedMultimodalTransformer:
         """Load a published checkpoint, a local folder, or an embedded model ("demo").
@@ -147,6 +149,8 @@ class HookedMultimodalTransformer(
             vision_tower: a folder or hub name to take the tower from, for the formats of LLaVA's
                 code (original LLaVA, Bunny, TinyLLaVA, LLaVA-Phi); by default the checkpoint's own,
                 or else the one that its config.json names.
+            min_pixels: what an image has at least, scaled; see `Processor.bounded`.
+            max_pixels: the most.
             others: TransformerLens's, such as `fold_ln`, where they ask for nothing.
 
         Raises:
@@ -161,7 +165,7 @@ class HookedMultimodalTransformer(
         from mmlens.checkpoints.load import load_model
 
         refuse_arguments("from_pretrained", cls.from_pretrained, others)
-        return load_model(
+        model = load_model(
             name_or_path,
             device=device,
             dtype=dtype,
@@ -169,6 +173,8 @@ class HookedMultimodalTransformer(
             device_map=device_map,
             vision_tower=vision_tower,
         )
+        model.image_processor = model.processor.bounded(min_pixels, max_pixels).image_processor
+        return model
 
     @classmethod
     def from_pretrained_no_processing(

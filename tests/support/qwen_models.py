@@ -37,7 +37,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-FAMILIES = ("qwen2", "qwen2.5")
+FAMILIES = ("qwen2", "qwen2.5", "qwen3")
 CLASSES: dict[str, tuple[Any, ...]] = {
     "qwen2": (
         Qwen2VLConfig,
@@ -208,6 +208,14 @@ def qwen_activations(family: str, hf: Any, batch: dict[str, Any]) -> tuple[Any, 
     n_layers = hf.config.text_config.num_hidden_layers
     for layer, parts in enumerate(attended[len(attended) - n_layers :]):
         found |= attention_activations(f"blocks.{layer}.attn", *parts, rotary=True)
+    for layer in range(len(getattr(hf.config.vision_config, "deepstack_visual_indexes", ()))):
+        # Transformers adds after a block, and not in it.
+        here, there = f"blocks.{layer}", f"model.language_model.layers.{layer}"
+        is_last = layer == n_layers - 1
+        after = "norm" if is_last else f"layers.{layer + 1}"
+        found[f"{here}.hook_resid_post"] = seen[f"model.language_model.{after}:in"]
+        added = seen[f"model.language_model.{after}:in"] - seen[f"{there}:out"]
+        found[f"{here}.hook_deepstack"] = added
     if "pixel_values" in batch:
         seeing = {name: batch[name] for name in ("pixel_values", "image_grid_thw")}
         found |= hf_tower_activations(family, hf.model.visual, seeing)

@@ -41,7 +41,7 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
         raise CheckpointError(
             f"a {config.model_type!r} decoder; supported are {', '.join(DECODERS)}"
         )
-    decoder, eos = DECODERS[config.model_type], config.eos_token_id
+    decoder, eos = DECODERS[config.model_type], getattr(config, "eos_token_id", None)
     head_dim = getattr(config, "head_dim", None)
     return {
         "decoder_type": config.model_type,
@@ -58,7 +58,7 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
         "n_ctx": config.max_position_embeddings,
         "rope_parameters": dict(config.rope_parameters),
         "tie_word_embeddings": getattr(config, "tie_word_embeddings", False),
-        "bos_token_id": config.bos_token_id,
+        "bos_token_id": getattr(config, "bos_token_id", None),
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None),
         "pad_token_id": config.pad_token_id,
     } | decoder.choices(config)

@@ -44,6 +44,7 @@ def config(folder: Path, architecture: str) -> MultimodalConfig:
     return MultimodalConfig(
         **fields,
         image_token_id=hf.image_token_id,
+        image_placeholder=IMAGE,
         image_layout="any_grid",
         vision=vision,
         projector=merger_config(vision, hf.vision_config, hf.text_config.hidden_size),
