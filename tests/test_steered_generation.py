@@ -9,14 +9,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gemma_models
 import pytest
+import qwen_models
 import torch
 from anyres_checkpoints import random_image, written
 from random_models import SHAPES, hooked, random_llava, random_prompts
+from test_gemma_families import in_dtype, without_labels
 from test_generation import in_double
 from tiled_models import FAMILIES, random_batch, random_idefics, write
 from torch import Tensor
@@ -79,6 +82,34 @@ def idefics(name: str) -> Callable[[int, Path], Made]:
     return make
 
 
+def qwen(family: str) -> Callable[[int, Path], Made]:
+    def make(seed: int, folder: Path) -> Made:
+        chance = random.Random(seed)
+        hf = qwen_models.random_qwen(family, chance)
+        processor = qwen_models.write(family, folder, hf)
+        batch = qwen_models.random_batch(processor, [1, 0, 2], chance)
+        model = HookedMultimodalTransformer.from_pretrained(folder, device="cpu")
+        hf.generation_config = model.generation_config = GenerationConfig()
+        return Made(hf.double(), model.double(), double(batch))
+
+    return make
+
+
+def gemma(name: str) -> Callable[[int, Path], Made]:
+    def make(seed: int, folder: Path) -> Made:
+        # Tied embeddings would let each token be followed by itself.
+        family = replace(gemma_models.FAMILIES[name], tied=False)
+        hf = gemma_models.random_gemma(family)
+        processor = gemma_models.write(family, folder, hf)
+        batch = gemma_models.random_batch(family, processor, [1, 2], random.Random(seed))
+        model = HookedMultimodalTransformer.from_pretrained(folder, device="cpu").double()
+        hf = in_dtype(hf, torch.float64)
+        hf.set_attn_implementation("sdpa")  # eager attention of padding is NaN in float64
+        return Made(hf, model, double(without_labels(batch)))
+
+    return make
+
+
 def double(batch: Any) -> dict[str, Any]:
     return {key: x.double() if x.is_floating_point() else x for key, x in batch.items()}
 
@@ -90,6 +121,10 @@ MADE = {
     "LLaVA-OneVision": anyres("OneVision"),
     "Idefics3": idefics("idefics3"),
     "SmolVLM": idefics("smolvlm"),
+    "Qwen2-VL": qwen("qwen2"),
+    "Qwen2.5-VL": qwen("qwen2.5"),
+    "Gemma 3": gemma("gemma3"),
+    "PaliGemma": gemma("paligemma"),
 }
 
 

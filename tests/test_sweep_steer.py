@@ -239,6 +239,7 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
+@pytest.mark.slow
 def test_steer_and_sweep_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

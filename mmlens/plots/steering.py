@@ -57,9 +57,7 @@ def plot_steering_vector(vector: SteeringVector, *, title: str | None = None) ->
         gridcolor=GRID,
         zeroline=False,
     )
-    figure.update_yaxes(
-        title_text="positive − negative, share of the norm", gridcolor=GRID, zeroline=False
-    )
+    figure.update_yaxes(title_text="distance, share of the norm", gridcolor=GRID, zeroline=False)
     figure.update_layout(layout(width=640, height=400, margin={"t": 75, "r": 95}))
     how = vector.method.replace("_", " ")
     figure.update_layout(
@@ -119,7 +117,7 @@ def plot_steering_scores(scores: SteeringScores, *, title: str | None = None) ->
             )
     figure = Figure(panels)
     figure.update_xaxes(title_text="scale", gridcolor=GRID, zerolinecolor=INK)
-    figure.update_yaxes(gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, rangemode="tozero")
     figure.update_layout(
         layout(width=90 + 290 * columns + 90, height=110 + 250 * rows, title_text=title)
     )
