@@ -58,6 +58,8 @@ class TransformerConfig(SameForAll):
     qk_norm: bool = False
     """Queries and keys are normalised head by head, before they are rotated (Qwen3, Gemma 3; Henry
     et al. 2020)."""
+    joint_qk_norm: bool = False
+    """Where `qk_norm`: those of all heads are one vector, which an RMSNorm scales (InternVL)."""
     parallel_attn_mlp: bool = False
     """Attention and MLP read the same stream side by side, through one norm (Phi)."""
     parallel_ln2: bool = False
@@ -375,7 +377,7 @@ class MultimodalConfig(TransformerConfig):
     """What the checkpoint's chat template writes for an image."""
     image_text: str = "<image>"
     """What stands in a prompt for one image, with `<image>` for its visual tokens."""
-    image_layout: Literal["one_grid", "anyres", "row_col", "any_grid"] = "one_grid"
+    image_layout: Literal["one_grid", "anyres", "row_col", "any_grid", "thumbnail"] = "one_grid"
     """How an image becomes visual tokens; see `mmlens.inputs.layouts`."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

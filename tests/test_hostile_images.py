@@ -19,6 +19,7 @@ from small_tiled_models import noise_picture, tiled_model
 from tiny_checkpoint import write_tiny_llava
 from transformers import (
     CLIPImageProcessor,
+    GotOcr2ImageProcessor,
     Idefics3ImageProcessor,
     LlavaImageProcessorPil,
     SiglipImageProcessor,
@@ -178,6 +179,9 @@ FAMILIES: dict[str, Any] = {
     "LLaVA-OneVision": lambda: tiled_model(1, side=6, onevision=True).image_processor,
     "Idefics3": lambda: Idefics3ImageProcessor(
         size={"longest_edge": 96}, max_image_size={"longest_edge": 24}
+    ),
+    "InternVL": lambda: GotOcr2ImageProcessor(
+        size={"height": 24, "width": 24}, crop_to_patches=True
     ),
 }
 SIZES = [(1, 1), (3, 1), (1, 3), (1, 20), (20, 1), (20_000, 10), (10, 20_000)]

@@ -288,6 +288,40 @@ def idefics3(
     }
 
 
+def internvl(
+    width: int, mlp: int, layers: int, heads: int, kv_heads: int, *, qwen3: bool = False
+) -> dict[str, Any]:
+    """With the numbers that are not what transformers takes by default."""
+    large = width in (5120, 8192) and layers > 48  # 38B and 78B
+    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+             "num_hidden_layers": 24, "attention_bias": True}  # fmt: skip
+    if large:
+        tower = {"hidden_size": 3200, "intermediate_size": 12800, "num_attention_heads": 25,
+                 "num_hidden_layers": 45, "norm_type": "rms_norm", "use_qk_norm": True}  # fmt: skip
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": 151671 if qwen3 else 151667,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "text_config": {
+            **({"head_dim": 128} if qwen3 else {}),
+            "hidden_size": width,
+            "intermediate_size": mlp,
+            "max_position_embeddings": 40960 if qwen3 else 32768,
+            "model_type": "qwen3" if qwen3 else "qwen2",
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": kv_heads,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 151936 if qwen3 else 151674,
+        },
+        "vision_config": {"model_type": "internvl_vision", **tower},
+    }
+
+
 def text_sizes(
     width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int
 ) -> dict[str, int]:
@@ -341,6 +375,26 @@ class Case:
     n_parameters: float
     """Of the model that is built, in billions."""
     tower: str = ""
+
+
+def internvl_case(n_parameters: float, *sizes: int, qwen3: bool = False) -> Case:
+    """One of InternVL3 (or 3.5): width, MLP, layers, heads, heads of keys."""
+    config = internvl(*sizes, qwen3=qwen3)
+    width, mlp, layers, heads, kv_heads = sizes
+    large = config["vision_config"]["hidden_size"] == 3200
+    d_head = 128 if qwen3 else width // heads
+    text = {
+        "vocab": config["text_config"]["vocab_size"],
+        "width": width,
+        "mlp": mlp,
+        "last": layers - 1,
+        "queries": heads * d_head,
+        "keys": kv_heads * d_head,
+    }
+    more = published.QWEN3_NORMS if qwen3 else published.QWEN2_BIASES
+    tower = published.INTERNVIT_6B if large else published.INTERNVIT_300M
+    names = published.internvl(text, more, tower, 12800 if large else 4096)
+    return Case(config, names, [], 256, n_parameters)
 
 
 OWN_LEFT_OUT = [p.format("vision tower: ") for p in CLIP_LEFT_OUT] + [
@@ -430,6 +484,14 @@ CASES = {
         idefics3("idefics3", LLAMA_3, SO400M | {"image_size": 364}, 2, 128257),
         published.IDEFICS3_8B, [], 169, 8.46,
     ),
+    "InternVL3 1B": internvl_case(0.94, 896, 4864, 24, 14, 2),
+    "InternVL3 2B": internvl_case(2.09, 1536, 8960, 28, 12, 2),
+    "InternVL3 8B": internvl_case(7.94, 3584, 18944, 28, 28, 4),
+    "InternVL3 14B": internvl_case(15.12, 5120, 13824, 48, 40, 8),
+    "InternVL3 38B": internvl_case(38.39, 5120, 27648, 64, 40, 8),
+    "InternVL3 78B": internvl_case(78.41, 8192, 29568, 80, 64, 8),
+    "InternVL3.5 1B": internvl_case(1.06, 1024, 3072, 28, 16, 8, qwen3=True),
+    "InternVL3.5 8B": internvl_case(8.53, 4096, 12288, 36, 32, 8, qwen3=True),
     "Phi-2": Case(PHI_2, published.PHI_2, [], None, 2.78),
     "Qwen3-0.6B": Case(QWEN3_06B, published.QWEN3_06B, [r"lm_head\.weight"], None, 0.6),
     "Pythia-70M": Case(
@@ -553,7 +615,10 @@ def test_what_braces_mean() -> None:
     assert expand(lines) == dict.fromkeys(names, (3, 4)) | {"c": ()}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "NeXT" in name or "OneVision" in name])
+TILED = ("NeXT", "OneVision", "InternVL")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if any(kind in name for kind in TILED)])
 def test_tiled_models_are_what_transformers_has(name: str, tmp_path: Path) -> None:
     """But for the place of the tower's prefix, and where names begin."""
     case = CASES[name]

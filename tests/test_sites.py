@@ -45,6 +45,7 @@ def sizes(model: Model, inputs: MultimodalInputs, site: Site, layer: int | None)
         "patch": n_patches,
         "feature": n_visual,
         "square": n_visual,
+        "normed": n_visual,
         "visual_token": n_visual * sum(inputs.n_images),
         "head": own.n_heads,
         "kv_head": own.n_kv_heads,
@@ -53,6 +54,7 @@ def sizes(model: Model, inputs: MultimodalInputs, site: Site, layer: int | None)
         "d_model": own.d_model,
         "d_features": projector.d_in,
         "d_in": projector.d_in,
+        "d_normed": projector.d_in,
         "d_hidden": projector.d_hidden,
         "d_out": projector.d_out,
     }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import internvl_models
 import pytest
 import qwen_models
 import torch
@@ -91,6 +92,17 @@ def test_qwen(family: str, verify: Any, seed: int, tmp_path: Path) -> None:
     qwen_models.write(family, tmp_path, qwen_models.random_qwen(family, random.Random(seed)))
     code, rows, err = verify(tmp_path, "--device", "cpu")
     assert code == 0, (rows, err)
+    for check in (*PARITY, "hooks"):
+        assert rows[check].startswith("✓"), rows[check]
+
+
+@pytest.mark.parametrize("name", internvl_models.FAMILIES)
+def test_internvl(name: str, verify: Any, seed: int, tmp_path: Path) -> None:
+    family = internvl_models.FAMILIES[name]
+    internvl_models.write(family, tmp_path, internvl_models.random_internvl(family))
+    code, rows, err = verify(tmp_path, "--device", "cpu")
+    assert code == 0, (rows, err)
+    assert f"{family.n_tokens} of each tile" in rows["visual tokens"]
     for check in (*PARITY, "hooks"):
         assert rows[check].startswith("✓"), rows[check]
 

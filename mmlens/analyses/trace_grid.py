@@ -80,14 +80,15 @@ def labels_at(model: HookedMultimodalTransformer, clean: MultimodalInputs, site:
     """A label for each position of a site: tokens, or what stands for the image's patches.
 
     Positions of the tower are those of one tile, and an edit there acts on all tiles alike: where
-    it sees several, labels are `<patch *:row,column>`. Where it packs patches, its positions are
-    those of all images.
+    it sees several, labels are `<patch *:row,column>`, and `<img *:row,column>` of what the
+    connector puts together. Where the tower packs patches, its positions are those of all images.
     """
     place, vision = site_of(site), model.cfg.vision
     if place.positions == "tokens" or vision is None:
         return clean.labels()
-    merges = vision.packed and place.axes[place.position_axis] == "square"
-    if place.positions == "visual tokens" or merges:
+    axis, projector = place.axes[place.position_axis], model.cfg.projector
+    merged = axis == "square" or (axis == "normed" and bool(projector and projector.norm_merged))
+    if place.positions == "visual tokens" or (vision.packed and merged):
         labels = clean.labels()
         return [labels[position] for image in clean.images for position in image.positions]
     if vision.packed:
@@ -102,6 +103,9 @@ def labels_at(model: HookedMultimodalTransformer, clean: MultimodalInputs, site:
         rows, columns = height // vision.patch_size, width // vision.patch_size
     several = clean.pixel_values is not None and len(clean.pixel_values) > 1
     tile = "*:" if several else ""
+    if merged and projector is not None and projector.merged > 1:
+        rows, columns = (side // projector.merged for side in (rows, columns))
+        return [f"<img {tile}{row},{column}>" for row in range(rows) for column in range(columns)]
     patches = [f"<patch {tile}{row},{column}>" for row in range(rows) for column in range(columns)]
     if place.positions == "patches":
         return patches

@@ -23,10 +23,12 @@ POSITIONS = {
     "patch": "patches",
     "feature": "features",
     "square": "features",
+    "normed": "features",
     "visual_token": "visual tokens",
 }
-"""Axes that count positions, and what these are; in the tower, "tokens" are those of a tile, and a
-square holds the features that make one visual token."""
+"""Axes that count positions, and what these are; in the tower, "tokens" are those of a tile. A
+square holds the features that make one visual token; normed are features, or squares of them where
+the connector puts them together first."""
 UNITS = {"head": "heads", "kv_head": "heads", "d_mlp": "neurons"}
 NUMBER = re.compile(r"(?<=[._])\d+(?![^.])")
 """The number of a layer in the name of a hook point."""

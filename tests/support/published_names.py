@@ -290,6 +290,68 @@ SMOLVLM2_2B = idefics3(SMOL_1_7B | {"vocab": 49280}, SIGLIP_SO400M | {"positions
 IDEFICS3_8B = idefics3(LLAMA_3, SIGLIP_SO400M | {"positions": 676}, 2)
 
 
+# InternVL3 and 3.5 in transformers' format: the tower, its connector, then the decoder.
+INTERNVIT = """
+embeddings.cls_token [1, 1, {width}]
+embeddings.position_embeddings [1, 1025, {width}]
+embeddings.patch_embeddings.projection.weight [{width}, 3, 14, 14]
+embeddings.patch_embeddings.projection.bias [{width}]
+encoder.layer.{{0..{last}}}.lambda_{{1,2}} [{width}]
+encoder.layer.{{0..{last}}}.layernorm_{{before,after}}.weight [{width}]
+encoder.layer.{{0..{last}}}.attention.{{q,k,v}}_proj.weight [{width}, {width}]
+encoder.layer.{{0..{last}}}.attention.projection_layer.weight [{width}, {width}]
+encoder.layer.{{0..{last}}}.attention.projection_layer.bias [{width}]
+encoder.layer.{{0..{last}}}.mlp.fc1.weight [{mlp}, {width}]
+encoder.layer.{{0..{last}}}.mlp.fc1.bias [{mlp}]
+encoder.layer.{{0..{last}}}.mlp.fc2.weight [{width}, {mlp}]
+encoder.layer.{{0..{last}}}.mlp.fc2.bias [{width}]
+"""
+INTERNVIT_300M = (
+    INTERNVIT.format(width=1024, mlp=4096, last=23)
+    + """
+encoder.layer.{0..23}.layernorm_{before,after}.bias [1024]
+encoder.layer.{0..23}.attention.{q,k,v}_proj.bias [1024]
+"""
+)
+INTERNVIT_6B = (
+    INTERNVIT.format(width=3200, mlp=12800, last=44)
+    + """
+encoder.layer.{0..44}.attention.{q,k}_norm.weight [3200]
+"""
+)
+INTERNVL_TEXT = """
+language_model.model.embed_tokens.weight [{vocab}, {width}]
+language_model.model.layers.{{0..{last}}}.self_attn.q_proj.weight [{queries}, {width}]
+language_model.model.layers.{{0..{last}}}.self_attn.{{k,v}}_proj.weight [{keys}, {width}]
+language_model.model.layers.{{0..{last}}}.self_attn.o_proj.weight [{width}, {queries}]
+language_model.model.layers.{{0..{last}}}.mlp.{{gate,up}}_proj.weight [{mlp}, {width}]
+language_model.model.layers.{{0..{last}}}.mlp.down_proj.weight [{width}, {mlp}]
+language_model.model.layers.{{0..{last}}}.{{input,post_attention}}_layernorm.weight [{width}]
+language_model.model.norm.weight [{width}]
+language_model.lm_head.weight [{vocab}, {width}]
+"""
+QWEN2_BIASES = """
+language_model.model.layers.{{0..{last}}}.self_attn.q_proj.bias [{queries}]
+language_model.model.layers.{{0..{last}}}.self_attn.{{k,v}}_proj.bias [{keys}]
+"""
+QWEN3_NORMS = """
+language_model.model.layers.{{0..{last}}}.self_attn.{{q,k}}_norm.weight [128]
+"""
+
+
+def internvl(text: dict[str, int], more: str, tower: str, merged: int) -> str:
+    """The tensors of one of them; `merged` are the features of a square."""
+    width = text["width"]
+    connector = f"""
+multi_modal_projector.layer_norm.{{weight,bias}} [{merged}]
+multi_modal_projector.linear_1.weight [{width}, {merged}]
+multi_modal_projector.linear_2.weight [{width}, {width}]
+multi_modal_projector.linear_{{1,2}}.bias [{width}]
+"""
+    decoder = (INTERNVL_TEXT + more).format(**text)
+    return decoder + put_under("vision_tower.", tower) + connector
+
+
 def expand(lines: str) -> dict[str, tuple[int, ...]]:
     """Every name, with its shape."""
     shapes = {}

@@ -15,6 +15,6 @@ for _file in (
     *("language_model", "hf_llava", "llava_original", "bunny", "tinyllava"),
     *("llava_phi", "llava_phi_msft", "llava_next", "llava_onevision", "idefics3"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
-    *("gemma3", "paligemma"),
+    *("gemma3", "paligemma", "internvl"),
 ):
     register(import_module(f"{__name__}.{_file}").FORMAT)

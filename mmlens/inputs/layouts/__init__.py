@@ -18,6 +18,7 @@ from mmlens.inputs.layouts.layout import (
 )
 from mmlens.inputs.layouts.one_grid import OneGrid
 from mmlens.inputs.layouts.row_col import RowCol
+from mmlens.inputs.layouts.thumbnail import Thumbnail
 
 __all__ = ["BATCH_KEYS", "LAYOUTS", "ImageLayout", "ProcessedImage", "image_layout"]
 
@@ -26,6 +27,7 @@ LAYOUTS: dict[str, Callable[[MultimodalConfig], ImageLayout]] = {
     "anyres": AnyRes,
     "row_col": RowCol,
     "any_grid": AnyGrid,
+    "thumbnail": Thumbnail,
 }
 """By the names that `MultimodalConfig.image_layout` takes."""
 

@@ -57,13 +57,13 @@ class RowCol:
         counts = [rows * cols + 1 for rows, cols in tilings]
         masks = batch.get("pixel_attention_mask")
         seen = _seen(pixels, None if masks is None else masks[0])
-        grid, found = self._grid(pixels), []
+        grid, found = tile_grid(pixels, self.cfg), []
         for image, tiling, tiles, mask in zip(
             images, tilings, pixels.split(counts), seen.split(counts), strict=True
         ):
             visual = {"pixel_values": tiles, "pixel_attention_mask": mask}
             ids = self._ids(tokenizer, tiling, grid)
-            boxes = partial(view_boxes, tiling, self._shown(pixels))
+            boxes = partial(view_boxes, tiling, covered_part(pixels, self.cfg))
             tokens = replace(self._tokens(ids, tiling, grid), image=image, boxes=boxes)
             found.append(ProcessedImage(visual, ids, tokens))
         return found
@@ -77,34 +77,13 @@ class RowCol:
         factor = self.cfg.projector.pixel_shuffle if self.cfg.projector else 1
         sides = (2 * factor * vision.patch_size,) * 2 if small else vision.image_size
         pixels = torch.randn(1, vision.n_channels, *sides, generator=generator)
-        grid = self._grid(pixels)
+        grid = tile_grid(pixels, self.cfg)
         ids = [self.cfg.image_token_id or 0] * math.prod(grid)
         return ProcessedImage({"pixel_values": pixels[None]}, ids, self._tokens(ids, (0, 0), grid))
 
     def description(self) -> str:
         """How many visual tokens an image has, in words."""
         return f"{self.cfg.mm_tokens_per_image} of each tile, and of the whole image"
-
-    def _grid(self, pixels: Tensor) -> Grid:
-        """Return rows and columns of a tile's visual tokens.
-
-        Raises:
-            ValueError: tiles that are not square, or whose patches cannot be put together.
-        """
-        rows, cols = check_pixels(pixels, self.cfg, any_size=True)
-        factor = self.cfg.projector.pixel_shuffle if self.cfg.projector else 1
-        if rows != cols or rows % factor:
-            raise ValueError(
-                f"tiles of {rows} x {cols} patches; this model puts {factor} x {factor} of them "
-                "together, and takes square tiles that are so divided"
-            )
-        return rows // factor, cols // factor
-
-    def _shown(self, pixels: Tensor) -> tuple[float, float]:
-        """Return which part of a tile's height and width the patches cover, without the strip."""
-        patch = self.cfg.vision.patch_size if self.cfg.vision else 1
-        height, width = pixels.shape[-2:]
-        return height // patch * patch / height, width // patch * patch / width
 
     def _ids(self, tokenizer: Any, tiling: Grid, grid: Grid) -> list[int]:
         """Return the ids of an image's text with its visual tokens."""
@@ -129,7 +108,7 @@ class RowCol:
         if pixels is None:
             check_images(tokens, mask, None, image_token_id=image_token, n_visual_tokens=0)
             return None, ()
-        grid = self._grid(pixels.flatten(0, 1) if pixels.ndim == 5 else pixels)
+        grid = tile_grid(pixels.flatten(0, 1) if pixels.ndim == 5 else pixels, self.cfg)
         n_tiles, images = [], []
         for number, ids in enumerate(tokens.tolist()):
             starts = self._tile_starts(tokens[number], number, math.prod(grid))
@@ -158,6 +137,33 @@ class RowCol:
                 f"has {n} of them without a gap"
             )
         return blocks[:, 0].tolist()
+
+
+def tile_grid(pixels: Tensor, cfg: MultimodalConfig) -> Grid:
+    """Return rows and columns of a tile's visual tokens.
+
+    Args:
+        pixels: [tile, channel, height, width].
+        cfg: of the model.
+
+    Raises:
+        ValueError: tiles that are not square, or whose patches cannot be put together.
+    """
+    rows, cols = check_pixels(pixels, cfg, any_size=True)
+    factor = cfg.projector.pixel_shuffle if cfg.projector else 1
+    if rows != cols or rows % factor:
+        raise ValueError(
+            f"tiles of {rows} x {cols} patches; this model puts {factor} x {factor} of them "
+            "together, and takes square tiles that are so divided"
+        )
+    return rows // factor, cols // factor
+
+
+def covered_part(pixels: Tensor, cfg: MultimodalConfig) -> tuple[float, float]:
+    """Return which part of a tile's height and width the patches cover, without the strip."""
+    patch = cfg.vision.patch_size if cfg.vision else 1
+    height, width = pixels.shape[-2:]
+    return height // patch * patch / height, width // patch * patch / width
 
 
 def found_images(

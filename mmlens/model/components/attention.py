@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmlens.config import TransformerConfig
 from mmlens.model.components.attention_rule import AttentionRule
-from mmlens.model.components.norm import float32_or_wider, make_norm
+from mmlens.model.components.norm import HeadsNorm, RMSNorm, float32_or_wider, make_norm
 from mmlens.model.components.past import Mask, Past
 from mmlens.model.components.rotary import CosSin, rotate
 from mmlens.model.hook_points import HookPoint, has_listeners, left_alone
@@ -46,11 +46,18 @@ def in_bias(which: int, attention: Attention) -> Float[Tensor, "head d_head"]:
     return bias.split(attention.widths)[which].unflatten(0, (-1, attention.cfg.d_head))
 
 
+def heads_norm(cfg: TransformerConfig, n_heads: int) -> RMSNorm:
+    """The norm of queries or keys [batch, pos, head, d_head]."""
+    if cfg.joint_qk_norm:
+        return HeadsNorm(n_heads * cfg.d_head, cfg.eps)
+    return make_norm(cfg, cfg.d_head)
+
+
 class Attention(nn.Module):
     """softmax(Q K^T / `cfg.attn_scale`) V, summed over heads through W_O.
 
     Where `cfg.qk_norm`, each head's query and key are normalised (`q_norm`, `k_norm`) before they
-    are rotated; `hook_q` and `hook_k` come before that.
+    are rotated, or those of all heads as one vector; `hook_q` and `hook_k` come before that.
     """
 
     SITES = (
@@ -84,8 +91,8 @@ class Attention(nn.Module):
         self.hook_k = HookPoint()
         self.hook_v = HookPoint()
         if cfg.qk_norm:
-            self.q_norm = make_norm(cfg, cfg.d_head)
-            self.k_norm = make_norm(cfg, cfg.d_head)
+            self.q_norm = heads_norm(cfg, cfg.n_heads)
+            self.k_norm = heads_norm(cfg, cfg.n_kv_heads)
         if rotary:
             self.hook_rot_q = HookPoint()
             self.hook_rot_k = HookPoint()

@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
         """Normalise the last axis; through scale and quotient where hooks may edit these."""
         if has_listeners(self.hook_scale, self.hook_normalized):
             centred = self._centred(float32_or_wider(x))
-            scale = (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+            scale = self._scale(centred)
             seen = self.hook_scale(scale)
             quotient = centred * seen.reciprocal()  # as the fused kernels compute it
             edited = self.hook_normalized(quotient)
@@ -57,6 +57,9 @@ class RMSNorm(nn.Module):
 
     def _centred(self, x: Activation) -> Activation:
         return x
+
+    def _scale(self, centred: Activation) -> Float[Tensor, "*batch 1"]:
+        return (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def _weighted(self, normalized: Activation) -> Activation:
         return normalized * self.w
@@ -103,6 +106,23 @@ class LayerNorm(RMSNorm):
 
     def _weighted(self, normalized: Activation) -> Activation:
         return super()._weighted(normalized) + self.b
+
+
+class HeadsNorm(RMSNorm):
+    """RMSNorm of all heads as one vector, which has a scale alone (InternVL's large tower).
+
+    Each head has its own copy of the scale, so that hooks see the heads one by one.
+    """
+
+    def without_hooks(self, x: Float[Tensor, "*batch head d_head"]) -> Tensor:
+        """Normalise the last two axes, whatever listens."""
+        return F.rms_norm(x.flatten(-2), self.w.shape, self.w, self.eps).view_as(x)
+
+    def _scale(self, centred: Tensor) -> Tensor:
+        return super()._scale(centred.flatten(-2))[..., None].expand(*centred.shape[:-1], 1)
+
+    def _weighted(self, normalized: Tensor) -> Tensor:
+        return normalized * self.w.view(normalized.shape[-2:])
 
 
 NORMS: dict[str, type[RMSNorm]] = {"RMS": RMSNorm, "LN": LayerNorm}

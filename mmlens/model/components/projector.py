@@ -27,16 +27,17 @@ class Projector(nn.Module):
     A projector of one layer is a linear map, without `hook_pre` and `hook_post`; after the second
     layer of a deeper one come `hook_pre_2` and `hook_post_2`, and so on.
 
-    Gemma 3's takes the mean of squares of features before, and normalises it. Idefics3's and
-    Qwen-VL's put squares together; Qwen-VL's normalises them
-    ("patch merger"; Wang et al. 2024, 2.1). Qwen3-VL has one such projector for the visual tokens
-    and others, `deepstack`, for what first blocks of the decoder get of earlier layers' features.
+    Gemma 3's takes the mean of squares of features before, and normalises it. Idefics3's,
+    InternVL's and Qwen-VL's put squares together; InternVL's normalises them, Qwen-VL's the
+    features ("patch merger"; Wang et al. 2024, 2.1). Qwen3-VL has one such projector for the visual
+    tokens and others, `deepstack`, for what first blocks of the decoder get of earlier layers'
+    features.
     """
 
     SITES = (
         Site("in", "tile feature d_in"),
-        Site("ln.scale", "tile feature 1", "ln.hook_scale"),
-        Site("ln.normalized", "tile feature d_in", "ln.hook_normalized"),
+        Site("ln.scale", "tile normed 1", "ln.hook_scale"),
+        Site("ln.normalized", "tile normed d_normed", "ln.hook_normalized"),
         Site("pre", "tile square d_hidden"),
         Site("post", "tile square d_hidden"),
         Site("later_pre", "tile square d_hidden", "hook_pre_{layer}"),
