@@ -24,7 +24,7 @@ from test_branching_families import any_edit
 from test_model_parity import rms_error
 from torch import Tensor
 
-from mmlens import Intervention, mean_image, noise_span
+from mmlens import Intervention, direct_logit_attribution, mean_image, noise_span
 from mmlens.interventions.functions import knockout, noise, scale
 from mmlens.model.transformer import HookedMultimodalTransformer
 
@@ -182,6 +182,20 @@ def test_deepstack_is_a_part_of_the_first_blocks(images: list[int], seed: int) -
     assert [f"blocks.{i}.hook_deepstack" in cache for i in range(n_deepstack + 1)].count(True) == (
         min(n_deepstack, model.cfg.n_layers)
     )
+    for n_before in range(model.cfg.n_layers + 1):
+        stream = cache["resid_post", n_before - 1] if n_before else cache["hook_input_embed"]
+        for parts in (
+            cache.decompose_resid(n_before),
+            cache.get_full_resid_decomposition(n_before),
+        ):
+            torch.testing.assert_close(parts.sum(dim=0), stream, rtol=0, atol=1e-4)
+    if images == [1]:
+        for per_head in (False, True):
+            found = direct_logit_attribution(model, inputs, 5, per_head=per_head)
+            torch.testing.assert_close(found.values.sum(dim=0), found.logits, rtol=0, atol=1e-3)
+            assert [f"{layer}.deepstack" in found.components for layer in range(4)] == [
+                layer < n_deepstack for layer in range(4)
+            ]
     for layer in range(model.cfg.n_layers):
         given = {"start_at_layer": layer, **model.resuming(inputs, layer)}
         again = model(cache["resid_pre", layer], **given)

@@ -200,7 +200,7 @@ def test_the_tower(seed):
     assert difference <= TOLERANCE
     assert naive.restored.shape == (2, 3, 2)
     assert branch.group_labels[0] == "<cls>"
-    assert branch.group_labels[1].startswith("<patch 0")
+    assert branch.group_labels[1].startswith("<patch *:0")
     whole = range(model.cfg.vision.n_patches + 1)
     everything = causal_trace(
         model, clean, corrupted, sites=("vision.resid_pre",), positions=[whole], layers=[0]

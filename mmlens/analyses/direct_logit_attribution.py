@@ -55,8 +55,8 @@ class DirectLogitAttribution(SavedResult):
     logits: Float[Tensor, " position"]
     """The token's (minus the contrast's) at each position, before they are capped (Gemma 2)."""
     components: tuple[str, ...]
-    """"embed", "0.attn_out" (or "0.head_0", ...), "0.mlp_out", ... and "bias": what comes from no
-    activation."""
+    """"embed", "0.attn_out" (or "0.head_0", ...), "0.mlp_out", ..., "0.deepstack", ... (Qwen3-VL)
+    and "bias": what comes from no activation."""
     positions: tuple[int, ...]
     labels: tuple[str, ...]
     token: str
@@ -131,7 +131,10 @@ def direct_logit_attribution(
     logits = float32_or_wider(model.unembed.products(resid[0, where.tolist()])).cpu()
     rest = constant + torch.zeros(len(where))
     blocks: Any = model.blocks
-    for (_, of_part, _, scale), layer in zip(parts[1::2], range(model.cfg.n_layers), strict=True):
+    n_layers = model.cfg.n_layers
+    for (_, of_part, _, scale), layer in zip(
+        parts[1 : 2 * n_layers : 2], range(n_layers), strict=True
+    ):
         if not per_head:
             continue
         post = scales[scale] if scale else torch.ones(())
@@ -174,7 +177,8 @@ def reading_direction(
 def what_is_added(
     model: HookedMultimodalTransformer, direction: Float[Tensor, " d_model"], per_head: bool
 ) -> list[tuple[str, list[str], Tensor, str]]:
-    """Every activation that is added to the stream: attention's and the MLP's, layer by layer.
+    """Every activation that is added to the stream: attention's and the MLP's, layer by layer, then
+    what images add in the first ones.
 
     Its hook, names of its components, what it is multiplied with, and the hook of the scale that
     this is yet to be divided by ("" where there is none).
@@ -192,4 +196,6 @@ def what_is_added(
             name = hook_name("attn_out", layer)
             parts.append((name, [f"{layer}.attn_out"], direction, ""))
         parts.append((hook_name("mlp_out", layer), [f"{layer}.mlp_out"], direction, ""))
+    for layer in range(model.cfg.n_deepstack):
+        parts.append((hook_name("deepstack", layer), [f"{layer}.deepstack"], direction, ""))
     return parts

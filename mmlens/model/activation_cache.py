@@ -3,7 +3,7 @@
 It is TransformerLens's class, with what images and unfolded weights ask for:
 
 - a decomposition of the residual stream begins with `hook_input_embed`, in which the visual tokens
-  already stand,
+  already stand, and with what images add to it in the first blocks (`hook_deepstack`),
 - a norm that is applied to a stack multiplies by its weights, which TransformerLens expects to be
   folded into the next matrix,
 - activations of the vision tower and of the projector have an axis of images, where others have
@@ -199,11 +199,16 @@ class ActivationCache(TransformerLensCache):
 
     # The residual stream
 
-    def _from_input_embed(self) -> ActivationCache:
-        """The activations for TransformerLens's decompositions, which begin at `hook_embed`."""
+    def _from_input_embed(self, layer: int | None) -> ActivationCache:
+        """The activations for TransformerLens's decompositions, which begin at `hook_embed`.
+
+        That is all that words and images bring in before `layer`.
+        """
         activations = dict(self.cache_dict)
         if "hook_input_embed" in activations:
-            activations["hook_embed"] = activations["hook_input_embed"]
+            before = slice(None if layer in (None, -1) else layer)
+            added = [self["deepstack", i] for i in range(self.model.cfg.n_deepstack)[before]]
+            activations["hook_embed"] = sum(added, activations["hook_input_embed"])
         return self._like(activations)
 
     def _reads_mid(self, mlp_input: bool) -> bool:
@@ -224,17 +229,17 @@ class ActivationCache(TransformerLensCache):
     def decompose_resid(
         self, layer: int | None = None, mlp_input: bool = False, *args: Any, **kwargs: Any
     ) -> Labelled:
-        """TransformerLens's `decompose_resid`, with the visual tokens in the `embed` term."""
+        """TransformerLens's `decompose_resid`, with all that images add in the `embed` term."""
         return TransformerLensCache.decompose_resid(
-            self._from_input_embed(), layer, self._reads_mid(mlp_input), *args, **kwargs
+            self._from_input_embed(layer), layer, self._reads_mid(mlp_input), *args, **kwargs
         )
 
     def get_full_resid_decomposition(
         self, layer: int | None = None, mlp_input: bool = False, *args: Any, **kwargs: Any
     ) -> Labelled:
-        """TransformerLens's `get_full_resid_decomposition`, with visual tokens in `embed`."""
+        """TransformerLens's `get_full_resid_decomposition`, with images in the `embed` term."""
         return TransformerLensCache.get_full_resid_decomposition(
-            self._from_input_embed(), layer, self._reads_mid(mlp_input), *args, **kwargs
+            self._from_input_embed(layer), layer, self._reads_mid(mlp_input), *args, **kwargs
         )
 
     def accumulated_resid(
