@@ -25,6 +25,9 @@ from test_model_parity import rms_error
 from torch import Tensor
 
 from mmlens import Intervention, direct_logit_attribution, mean_image, noise_span
+from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.towers.qwen_vl import merger_config, tower_config
+from mmlens.inputs.visual import Visual
 from mmlens.interventions.functions import knockout, noise, scale
 from mmlens.model.transformer import HookedMultimodalTransformer
 
@@ -330,3 +333,55 @@ def test_half_precision_is_as_exact_as_transformers(
     ratio = float(torch.tensor(ratios).log().mean().exp())
     print(f"error / transformers': {ratio:.3f}, single models to {max(ratios):.2f}")
     assert ratio <= 1.1
+
+
+# What is no tower, and no image
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("qwen2", {"model_type": "qwen9_vision"}, "a 'qwen9_vision' tower; supported are"),
+        ("qwen2", {"patch_size": [3, 4]}, r"patch_size is \[3, 4\]; both sides must be equal"),
+        ("qwen2", {"embed_dim": 30, "num_heads": 5}, "a tower of 30 dimensions and 5 heads"),
+        ("qwen2", {"embed_dim": 30, "num_heads": 4}, "a tower of 30 dimensions and 4 heads"),
+        ("qwen2", {"spatial_merge_size": 0}, "squares have 0 patches a side"),
+        ("qwen2", {"hidden_act": "swoosh"}, "hidden_act is 'swoosh'"),
+        ("qwen2", {"hidden_size": 19}, "makes 19 dimensions, but the decoder has 18"),
+        ("qwen2.5", {"window_size": 2}, "window_size is 2 pixels, less than"),
+        ("qwen2.5", {"out_hidden_size": 19}, "makes 19 dimensions, but the decoder has 18"),
+        ("qwen3", {"num_position_embeddings": 26}, "is 26; positions must be a square"),
+        ("qwen3", {"deepstack_visual_indexes": [2, 1]}, r"are \[2, 1\]; they must ascend"),
+        ("qwen3", {"deepstack_visual_indexes": [1, 4]}, "from 0 to 3"),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+    ],
+    ids=str,
+)
+def test_a_tower_that_is_not_built_is_refused(
+    family: str, change: dict[str, Any], message: str, seed: int
+) -> None:
+    hf = random_tower(family, random.Random(seed), d_out=18).config
+    merger_config(tower_config(hf), hf, 18)
+    for name, value in change.items():
+        object.__setattr__(hf, name, value)
+    with pytest.raises(CheckpointError, match=message):
+        merger_config(tower_config(hf), hf, 18)
+
+
+@EVERY
+def test_patches_that_are_no_images_are_refused(family: str, seed: int) -> None:
+    model, inputs = drawn(family, random.Random(seed), [1])
+    pixels, grids = inputs.visual["pixel_values"], inputs.visual["image_grid_thw"]
+    merge = model.cfg.vision.merge_size
+    ((_, rows, columns),) = grids.tolist()
+    odd = torch.tensor([[1, merge + 1, columns]])
+    for given, at, message in (
+        (pixels[:-1], grids, f"which have {rows * columns}$"),
+        (pixels[:, :-1], grids, "patches of .* numbers, but this tower's have"),
+        (pixels, grids * torch.tensor([2, 1, 1]), "videos are not taken"),
+        (pixels[:1].expand(int(odd.prod()), -1), odd, f"of {merge + 1} x {columns} patches"),
+    ):
+        counts = {"pixel_values": (len(given),), "image_grid_thw": (1,)}
+        visual = Visual({"pixel_values": given, "image_grid_thw": at}, counts)
+        with pytest.raises(ValueError, match=message):
+            model.vision.of_images(visual)

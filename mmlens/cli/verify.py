@@ -14,7 +14,7 @@ from mmlens.cli.errors import explained
 
 if TYPE_CHECKING:
     from mmlens.checkpoints.parity import Check, ReferenceRun
-    from mmlens.config import TransformerConfig
+    from mmlens.config import TransformerConfig, VisionConfig
     from mmlens.model.transformer import HookedMultimodalTransformer
 
 MARKS = {True: "[green]✓[/]", False: "[red]✗[/]", None: " "}
@@ -109,11 +109,9 @@ def facts(model: HookedMultimodalTransformer) -> dict[str, str]:
         "decoder": f"{sizes(cfg)}, vocabulary {cfg.d_vocab}, context {cfg.n_ctx}",
     }
     if cfg.vision is not None and cfg.projector is not None:
-        height, width = cfg.vision.image_size
-        rows, columns = cfg.vision.grid
         found |= {
-            "vision tower": f"{sizes(cfg.vision)}, {height} x {width} pixels in {rows} x {columns} "
-            f"patches; features of layer {', '.join(map(str, cfg.vision.feature_layers))}",
+            "vision tower": f"{sizes(cfg.vision)}, {patches(cfg.vision)}; features of layer "
+            f"{', '.join(map(str, cfg.vision.feature_layers))}",
             "projector": f"{cfg.projector.n_layers} layers, {cfg.projector.d_in} to "
             f"{cfg.projector.d_out}",
             "visual tokens": image_layout(cfg).description(),
@@ -121,6 +119,14 @@ def facts(model: HookedMultimodalTransformer) -> dict[str, str]:
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     kind = str(cfg.dtype).removeprefix("torch.")
     return found | {"parameters": f"{n_parameters:,}", "dtype": f"{kind}, on {cfg.device}"}
+
+
+def patches(cfg: VisionConfig) -> str:
+    """What images a tower takes."""
+    if cfg.packed:
+        return f"images of any size in patches of {cfg.patch_size} x {cfg.patch_size} pixels"
+    (height, width), (rows, columns) = cfg.image_size, cfg.grid
+    return f"{height} x {width} pixels in {rows} x {columns} patches"
 
 
 def sizes(cfg: TransformerConfig) -> str:
