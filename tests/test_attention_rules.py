@@ -188,11 +188,17 @@ def test_text_is_generated_causally(seed: int, kind: str) -> None:
     model = sees_both_ways(seed, kind).double()
     inputs = small_inputs(model, seed, images=(1, 1), words=(5, 8))
     options = {"max_new_tokens": 6, "stop_at_eos": False, "return_type": "tokens"}
-    options |= {"output_logits": True}
+    options |= {"output_logits": True, "do_sample": False}
     cached, whole = (
         model.generate(inputs, use_past_kv_cache=use, **options) for use in (True, False)
     )
     assert torch.equal(cached.sequences, whole.sequences)
+    if (
+        kind == "prompt"
+    ):  # embeddings are a prompt as well; in which places images are, they don't say
+        given = {"attention_mask": inputs.attention_mask, **options}
+        embedded = model.generate(model.input_embeddings(inputs), **given)
+        assert torch.equal(embedded.sequences, cached.sequences[:, inputs.n_pos :])
     grown = inputs.append(cached.sequences[:, inputs.n_pos :])
     real = inputs.attention_mask
     longer, alone = model(grown)[:, : inputs.n_pos], model(inputs)

@@ -36,12 +36,16 @@ from mmlens.inputs.images import load_images
 from mmlens.inputs.layouts import ImageLayout, ProcessedImage, image_layout
 from mmlens.inputs.layouts.any_grid import AnyGrid, with_pixel_bounds
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.named_phrases import (
+    char_spans,
+    check_image_token,
+    span_positions,
+    text_spans,
+)
 from mmlens.inputs.spans import (
     PLACEHOLDER,
     EncodedText,
-    SpanNotFoundError,
     encode,
-    find_span,
     token_strings,
 )
 from mmlens.inputs.special_tokens import Side, filler, padding_at, special_tokens_around
@@ -207,7 +211,7 @@ class Processor:
             around = special_tokens_around(
                 tokenizer, prompt, encoded.ids, prepend_bos, is_complete=complete
             )
-            rows.append(processor._row(encoded, around, _char_spans(encoded, at, phrases), images))
+            rows.append(processor._row(encoded, around, char_spans(encoded, at, phrases), images))
         if processor is not self:  # other images in their place are made in the same way
             own = {"image_processor": processor.image_processor}
             rows = [
@@ -227,7 +231,7 @@ class Processor:
         """Return one row; `around` are the special tokens before and after the encoded prompt."""
         image_token = self._placeholder_id()
         processed = self._processed(images)
-        _check_image_token(self.tokenizer, encoded, image_token, len(images))
+        check_image_token(self.tokenizer, encoded, image_token, len(images))
         before, after = around
         waiting = iter(processed)
         pieces: list[Sequence[int]] = [
@@ -250,7 +254,7 @@ class Processor:
             tokens=tokens,
             attention_mask=mask,
             visual=Visual.joined([Visual.of_one(one.visual) for one in processed]),
-            spans=(standard | _text_spans(encoded, starts[first:], chars, image_token),),
+            spans=(standard | text_spans(encoded, starts[first:], chars, image_token),),
             images=placed,
             image_token_id=self.cfg.image_token_id,
             str_tokens=(token_strings(self.tokenizer, ids),),
@@ -347,7 +351,7 @@ class Processor:
         for row, named in zip(rows, _one_each("spans", spans, len(tokens)), strict=True):
             for name, positions in (named or {}).items():
                 check_span_name(name)
-                row[name] = _positions(name, positions, tokens.device)
+                row[name] = span_positions(name, positions, tokens.device)
         strings = None
         if tokenizer is not None:
             strings = tuple(token_strings(tokenizer, row) for row in tokens.tolist())
@@ -392,69 +396,3 @@ def _one_each(name: str, values: Any, n: int) -> Sequence[Any]:
             f"where there is nothing; a list for several images of one text)"
         )
     return values
-
-
-def _text_spans(
-    encoded: EncodedText,
-    starts: Sequence[int],
-    chars: Mapping[str, tuple[int, int]],
-    image_token_id: int | None,
-) -> dict[str, Tensor]:
-    """Return positions of spans of characters; `starts` is where each token begins."""
-    spans = {}
-    for name, (start, end) in chars.items():
-        covered = [i for i in encoded.tokens_in(start, end) if encoded.ids[i] != image_token_id]
-        if not covered:
-            raise SpanNotFoundError(
-                f"span {name!r} = {encoded.text[start:end]!r} (characters {start} to {end}) holds "
-                f"no text token of {encoded.text!r}"
-            )
-        spans[name] = torch.tensor([starts[i] for i in covered])
-    return spans
-
-
-def _check_image_token(
-    tokenizer: Any, encoded: EncodedText, image_token_id: int | None, n_images: int
-) -> None:
-    found = 0 if image_token_id is None else encoded.ids.count(image_token_id)
-    if found != n_images:
-        pieces = tokenizer.tokenize(PLACEHOLDER)
-        raise ValueError(
-            f"{n_images} image(s), but {found} token(s) with the image token's id {image_token_id}:"
-            f" the tokenizer must know {PLACEHOLDER} as one special token with that id, and makes "
-            f"{pieces} = {tokenizer.convert_tokens_to_ids(pieces)} of it"
-        )
-
-
-def _char_spans(
-    encoded: EncodedText, question: tuple[int, int], phrases: Mapping[str, Phrase]
-) -> dict[str, tuple[int, int]]:
-    """Return characters of the question and of every phrase; the question is searched first."""
-    prompt, (begin, end) = encoded.text, question
-    asked = prompt[begin:end].replace(PLACEHOLDER, "")
-    has_words = asked.strip() and encoded.tokens_in(begin, end)
-    chars = {"question": question} if has_words else {}
-    for name, phrase in phrases.items():
-        check_span_name(name)
-        if isinstance(phrase, str):
-            try:
-                chars[name] = find_span(prompt, phrase, within=question)
-            except SpanNotFoundError:
-                chars[name] = find_span(prompt, phrase)
-            continue
-        start, stop = phrase
-        if not 0 <= start < stop <= end - begin:
-            raise SpanNotFoundError(
-                f"span {name!r} = characters ({start}, {stop}) are not in the text, which has "
-                f"{end - begin}: {prompt[begin:end]!r}"
-            )
-        chars[name] = (begin + start, begin + stop)
-    return chars
-
-
-def _positions(name: str, positions: Any, device: torch.device) -> Tensor:
-    """Return positions as an ascending LongTensor."""
-    values = torch.as_tensor(list(positions) if isinstance(positions, range) else positions)
-    if values.is_floating_point() or values.dtype == torch.bool or not values.numel():
-        raise ValueError(f"span {name!r} must be positions (integers), not {positions!r}")
-    return values.flatten().long().unique().to(device)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.model.component_parts import ComponentParts
 from mmlens.model.components.norm import float32_or_wider
 from mmlens.model.hook_aliases import in_vision, our_name, unknown_hook_name
 from mmlens.model.hooked_root_module import Slice, TransformerLensCache, get_act_name
@@ -33,7 +34,7 @@ Labelled = Any
 """A stack; with `return_labels`, the stack and the name of each component."""
 
 
-class ActivationCache(TransformerLensCache):
+class ActivationCache(ComponentParts):
     """Activations of one run, by name, and decompositions of the residual stream.
 
     `cache["mlp_out", 3]`, `cache["blocks.3.hook_mlp_out"]`, `cache["vision.mlp_out", 3]`;
@@ -255,66 +256,6 @@ class ActivationCache(TransformerLensCache):
         return super().accumulated_resid(
             layer, incl_mid, apply_ln, pos_slice, self._reads_mid(mlp_input), return_labels
         )
-
-    def compute_head_results(self) -> None:
-        """Add what each head writes (`attn.hook_result`), of all layers whose `z` is there."""
-        for layer in range(self.model.cfg.n_layers):
-            name, of = (self.model.SITES.hook_name(site, layer) for site in ("result", "z"))
-            z = self.cache_dict.get(of)
-            if name not in self.cache_dict and z is not None:
-                weights = self.model.blocks[layer].attn.W_O.to(z.device)
-                self.cache_dict[name] = torch.einsum("...hd, hdm -> ...hm", z, weights)
-
-    def stack_head_results(self, *args: Any, **kwargs: Any) -> Labelled:
-        """TransformerLens's `stack_head_results`: what each head adds to the stream."""
-        self.compute_head_results()
-        if not self.model.cfg.changes_outputs:
-            return super().stack_head_results(*args, **kwargs)
-        added = dict(self.cache_dict)
-        for layer in range(self.model.cfg.n_layers):
-            name = self.model.SITES.hook_name("result", layer)
-            if name in added:
-                result = self.model.blocks[layer].written(1, added[name])
-                if self.model.cfg.post_norms:
-                    result = result / self._post_scale(1, layer)[..., None, :]
-                added[name] = result.to(added[name])
-        return TransformerLensCache.stack_head_results(self._like(added), *args, **kwargs)
-
-    def _post_scale(self, part: int, layer: int) -> Float[Tensor, "*batch_and_pos 1"]:
-        """What the norm after attention (1) or the MLP (2) divided by in the run."""
-        return self[f"blocks.{layer}.ln{part}_post.hook_scale"]
-
-    def get_neuron_results(
-        self,
-        layer: int,
-        neuron_slice: Any = None,
-        pos_slice: Any = None,
-        project_output_onto: Tensor | None = None,
-    ) -> Float[Tensor, "*batch_and_pos neuron width"] | Float[Tensor, "*batch_and_pos neuron"]:
-        """What each neuron of a layer adds to the stream, or to its product with directions.
-
-        Args:
-            layer: whose neurons.
-            neuron_slice: which of them; a number drops their axis.
-            pos_slice: which positions; a number drops their axis.
-            project_output_onto: directions [d_model] or [d_model, width].
-        """
-        neurons, positions = (
-            each if isinstance(each, Slice) else Slice(each) for each in (neuron_slice, pos_slice)
-        )
-        activations = neurons.apply(positions.apply(self["post", layer], dim=-2), dim=-1)
-        block = self.model.blocks[layer]
-        weights = neurons.apply(block.mlp.W_out, dim=0).to(activations.device)
-        if self.model.cfg.changes_outputs:
-            weights = block.written(2, weights).to(weights)
-        if self.model.cfg.post_norms:
-            scale = positions.apply(self._post_scale(2, layer), dim=-2)
-            activations = activations / (scale if activations.ndim == scale.ndim else scale[..., 0])
-        if project_output_onto is None:
-            return activations[..., None] * weights
-        written = weights @ project_output_onto
-        wide = activations if project_output_onto.ndim == 1 else activations[..., None]
-        return wide * written
 
     def stack_neuron_results(
         self,

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmlens.inputs.attention_blocks import attention_blocks
 from mmlens.inputs.collation import collate
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.model.components import KeyValueCache
@@ -65,6 +66,11 @@ class Prompt:
         """Return the inputs with new tokens at the end."""
         assert self.inputs is not None
         return self.inputs.append(new) if new.shape[1] else self.inputs
+
+    def blocks(self, model: Any, new: Int[Tensor, "row new"]) -> Tensor | None:
+        """Return the blocks of embeddings with new tokens, in which nobody knows of images."""
+        mask = pad(self.attention_mask, (0, new.shape[1]))
+        return attention_blocks(model.cfg.attention_blocks, torch.zeros_like(mask), mask)
 
     def embedded(self, model: Any, new: Int[Tensor, "row new"]) -> Tensor:
         """Return what enters the first block: [row, pos + new, d_model]."""
@@ -145,8 +151,8 @@ class Continuation:
                 resid = model(prompt.grown(new), **options)
             else:
                 mask = pad(prompt.attention_mask, (0, new.shape[1]), value=True)
-                entering = prompt.embedded(model, new)
-                resid = model(entering, start_at_layer=0, attention_mask=mask, **options)
+                options |= {"attention_mask": mask, "blocks": prompt.blocks(model, new)}
+                resid = model(prompt.embedded(model, new), start_at_layer=0, **options)
             logits = model.unembed(model.ln_final(resid)[:, -1:])[:, 0]
         return logits.to(self.ids.device, torch.float32)
 

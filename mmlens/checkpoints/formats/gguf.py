@@ -126,10 +126,12 @@ def described_config(file: Path) -> MultimodalConfig:
     One that describes more than the file holds is refused; transformers would make up the rest.
     """
     with checkpoint_errors(file, UNREADABLE):
-        held = n_parameters(file)
+        reader = Reader(file)
+        held = n_parameters(reader, file)
         with alone(file) as where:
             hf = AutoConfig.from_pretrained(**where)
         check_counts(hf.to_dict(), file)
+        check_gemma(reader, hf)
         cfg = MultimodalConfig(**decoder_fields(hf) | {"tie_word_embeddings": True})
         with torch.device("meta"):
             described = sum(x.numel() for x in HookedMultimodalTransformer(cfg).parameters())
@@ -160,9 +162,37 @@ class Reader(GGUFReader):
         return found
 
 
-def n_parameters(file: Path) -> int:
+GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
+"""Layers of the models whose scale of scores no file says, and transformers gets wrong."""
+
+
+def check_gemma(reader: Reader, hf: Any) -> None:
+    """Raise a ValueError for a Gemma 2 or 3 that transformers would read as another model.
+
+    It leaves out what a file says of caps and of longer contexts, and takes what the smaller models
+    have.
+    """
+    if hf.model_type not in GEMMA_27B:
+        return
+    said = {name.partition(".")[2]: entry.contents() for name, entry in reader.fields.items()}
+    caps = {
+        "attn_logit_softcapping": hf.attn_logit_softcapping,
+        "final_logit_softcapping": hf.final_logit_softcapping,
+    }
+    for name, taken in caps.items():
+        if name in said and said[name] != taken:
+            raise ValueError(f"it says {name} = {said[name]}, and transformers takes {taken}")
+    if said.get("rope.scaling.factor", 1.0) != 1.0:
+        raise ValueError("it says rope.scaling, which transformers leaves out of a Gemma")
+    if hf.num_hidden_layers == GEMMA_27B[hf.model_type]:
+        raise ValueError(
+            f"a Gemma of {hf.num_hidden_layers} layers (27B), for which transformers takes another "
+            "query_pre_attn_scalar than its own: take the checkpoint in safetensors"
+        )
+
+
+def n_parameters(reader: Reader, file: Path) -> int:
     """Return how many numbers a GGUF file holds in its tensors, if it holds what it announces."""
-    reader = Reader(file)
     for name, entry in reader.fields.items():
         if name.endswith(".block_count") and entry.contents() > len(reader.tensors):
             raise ValueError(

@@ -1,0 +1,131 @@
+"""Gemma 2 and 3 in GGUF files: what we make of one equals what was written, and transformers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_folders import load, refused
+from gguf import GGUFWriter, TokenType
+from random_models import enliven
+from rounding import assert_same, rounded_otherwise
+from test_gguf import NAMES, WORDS
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+)
+
+SANDWICH = NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
+
+
+def random_gemma(kind: str, n_layers: int) -> Any:
+    """A model of the choices that a file does not say, which transformers then takes."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 60,
+        "hidden_size": 48,
+        "intermediate_size": 41,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "max_position_embeddings": 64,
+    }
+    if kind == "gemma2":
+        return enliven(Gemma2ForCausalLM(Gemma2Config(**sizes)))
+    return enliven(Gemma3ForCausalLM(Gemma3TextConfig(**sizes)))
+
+
+def write_gguf(hf: Any, kind: str, path: Path, **more: Any) -> Path:
+    """As llama.cpp writes it: norms are 1 + w."""
+    config = hf.config
+    rope = config.rope_parameters
+    writer = GGUFWriter(str(path), kind)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for name, value in more.items():
+        writer.add_float32(f"{kind}.{name}", value)
+    words = WORDS + [f"▁word{i}" for i in range(config.vocab_size - len(WORDS))]
+    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(words)
+    writer.add_token_scores([-float(i) for i in range(len(words))])
+    writer.add_token_types(kinds + [TokenType.NORMAL] * (len(words) - len(kinds)))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    for name, tensor in hf.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        stem = name.removesuffix(".weight")
+        ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+        if stem not in ends:
+            _, _, layer, part = stem.split(".", 3)
+            ends[stem] = f"blk.{layer}.{SANDWICH[part]}"
+        stored = tensor + 1 if "norm" in name else tensor
+        writer.add_tensor(f"{ends[stem]}.weight", stored.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(("kind", "n_layers"), [("gemma2", 3), ("gemma3", 7)])
+@torch.no_grad()
+def test_it_equals_transformers_own_reading(
+    kind: str, n_layers: int, seed: int, tmp_path: Path
+) -> None:
+    hf = random_gemma(kind, n_layers)
+    path = write_gguf(hf, kind, tmp_path / "tiny.gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    )
+    model = load(path)
+    assert model.cfg.post_norms and model.cfg.use_local_attn and model.cfg.tie_word_embeddings
+    tokens = torch.randint(3, hf.config.vocab_size, (2, 11))
+    logits = model(tokens)
+    assert logits.std() > 0.1
+    for reference in (theirs, hf):
+        reference.set_attn_implementation("eager")
+        assert_same(
+            logits,
+            reference(tokens).logits,
+            lambda: rounded_otherwise(reference)(tokens).logits,  # noqa: B023
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_layers", "more", "said"),
+    [
+        ("gemma2", 2, {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping = 30.0"),
+        ("gemma2", 46, {}, "46 layers"),
+        ("gemma3", 2, {"rope.scaling.factor": 8.0}, "rope.scaling"),
+    ],
+)
+def test_what_transformers_would_read_as_another_model(
+    kind: str, n_layers: int, more: dict[str, float], said: str, seed: int, tmp_path: Path
+) -> None:
+    path = write_gguf(random_gemma(kind, n_layers), kind, tmp_path / "tiny.gguf", **more)
+    refused(path, str(path), said)
