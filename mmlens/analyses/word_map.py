@@ -59,9 +59,10 @@ class WordMap(SavedResult):
         Raises:
             ValueError: no such layer in the map.
         """
-        values = self.log_probs[self.layers.index(layer)].clone()
-        values[~self._are_patches] = -torch.inf
-        return tuple(self.positions[i] for i in values.topk(min(n, len(values))).indices.tolist())
+        patches = self._are_patches.nonzero().flatten()
+        values = self.log_probs[self.layers.index(layer), patches]
+        best = patches[values.topk(min(n, len(patches))).indices]
+        return tuple(self.positions[i] for i in best.tolist())
 
     @property
     def _are_patches(self) -> Tensor:

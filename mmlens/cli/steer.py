@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from mmlens.cli import options
 from mmlens.cli.console import out as console
@@ -14,6 +15,13 @@ from mmlens.cli.console import waiting
 from mmlens.cli.errors import UserError, explained
 from mmlens.cli.show import bar, plain_table
 from mmlens.cli.trace import open_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmlens.inputs.multimodal_inputs import MultimodalInputs
+    from mmlens.interventions.intervention import Intervention
+    from mmlens.model.transformer import HookedMultimodalTransformer
 
 SHOWN = 5
 """Next tokens that are printed."""
@@ -60,7 +68,6 @@ def steer(
     options.check_device(device)
     loaded = open_model(model, device, dtype)
     from mmlens.analyses.steering_vector import SteeringVector
-    from mmlens.utils.grad_mode import gradients
 
     with explained("--vector: "):
         steering = SteeringVector.load(vector)
@@ -68,34 +75,45 @@ def steer(
     with explained():
         inputs = loaded.prepare(question, str(image), template=options.template_of(template))
         added = steering.of_answers(inputs, scale, positions, layers=chosen, keep_norm=keep_norm)
-    said, first = [], []
-    with explained(), gradients(False), waiting("asking the model ..."):
-        for interventions in ([], added):
-            found = loaded.generate(
-                inputs,
-                max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                output_logits=True,
-                interventions=interventions,
-            )
-            said.append(
-                loaded.to_string(found.sequences[0, inputs.n_pos :], skip_special_tokens=True)
-            )
-            first.append(found.logits[0][0].softmax(-1))
     where = f"{steering.site}, layers {', '.join(map(str, chosen or steering.layers))}"
+    with explained(), waiting("asking the model ..."):
+        found = [asked(loaded, inputs, each, max_new_tokens) for each in ([], added)]
     screen = console()
     screen.print(f"[dim]question[/]   {escape(question)}")
-    screen.print(f"[dim]as it is[/]   [bold]{escape(said[0].strip())}[/]", soft_wrap=True)
-    screen.print(f"[dim]steered[/]    [bold]{escape(said[1].strip())}[/]", soft_wrap=True)
+    for title, (said, _) in zip(("as it is ", "steered  "), found, strict=True):
+        screen.print(f"[dim]{title}[/]  [bold]{escape(said.strip())}[/]", soft_wrap=True)
     screen.print(f"[dim]{scale:g} times the vector at {escape(where)}[/]\n")
+    screen.print(first_tokens(loaded, [probabilities for _, probabilities in found]))
+
+
+def asked(
+    model: HookedMultimodalTransformer,
+    inputs: MultimodalInputs,
+    interventions: list[Intervention],
+    max_new_tokens: int,
+) -> tuple[str, Tensor]:
+    """What the model says, and the probabilities of its first token."""
+    found = model.generate(
+        inputs,
+        max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        output_logits=True,
+        interventions=interventions,
+    )
+    said = model.to_string(found.sequences[0, inputs.n_pos :], skip_special_tokens=True)
+    return said, found.logits[0][0].softmax(-1)
+
+
+def first_tokens(model: HookedMultimodalTransformer, probabilities: list[Tensor]) -> Table:
+    """A row for each of the most probable first tokens, with its probability in both runs."""
     table = plain_table("first token", "as it is", "", "steered", "")
-    likely = (first[0] + first[1]).topk(SHOWN).indices.tolist()
-    for token in sorted(likely, key=lambda token: -float(first[0][token])):
+    likely = sum(probabilities[1:], probabilities[0]).topk(SHOWN).indices.tolist()
+    for token in sorted(likely, key=lambda token: -float(probabilities[0][token])):
         cells = [
             cell
-            for share in (float(each[token]) for each in first)
+            for share in (float(each[token]) for each in probabilities)
             for cell in (f"{share:.3f}", f"[blue]{bar(share, 12)}[/]")
         ]
-        table.add_row(escape(repr(loaded.to_str_tokens([token])[0])), *cells)
-    screen.print(table)
+        table.add_row(escape(repr(model.to_str_tokens([token])[0])), *cells)
+    return table

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from mmlens.analyses.word_map import WordMap
     from mmlens.inputs.multimodal_inputs import MultimodalInputs
 
-LETTERS = 9
+LETTERS = 11
 """Of a word, on its patch."""
-CELL = (62, 30)
+CELL = (72, 28)
 """Pixels of a patch: width, height."""
 
 
@@ -133,15 +133,18 @@ def plot_token_erasure(erasure: TokenErasure, *, title: str | None = None) -> Fi
             nbinsx=20,
         )
     )
+    # Labels stand between the two lines.
+    sides = ("left", "right") if erasure.effect < 0 else ("right", "left")
     lines = (
-        ("as it is", erasure.clean, INK, "dash"),
-        ("chosen erased", erasure.erased, LINES[1].color, "solid"),
+        ("as it is", erasure.clean, INK, "dash", sides[0]),
+        ("chosen erased", erasure.erased, LINES[1].color, "solid", sides[1]),
     )
-    for name, value, color, dash in lines:
+    for name, value, color, dash, side in lines:
         figure.add_vline(
             x=value,
             line={"color": color, "dash": dash, "width": 2},
             annotation_text=name,
+            annotation_position=f"top {side}",
             annotation_font_color=color,
         )
     ends = [erasure.clean, erasure.erased, *erasure.controls.tolist()]
@@ -150,7 +153,7 @@ def plot_token_erasure(erasure: TokenErasure, *, title: str | None = None) -> Fi
     figure.update_xaxes(
         title_text=f"P({answer})", range=[min(ends) - room, max(ends) + room], gridcolor=GRID
     )
-    figure.update_yaxes(title_text="draws of other tokens", gridcolor=GRID)
+    figure.update_yaxes(title_text="draws of others", gridcolor=GRID, tickformat="d", nticks=5)
     figure.update_layout(layout(width=640, height=400, margin={"t": 95}))
     tokens = "1 visual token" if n == 1 else f"{n} visual tokens"
     figure.update_layout(title_text=title or f"P(“{answer}”) with {tokens} erased")
