@@ -32,6 +32,8 @@ def contributions(
     heads: Annotated[bool, typer.Option("--heads", help="Every head by itself.")] = False,
     top: Annotated[int, typer.Option(min=1, help="How many sources are named per layer.")] = 3,
     template: options.Template = "auto",
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     out: options.Out = None,
@@ -46,7 +48,8 @@ def contributions(
     chosen = options.layer_list(layers)
     folder = options.writable_folder(out) if out else None
     options.check_device(device)
-    loaded, inputs = open_prompt(image, question, phrases, template, model, device, dtype)
+    bounds = (min_pixels, max_pixels)
+    loaded, inputs = open_prompt(image, question, phrases, template, model, device, dtype, bounds)
     from mmlens.analyses.attention_contribution import attention_contribution
 
     with explained(), waiting("reading attention ..."):

@@ -33,6 +33,8 @@ def knockout(
     ] = 1,
     answer: options.Answer = None,
     template: options.Template = "auto",
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     out: options.Out = None,
@@ -46,7 +48,8 @@ def knockout(
     chosen = options.layer_list(layers)
     folder = options.writable_folder(out) if out else None
     options.check_device(device)
-    loaded, inputs = open_prompt(image, question, phrases, template, model, device, dtype)
+    bounds = (min_pixels, max_pixels)
+    loaded, inputs = open_prompt(image, question, phrases, template, model, device, dtype, bounds)
     from mmlens.analyses.attention_knockout import attention_knockout
 
     with explained(), progress_bar("cutting") as moved:

@@ -69,6 +69,19 @@ Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(help="Precision of the weights; by default the checkpoint's own."),
 ]
+MinPixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="The least pixels of an image, scaled: of models whose images have as many visual "
+        "tokens as they ask for (Qwen-VL).",
+        show_default=False,
+    ),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(min=1, help="The most; it decides what an image costs.", show_default=False),
+]
 Model = Annotated[
     str,
     typer.Option(help='"demo", "demo-tuned", a checkpoint folder, or a name on the hub.'),

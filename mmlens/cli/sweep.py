@@ -58,6 +58,8 @@ def sweep(
     shard_size: Annotated[
         int, typer.Option(min=1, help="Questions that are written together.")
     ] = 8,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     ray: Annotated[
@@ -117,6 +119,8 @@ def sweep(
             shard_size=shard_size,
             device=device,
             dtype=dtype,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
             ray=ray,
             workers=workers,
             retries=retries,

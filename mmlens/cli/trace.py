@@ -45,6 +45,8 @@ def trace(
     answer: options.Answer = None,
     template: options.Template = "auto",
     method: options.Method = "branch",
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     out: options.OutOrReport = None,
@@ -63,7 +65,8 @@ def trace(
     check_sites(chosen_sites)
 
     spans = {"constraint": constraint}
-    loaded, inputs = open_prompt(image, question, spans, template, model, device, dtype)
+    bounds = (min_pixels, max_pixels)
+    loaded, inputs = open_prompt(image, question, spans, template, model, device, dtype, bounds)
     trace_prompt(
         loaded,
         inputs,
@@ -127,12 +130,18 @@ def open_prompt(
     model: str,
     device: str | None,
     dtype: str | None,
+    bounds: tuple[int | None, int | None],
 ) -> tuple[HookedMultimodalTransformer, MultimodalInputs]:
-    """Return the model and the prompt, with the phrases as spans."""
+    """Return the model and the prompt, with the phrases as spans, and the image within bounds."""
     loaded = open_model(model, device, dtype)
     with explained():
         inputs = loaded.prepare(
-            question, str(image), spans=phrases, template=options.template_of(template)
+            question,
+            str(image),
+            spans=phrases,
+            template=options.template_of(template),
+            min_pixels=bounds[0],
+            max_pixels=bounds[1],
         )
     return loaded, inputs
 

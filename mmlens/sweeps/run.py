@@ -41,6 +41,8 @@ def sweep(
     shard_size: int = 8,
     device: str | None = None,
     dtype: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     ray: str | None = None,
     workers: int | None = None,
     retries: int = 2,
@@ -66,6 +68,9 @@ def sweep(
         shard_size: questions that are written, or done again, together.
         device: where the model goes; by default the GPU if there is one.
         dtype: of its weights, "bfloat16"; by default the checkpoint's own.
+        min_pixels: what an image has at least, scaled, as in `Processor.bounded`; a model that is
+            given has its own bounds.
+        max_pixels: the most.
         ray: None computes in this process; "local" starts Ray on this machine, "auto" or
             "host:port" joins a cluster.
         workers: on Ray; by default one per GPU.
@@ -93,7 +98,12 @@ def sweep(
     shards = plan(data, limit=limit, seed=seed, shard_size=shard_size)
     source: Any = model
     if isinstance(model, str | Path):
-        source = ModelSource(absolute_if_there(model), device, dtype)
+        source = ModelSource(absolute_if_there(model), device, dtype, min_pixels, max_pixels)
+    elif (min_pixels, max_pixels) != (None, None):
+        raise ValueError(
+            f"min_pixels={min_pixels} and max_pixels={max_pixels} are for a model that is given by "
+            "name; set them where yours is loaded: from_pretrained(name, max_pixels=...)"
+        )
     log = Log(Folder(Path(out)).log)
     engine: Here | OnRay = Here(source, chosen)
     if ray is not None:
@@ -104,7 +114,8 @@ def sweep(
         engine = OnRay(source, chosen, ray, workers, retries, log)
     with Folder(Path(out)).locked() as folder:
         try:
-            swept(folder, chosen, shards, engine, log, retry_failures, progress)
+            bounds = (min_pixels, max_pixels)
+            swept(folder, chosen, shards, engine, log, retry_failures, progress, bounds)
         except BaseException as error:
             log(f"stopped by {type(error).__name__}: {' '.join(str(error).split())}")
             raise
@@ -121,6 +132,7 @@ def swept(
     log: Log,
     retry_failures: bool,
     live: bool | None,
+    bounds: tuple[int | None, int | None] = (None, None),
 ) -> None:
     """Do the shards that are missing."""
     identity = {
@@ -131,6 +143,8 @@ def swept(
         "data": data_hash(shards),
         "shards": len(shards),
     }
+    if bounds != (None, None):  # of an image's pixels; other tokens, so other results
+        identity["pixels"] = list(bounds)
     total = sum(len(shard.questions) for shard in shards)
     folder.check(identity)  # before minutes of loading
     log(f"{task.name}: {total} questions in {len(shards)} shards; process on {platform.node()}")

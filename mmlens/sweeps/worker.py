@@ -56,12 +56,18 @@ class ModelSource:
     name: str
     device: str | None = None
     dtype: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     def load(self) -> HookedMultimodalTransformer:
         """The model, on its device."""
         dtype = getattr(torch, self.dtype) if self.dtype else None
         return HookedMultimodalTransformer.from_pretrained(
-            self.name, device=self.device, dtype=dtype
+            self.name,
+            device=self.device,
+            dtype=dtype,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
         )
 
 
