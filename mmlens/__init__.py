@@ -22,6 +22,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 # name is imported when it is first used: torch and TransformerLens take seconds, and
 # `mmlens --help` should not.
 if TYPE_CHECKING:
+    from mmlens.analyses.ablation_scan import ablation_scan as ablation_scan
     from mmlens.analyses.aggregation import (
         AggregatedTraces as AggregatedTraces,
         aggregate_traces as aggregate_traces,
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from mmlens.analyses.attention_knockout import (
         AttentionKnockout as AttentionKnockout,
         attention_knockout as attention_knockout,
+    )
+    from mmlens.analyses.attention_sinks import (
+        AttentionSinks as AttentionSinks,
+        attention_sinks as attention_sinks,
     )
     from mmlens.analyses.attribution_patching import (
         AttributionPatching as AttributionPatching,
@@ -57,6 +62,9 @@ if TYPE_CHECKING:
         direct_logit_attribution as direct_logit_attribution,
     )
     from mmlens.analyses.logit_lens import LogitLens as LogitLens, logit_lens as logit_lens
+    from mmlens.analyses.patch import Patched as Patched, patch as patch
+    from mmlens.analyses.path_patch import PathPatch as PathPatch, path_patch as path_patch
+    from mmlens.analyses.scan import Scan as Scan
     from mmlens.analyses.steering_scores import (
         SteeringScores as SteeringScores,
         steering_scores as steering_scores,

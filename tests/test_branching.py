@@ -113,7 +113,10 @@ def test_every_site_of_the_decoder(seed, site):
 
 @pytest.mark.parametrize(
     "site",
-    [*SITES_WITHOUT_LAYERS, "vision.mlp_out", "vision.pattern", "vision.z", "vision.resid_pre"],
+    [
+        *(site for site in SITES_WITHOUT_LAYERS if hook_name(site) in small_model(0).hook_dict),
+        *("vision.mlp_out", "vision.pattern", "vision.z", "vision.resid_pre"),
+    ],
 )
 def test_every_other_site(seed, site):
     model = small_model(seed)

@@ -24,9 +24,7 @@ from mmlens.analyses.arguments import Where, layers_of, positions_of
 from mmlens.analyses.result import SavedResult, description, long_table
 from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
-from mmlens.interventions.intervention import Intervention, hook_name
 from mmlens.model.components.norm import float32_or_wider
-from mmlens.model.hook_points import HookPoint, reading
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.threads import on_free_cores
 
@@ -236,29 +234,26 @@ def read_attention(
     layers: list[int],
     reduce: Callable[[Pattern, Values, OutputWeights], Tensor],
 ) -> Float[Tensor, "layer ..."]:
-    """`reduce` of the pattern, the values at the sources and W_O of each layer, stacked."""
-    values: dict[str, Tensor] = {}
+    """`reduce` of the pattern, the values at the sources and W_O of each layer, stacked.
 
-    def keep(v: Tensor, hook: HookPoint) -> None:
-        values[str(hook.name)] = v[:, source.to(v.device)]
-
-    names = {layer: hook_name("v", layer) for layer in layers}
-    with model.hooks(fwd_hooks=[(name, reading(keep)) for name in names.values()]):
-        recording = model.record(inputs)
-    found: dict[int, Tensor] = {}
-
-    def read(pattern: Tensor, hook: HookPoint, layer: int) -> None:
-        v = values.pop(names[layer]).to(pattern.device)
-        v = v.repeat_interleave(model.cfg.n_heads // model.cfg.n_kv_heads, dim=2)
-        weights: Any = model.blocks[layer].attn
-        seen = pattern[..., source.to(pattern.device)]
-        found[layer] = reduce(*map(float32_or_wider, (seen, v, weights.W_O)))
-
-    branch = [
-        Intervention("pattern", layer, destination, partial(read, layer=layer)) for layer in layers
-    ]
-    recording.run([branch], lambda logits: logits[..., 0])
-    return torch.stack([found[layer].to(model.device) for layer in layers])
+    The patterns of some layers at a time are read of a branch that changes nothing.
+    """
+    recording = model.record(inputs, sites=[("v", layers)])
+    per_layer = recording.n_rows * model.cfg.n_heads * len(destination) * inputs.n_pos
+    n_at_once = max(1, ELEMENTS_AT_ONCE // per_layer)
+    found: list[Tensor] = []
+    for begin in range(0, len(layers), n_at_once):
+        some = layers[begin : begin + n_at_once]
+        read = [("pattern", layer, destination) for layer in some]
+        _, patterns = recording.run([[]], None, read=read)
+        for layer in some:
+            pattern = patterns["pattern", layer][0]
+            v = recording["v", layer][:, source.to(pattern.device)].to(pattern.device)
+            v = v.repeat_interleave(model.cfg.n_heads // model.cfg.n_kv_heads, dim=2)
+            weights: Any = model.blocks[layer].attn
+            seen = pattern[..., source.to(pattern.device)]
+            found.append(reduce(*map(float32_or_wider, (seen, v, weights.W_O))).to(model.device))
+    return torch.stack(found)
 
 
 def vectors(

@@ -7,7 +7,7 @@ says how much had to flow there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmlens.analyses.arguments import Where, layers_of, positions_of
+from mmlens.analyses.patch import patch
 from mmlens.analyses.result import SavedResult, description, long_table
 from mmlens.analyses.targets import record_with_answer
 from mmlens.inputs.checks import check_one_prompt
@@ -85,6 +86,7 @@ def attention_knockout(
     *,
     layers: Iterable[int] | None = None,
     window: int = 1,
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     answer: str | int | None = None,
     batch_rows: int | None = None,
     progress: Progress | None = None,
@@ -99,6 +101,9 @@ def attention_knockout(
         layers: centres of the windows; all layers by default.
         window: layers cut together around each centre, see `mmlens.window`. A window as wide as
             twice the model cuts everywhere.
+        heads: which heads are cut, in every layer of the window, or by layer (in the layers that
+            it does not name, none is); all by default. `ablation_scan(model, inputs, "heads",
+            knockout(sources), site="attn_scores", positions=...)` cuts each head alone.
         answer: a text, a token id, or None for the most probable next token.
         batch_rows: the most rows that are computed at once; None takes what fits into free memory.
         progress: called with (windows done, windows in all).
@@ -127,21 +132,24 @@ def attention_knockout(
             f"destinations {asked} never attend to sources {cut} in the layers that are cut: these "
             "come later, or are further back than a window"
         )
-    branches = [
-        [Intervention("attn_scores", layers_cut, destinations, knockout(sources))]
-        for layers_cut in windows
-    ]
-    left = recording.run(
-        branches,
+    cells = {
+        centre: [
+            Intervention(f"attn_scores{units}", some, destinations, knockout(sources))
+            for some, units in heads_in(layers_cut, heads)
+        ]
+        for centre, layers_cut in zip(centres, windows, strict=True)
+    }
+    left = patch(
+        recording,
+        cells,
         target.probability,
         positions=target.positions,
         batch_rows=batch_rows,
         progress=progress,
     )
-    clean = target.probability(recording.logits(target.positions))
     return AttentionKnockout(
-        probability=left.mean(dim=1).cpu(),
-        clean=clean.mean().item(),
+        probability=left.values,
+        clean=target.probability(recording.logits(target.positions)).mean().item(),
         layers=tuple(centres),
         window=window,
         source=tuple(sources.tolist()),
@@ -152,5 +160,29 @@ def attention_knockout(
         | {
             "source": source if isinstance(source, str) else "",
             "destination": destination if isinstance(destination, str) else "",
+            "heads": shown_heads(heads),
         },
     )
+
+
+def heads_in(
+    layers: Iterable[int], heads: Sequence[int] | Mapping[int, Sequence[int]] | None
+) -> list[tuple[list[int], str]]:
+    """Return some layers, and which heads are cut in them, as units of a site."""
+    if heads is None:
+        return [(list(layers), "")]
+    by_layer = heads if isinstance(heads, Mapping) else dict.fromkeys(layers, heads)
+    return [
+        ([layer], f"[{','.join(map(str, by_layer[layer]))}]")
+        for layer in layers
+        if len(by_layer.get(layer, ()))
+    ]
+
+
+def shown_heads(
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None,
+) -> list[int] | dict[str, list[int]] | None:
+    """Return the heads as JSON holds them."""
+    if isinstance(heads, Mapping):
+        return {str(layer): list(some) for layer, some in heads.items()}
+    return None if heads is None else list(heads)

@@ -21,9 +21,10 @@ from mmlens.analyses.result import SavedResult, description
 from mmlens.analyses.targets import record_with_answer, with_answer
 from mmlens.analyses.trace_grid import SITES, Group, check_pair, layer_centres, position_groups
 from mmlens.analyses.trace_result import CausalTrace, table_of_cells
+from mmlens.branching.recording import Recording
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
-from mmlens.interventions.intervention import hook_name, site_of
-from mmlens.model.hook_points import HookPoint
+from mmlens.interventions.functions import add
+from mmlens.interventions.intervention import Intervention, site_of
 from mmlens.utils.grad_mode import gradients
 from mmlens.utils.threads import on_free_cores
 
@@ -135,27 +136,24 @@ def attribution_patching(
     if site_of(sites[0]).stack != "decoder":
         raise ValueError(f"attribution patching is for sites of the decoder, not {sites}")
     groups, labels = position_groups(model, clean, corrupted, sites, positions)
-    recording, target = record_with_answer(model, clean, answer)
+    for site in sites:
+        model.SITES[site]  # an error for units: the gradient is that of the whole activation
+    places = [(site, layer) for site in sites for layer in chosen]
+    recording, target = record_with_answer(model, clean, answer, places)
     measure = target.probability if metric is None else metric
-    names = [hook_name(site, layer) for site in sites for layer in chosen]
-    with gradients(False):
-        _, cache = model.run_with_cache(
-            with_answer(clean, target), names_filter=names, stop_at_layer=model.cfg.n_layers
-        )
-        clean_value = measure(recording.logits(target.positions)).mean().item()
-    activations, derivatives, corrupted_value = corrupted_gradients(
-        model, with_answer(corrupted, target), names, measure, target.positions
-    )
+    other = recording.record(with_answer(corrupted, target), places)
+    derivatives, corrupted_value = derivatives_at(other, places, measure, target.positions)
     first_order = {}  # dot products at every position; the mean over rows is in the gradient
-    for name in names:
-        product = (cache[name] - activations[name]) * derivatives[name]
-        first_order[name] = product.flatten(2).sum(dim=(0, 2))
+    for each in places:
+        product = (recording[each] - other[each]) * derivatives[each]
+        first_order[each] = product.flatten(2).sum(dim=(0, 2))
     effects = [
-        first_order[hook_name(site, layer)][group.to(model.device)].sum()
+        first_order[site, layer][group.to(model.device)].sum()
         for site in sites
         for group in groups
         for layer in chosen
     ]
+    clean_value = measure(recording.logits(target.positions)).mean().item()
     return AttributionPatching(
         indirect_effect=torch.stack(effects).view(len(sites), len(groups), len(chosen)).cpu(),
         clean=clean_value,
@@ -170,27 +168,24 @@ def attribution_patching(
     )
 
 
-def corrupted_gradients(
-    model: HookedMultimodalTransformer,
-    corrupted: MultimodalInputs,
-    names: list[str],
+def derivatives_at(
+    recording: Recording,
+    places: Sequence[tuple[str, int | None]],
     metric: Metric,
     positions: Tensor,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-    """Activations of the corrupted run, the mean metric's gradients there, and the metric."""
-    activations: dict[str, Tensor] = {}
+) -> tuple[dict[tuple[str, int | None], Tensor], float]:
+    """Return the gradients of the mean metric at activations of a recorded run, and the metric.
 
-    def begin(resid: Tensor, hook: HookPoint) -> Tensor:
-        return resid.detach().requires_grad_()
-
-    def keep(activation: Tensor, hook: HookPoint) -> None:
-        activations[str(hook.name)] = activation
-
-    hooks = [("hook_input_embed", begin), *((name, keep) for name in names)]
-    with gradients(True), model.hooks(fwd_hooks=hooks):
-        resid = model(corrupted, stop_at_layer=model.cfg.n_layers)
-        value = metric(model.unembed(model.ln_final(resid)[:, positions])).mean()
-        kept = [activations[name] for name in names]
-        found = torch.autograd.grad(value, kept, allow_unused=True, materialize_grads=True)
-    derivatives = dict(zip(names, found, strict=True))
-    return {name: x.detach() for name, x in activations.items()}, derivatives, value.item()
+    Nothing is added to each activation, and the gradient is that of what is added.
+    """
+    model = recording.model
+    with gradients(True):
+        added = {each: torch.zeros_like(recording[each], requires_grad=True) for each in places}
+        branch = [Intervention(*each, None, add(value)) for each, value in added.items()]
+        with model.hooks(interventions=branch):
+            resid = model(recording.inputs, stop_at_layer=model.cfg.n_layers)
+            value = metric(model.unembed(model.ln_final(resid)[:, positions])).mean()
+        found = torch.autograd.grad(
+            value, list(added.values()), allow_unused=True, materialize_grads=True
+        )
+    return dict(zip(places, found, strict=True)), value.item()

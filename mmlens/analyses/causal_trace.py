@@ -5,7 +5,8 @@ run, a corrupted run, and for every cell (site, group of positions, layer) a cor
 the clean activations of that cell are put back. A cell matters as far as that brings the clean
 answer's probability back.
 
-This is written with what a user can call: `record`, `Intervention`, `window`, `run_with_cache`.
+This is `patch` over `restore`, written with what a user can call: `record`, `Intervention`,
+`window`, `patch`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.analyses.patch import patch
 from mmlens.analyses.result import description
 from mmlens.analyses.targets import Measure, given_answer, record_with_answer, with_answer
 from mmlens.analyses.trace_grid import (
@@ -115,12 +117,12 @@ def causal_trace(
     run, target = record_with_answer(model, clean, answer, sorted(names), known)
     known[:] = [run]
     put_back = restore(run.cache)
-    cells = [
-        [Intervention(site, layers, group, put_back)]
+    cells = {
+        (site, number, centre): [Intervention(site, layers, group, put_back)]
         for site in sites
-        for group in groups
-        for layers in windows[site]
-    ]
+        for number, group in enumerate(groups)
+        for centre, layers in zip(centres, windows[site], strict=True)
+    }
     measure = Measure(
         target,
         None if contrast is None else given_answer(model, clean, contrast),
@@ -128,15 +130,15 @@ def causal_trace(
     )
     other = with_answer(corrupted, target)
     base = model.record(other) if method == "naive" else run.record(other)
-    restored = base.run(
+    restored = patch(
+        base,
         cells,
         measure,
         positions=target.positions,
         batch_rows=batch_rows,
         progress=progress,
         plain=method == "naive",
-    ).mean(dim=1)
-    restored = restored.unflatten(0, (len(sites), len(groups), len(centres))).cpu()
+    ).values
     clean_logits, corrupted_logits = (each.logits(target.positions) for each in (run, base))
     return CausalTrace(
         **measured_values(measure, restored, clean_logits, corrupted_logits),

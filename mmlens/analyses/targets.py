@@ -13,6 +13,7 @@ from torch import Tensor
 from mmlens.branching.recording import Recording
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.spans import encode, tokens_of_replacement
+from mmlens.interventions.intervention import SiteLayers
 from mmlens.model.components.norm import float32_or_wider
 
 if TYPE_CHECKING:
@@ -54,15 +55,28 @@ class Measure:
     def __call__(self, logits: Float[Tensor, "row n d_vocab"]) -> Float[Tensor, "row measure"]:
         """[row, measure]"""
         found = [self.answer.probability(logits)]
-        first = float32_or_wider(logits[:, 0])
         if self.contrast is not None:
-            found.append(first[:, self.answer.tokens[0]] - first[:, self.contrast.tokens[0]])
+            found.append(self.logit_difference(logits))
         if self.clean is not None:
-            expected = self.clean.to(first).log_softmax(dim=-1)
-            difference = expected - first.log_softmax(dim=-1)
-            # 0 x (-inf - -inf) where a token is impossible in both.
-            found.append((expected.exp() * difference).nan_to_num(0.0).sum(dim=-1))
+            found.append(self.kl(logits))
         return torch.stack(found, dim=-1)
+
+    def logit_difference(self, logits: Float[Tensor, "row n d_vocab"]) -> Float[Tensor, " row"]:
+        """The logit of the answer's first token minus that of the contrast's."""
+        assert self.contrast is not None
+        first = float32_or_wider(logits[:, 0])
+        return first[:, self.answer.tokens[0]] - first[:, self.contrast.tokens[0]]
+
+    def kl(self, logits: Float[Tensor, "row n d_vocab"]) -> Float[Tensor, " row"]:
+        """The divergence from the other run, in nats; its rows over and over, branch by branch."""
+        assert self.clean is not None
+        first = float32_or_wider(logits[:, 0])
+        expected = self.clean.to(first).log_softmax(dim=-1)
+        if len(expected) > 1:
+            expected = expected.repeat(len(first) // len(expected), 1)
+        difference = expected - first.log_softmax(dim=-1)
+        # 0 x (-inf - -inf) where a token is impossible in both.
+        return (expected.exp() * difference).nan_to_num(0.0).sum(dim=-1)
 
     def named(self, values: Float[Tensor, "*cell measure"]) -> dict[str, Tensor]:
         """The numbers by name."""
@@ -76,17 +90,17 @@ def record_with_answer(
     model: HookedMultimodalTransformer,
     inputs: MultimodalInputs,
     answer: str | int | None,
-    names: Sequence[str] = (),
+    sites: Sequence[SiteLayers] = (),
     earlier: Sequence[Recording] = (),
 ) -> tuple[Recording, Answer]:
     """Return the prompt's run with the answer's tokens after it, and the answer.
 
     Without an answer it is the run's own most probable next token; over samples of noise, by the
-    mean. Activations at `names` are kept; `earlier` are recordings that the prompt may begin like.
+    mean. Activations of `sites` are kept; `earlier` are recordings that the prompt may begin like.
     """
     given = None if answer is None else given_answer(model, inputs, answer)
     longer = inputs if given is None else with_answer(inputs, given)
-    [recording] = Recording.of_all(model, [longer], names, earlier)
+    [recording] = Recording.of_all(model, [longer], sites, earlier)
     if given is None:
         probability = float32_or_wider(recording.logits()[:, 0]).softmax(dim=-1).mean(dim=0)
         given = make_answer(model, [int(probability.argmax())], inputs.n_pos - 1)

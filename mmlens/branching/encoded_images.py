@@ -93,18 +93,23 @@ class EncodedImages:
         return EncodedImages(self.images.of(chosen), features, visual, lengths)
 
     def edited(
-        self, model: HookedMultimodalTransformer, edits: Sequence[Sequence[Intervention]]
+        self,
+        model: HookedMultimodalTransformer,
+        edits: Sequence[Sequence[Intervention]],
+        numbers: Sequence[int],
     ) -> list[Float[Tensor, "1 visual_token d_model"]]:
         """The visual tokens of runs that edit the tower or the connector.
 
-        All images of all runs are one batch. The tower works only for runs that touch it.
+        All images of all runs are one batch. The tower works only for runs that touch it. `numbers`
+        are what `batched` functions are told that the runs are called.
         """
         towers = [any(map(in_tower, parts)) for parts in edits]
         order = sorted(range(len(edits)), key=lambda run: not towers[run])
         n_towers, tower, projector = sum(towers), model.vision, model.projector
         assert tower is not None and projector is not None  # where there are images
         n_rows = len(self.features)
-        with model.hooks(fwd_hooks=image_hooks([edits[run] for run in order], n_rows)):
+        in_order = [edits[run] for run in order], [numbers[run] for run in order]
+        with model.hooks(fwd_hooks=image_hooks(*in_order, n_rows)):
             features = [self.features.repeat(len(edits) - n_towers, 1, 1)]
             if n_towers:
                 features.insert(0, tower.of_images(self.images, times=n_towers))
@@ -113,12 +118,13 @@ class EncodedImages:
 
 
 def image_hooks(
-    runs: Sequence[Sequence[Intervention]], n_rows: int
+    runs: Sequence[Sequence[Intervention]], numbers: Sequence[int], n_rows: int
 ) -> list[tuple[str, HookFunction]]:
     """Hook functions that give each run's images to its interventions.
 
     Args:
         runs: what each run edits; those that edit the tower come first.
+        numbers: what a `batched` function is told that each run is called.
         n_rows: of the tower, in one run: its tiles, or 1 where patches are packed.
     """
     edits: dict[str, list[tuple[int, Intervention]]] = defaultdict(list)
@@ -138,7 +144,7 @@ def image_hooks(
         for run, part in edits:
             rows = slice(run * per_run, (run + 1) * per_run)
             own = activation if shared else activation[rows]
-            changed[run] = part.edit(changed.get(run, own).clone(), hook)
+            changed[run] = part.edit(changed.get(run, own).clone(), hook, branch=numbers[run])
             edited[rows] = changed[run]
         return edited
 

@@ -17,12 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmlens.branching.packing import Packing
+from mmlens.branching.reads import Read
 from mmlens.branching.schedule import Schedule, Start
 from mmlens.branching.shared_past import SharedPast
 from mmlens.branching.state import RecordedRun
 from mmlens.interventions.functions import HookFunction
-from mmlens.interventions.intervention import Intervention, hook_name
-from mmlens.model.hook_points import HookPoint, has_listeners
+from mmlens.interventions.intervention import Intervention, edit_together, hook_name
+from mmlens.model.hook_points import HookPoint, has_listeners, reading
 from mmlens.model.sites import Site
 from mmlens.utils.tensors import to_device
 
@@ -33,8 +34,13 @@ them is run from the beginning."""
 Declared = Sequence[Intervention]
 
 
-def start_of(recording: RecordedRun, branch: Branch, read: Sequence[int]) -> Start | None:
-    """Where a branch begins; None where that is unknown, since it holds a bare function."""
+def start_of(
+    recording: RecordedRun, branch: Branch, read: Sequence[int], reads: Sequence[Read] = ()
+) -> Start | None:
+    """Where a branch begins; None where that is unknown, since it holds a bare function.
+
+    What is read of it is computed, also where the recorded run has the same.
+    """
     n_layers, n_pos = recording.model.cfg.n_layers, recording.inputs.n_pos
     layers, firsts, tails = [n_layers], [n_pos - 1, min(read)], [n_pos - 1, min(read)]
     for part in branch:
@@ -50,6 +56,11 @@ def start_of(recording: RecordedRun, branch: Branch, read: Sequence[int]) -> Sta
             firsts.append(recording.first_affected(first))
             if is_behind_keys(part.where, layer, n_layers):
                 tails.append(first)
+    for each in reads:
+        layers.append(each.last_layer(n_layers))
+        firsts.append(each.first)
+        if is_behind_keys(each.where, each.layer, n_layers):
+            tails.append(each.first)
     if not all(isinstance(part, Intervention) for part in branch):
         return None
     return Start(min(layers), min(firsts), min(tails))
@@ -89,30 +100,61 @@ def is_behind_keys(site: Site, layer: int | None, n_layers: int) -> bool:
     return site.after if layer is None else layer == n_layers - 1 and not site.key_side
 
 
+def reading_hooks(
+    reads: Sequence[Read], schedule: Schedule, n_layers: int, kept: dict[Read, Tensor]
+) -> list[tuple[str, HookFunction]]:
+    """Hook functions that keep what is read of every branch, after its edits."""
+    hooks: list[tuple[str, HookFunction]] = []
+    for each in reads:
+        behind = is_behind_keys(each.where, each.layer, n_layers)
+        packing = schedule.tails if behind else schedule.firsts
+        hooks.append((each.name, reading(partial(each.keep, packing=packing, kept=kept))))
+    return hooks
+
+
 def run_joined(
     recording: RecordedRun,
     branches: Sequence[Declared],
     starts: Sequence[Start],
     read: Sequence[int],
-) -> Float[Tensor, "row read d_model"]:
-    """What the unembedding gets where it is read: one row per branch (as they join) and row."""
+    reads: Sequence[Read] = (),
+    *,
+    numbers: Sequence[int],
+    logits: bool = True,
+) -> tuple[Float[Tensor, "row read d_model"] | None, list[Tensor]]:
+    """Run branches, in the order in which they join.
+
+    Args:
+        read: the positions whose logits are needed.
+        reads: the activations that are needed.
+        numbers: what `batched` functions are told that the branches are called.
+        logits: False ends the run after the last layer of the `reads`.
+
+    Returns:
+        What the unembedding gets where it is read, one row per branch and row, and what was read
+        [branch, row, read, ...].
+    """
     model, n_layers = recording.model, recording.model.cfg.n_layers
     schedule = Schedule.of(starts, read, n_layers, recording.inputs.n_pos)
     run = recording.past_before(schedule.firsts.first)
     resid = recording.own.resid[0][:, :0]
     rotary = model.rotary_angles(recording.inputs.rope_positions, resid.dtype)
-    visual = edited_images(recording, branches, starts)
-    below = streams_from_below(recording, branches, starts, visual)
+    visual = edited_images(recording, branches, starts, numbers)
+    below = streams_from_below(recording, branches, starts, visual, numbers)
     deepstack = [
         model.deepstack(recording.inputs, visual[i]) if i in visual else recording.deepstack
         for i in range(len(branches))
     ]
-    with model.hooks(fwd_hooks=branch_hooks(branches, starts, schedule, n_layers)):
+    last = n_layers if logits else max(each.last_layer(n_layers) for each in reads)
+    kept: dict[Read, Tensor] = {}
+    hooks = branch_hooks(branches, starts, schedule, n_layers, numbers)
+    with model.hooks(fwd_hooks=[*hooks, *reading_hooks(reads, schedule, n_layers, kept)]):
         for step in schedule.steps:
-            new = [
-                below[i] if i in below else entering(recording, branches[i], starts[i])
-                for i in step.joining
-            ]
+            if step.layers and step.layers[0] > last:
+                break
+            entered = entering(recording, branches, starts, step.joining, numbers)
+            streams = below | entered
+            new = [streams[index] for index in step.joining]
             resid = torch.cat([resid.to(new[0]), *new], dim=1) if new else resid
             past = SharedPast(run, step.keys, step.queries)
             at = step.keys.positions[resid.device]
@@ -121,45 +163,65 @@ def run_joined(
                 for kind, (cos, sin) in rotary.items()
             }
             added = packed_deepstack(recording, deepstack, step.keys)
-            resid = model.run_blocks(resid, step.layers, past, angles, added)
+            layers = range(step.layers.start, min(step.layers.stop, last + 1))
+            resid = model.run_blocks(resid, layers, past, angles, added)
+        if last < n_layers:
+            return None, [kept[each] for each in reads]
         at = to_device(torch.tensor(schedule.read), resid.device)
         norm: Any = model.ln_final
         if has_listeners(norm.hook_scale, norm.hook_normalized):
             final = norm(resid)[:, at]  # interventions on it count positions
         else:
             final = norm(resid[:, at])
-    return final.unflatten(1, (len(starts), len(read))).transpose(0, 1).flatten(0, 1)
+    rows = final.unflatten(1, (len(starts), len(read))).transpose(0, 1).flatten(0, 1)
+    return rows, [kept[each] for each in reads]
 
 
 def entering(
-    recording: RecordedRun, branch: Declared, start: Start
-) -> Float[Tensor, "row suffix d_model"]:
-    """The residual stream with which a branch joins.
+    recording: RecordedRun,
+    branches: Sequence[Declared],
+    starts: Sequence[Start],
+    joining: Sequence[int],
+    numbers: Sequence[int],
+) -> dict[int, Float[Tensor, "row suffix d_model"]]:
+    """The residual streams with which branches join that change nothing below.
 
-    What it changes after the layer before is changed here, and that layer left out.
+    What they change after the layer before is changed here, and that layer left out.
     """
-    n_layers = recording.model.cfg.n_layers
-    first = start.tail if start.layer == n_layers else start.first
-    stream = recording.resid_from(start.layer, first)
-    for part in branch:
-        if edits_output(part, start.layer - 1):
-            hook = recording.model.hook_dict[hook_name(part.site, start.layer - 1)]
-            stream = part.edit(stream.clone(), hook, first=first)
-    return stream
+    n_layers, hook_dict = recording.model.cfg.n_layers, recording.model.hook_dict
+    firsts = [each.tail if each.layer == n_layers else each.first for each in starts]
+    streams: dict[int, Tensor] = {}
+    edits: dict[str, list[tuple[int, Intervention]]] = defaultdict(list)
+    for index in joining:
+        layer = starts[index].layer
+        if layer < 0:
+            continue
+        streams[index] = recording.resid_from(layer, firsts[index])
+        for part in branches[index]:
+            if edits_output(part, layer - 1):
+                streams[index] = streams[index].clone()
+                edits[hook_name(part.site, layer - 1)].append((index, part))
+    for name, each in edits.items():
+        streams = edit_together(each, streams, hook_dict[name], firsts, numbers)
+    return streams
 
 
 def edited_images(
-    recording: RecordedRun, branches: Sequence[Declared], starts: Sequence[Start]
+    recording: RecordedRun,
+    branches: Sequence[Declared],
+    starts: Sequence[Start],
+    numbers: Sequence[int],
 ) -> dict[int, Float[Tensor, "1 visual_token d_visual"]]:
     """The visual tokens of the branches that edit the tower or the connector."""
-    if recording.encoded_images is None:
-        return {}
     edits = {
         index: parts
         for index, start in enumerate(starts)
         if start.layer < 0 and (parts := [part for part in branches[index] if sees(part)])
     }
-    found = recording.encoded_images.edited(recording.model, list(edits.values())) if edits else []
+    if recording.encoded_images is None or not edits:
+        return {}
+    called = [numbers[index] for index in edits]
+    found = recording.encoded_images.edited(recording.model, list(edits.values()), called)
     return dict(zip(edits, found, strict=True))
 
 
@@ -168,6 +230,7 @@ def streams_from_below(
     branches: Sequence[Declared],
     starts: Sequence[Start],
     visual: Mapping[int, Float[Tensor, "1 visual_token d_visual"]],
+    numbers: Sequence[int],
 ) -> dict[int, Float[Tensor, "row suffix d_model"]]:
     """What enters the first layer, for the branches that change it: images or embeddings."""
     model, encoded_images = recording.model, recording.encoded_images
@@ -178,7 +241,7 @@ def streams_from_below(
             continue
         flat = (part for part in branches[index] if part.layers is None)
         parts = [part for part in flat if not (sees(part) or part.where.after)]
-        hooks = [pair for part in parts for pair in part.fwd_hooks()]
+        hooks = [pair for part in parts for pair in part.fwd_hooks(numbers[index])]
         with model.hooks(fwd_hooks=hooks):
             stream = model.input_embeddings(recording.inputs, visual.get(index, recorded))
         streams[index] = stream[:, start.first :]
@@ -206,7 +269,11 @@ def packed_deepstack(
 
 
 def branch_hooks(
-    branches: Sequence[Declared], starts: Sequence[Start], schedule: Schedule, n_layers: int
+    branches: Sequence[Declared],
+    starts: Sequence[Start],
+    schedule: Schedule,
+    n_layers: int,
+    numbers: Sequence[int],
 ) -> list[tuple[str, HookFunction]]:
     """One hook function per hook point, which gives each branch's slice to its interventions."""
     edits: dict[tuple[str, bool], list[tuple[int, Intervention]]] = defaultdict(list)
@@ -225,12 +292,11 @@ def branch_hooks(
         edits: list[tuple[int, Intervention]],
         packing: Packing,
     ) -> Tensor:
-        axis = hook.site.position_axis
-        changed: dict[int, Tensor] = {}
-        for index, part in edits:
+        axis, before = hook.site.position_axis, {}
+        for index, _ in edits:
             begin, end = packing.offsets[index : index + 2]
-            before = changed.get(index, activation.narrow(axis, begin, end - begin))
-            changed[index] = part.edit(before, hook, first=packing.starts[index])
+            before[index] = activation.narrow(axis, begin, end - begin)
+        changed = edit_together(edits, before, hook, packing.starts, numbers)
         # The activations of a joined run are its own, so a copy is needed for gradients alone.
         edited = activation.clone() if torch.is_grad_enabled() else activation
         for index, after in changed.items():

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ from mmlens.branching.encoded_images import EncodedImages
 from mmlens.branching.joined import Branch, run_joined, start_of
 from mmlens.branching.packing import Packing
 from mmlens.branching.passes import Pass, passes
+from mmlens.branching.reads import Read, of_units
 from mmlens.branching.schedule import Start
 from mmlens.branching.shared_past import SharedPast
 from mmlens.branching.state import RecordedRun, keep_run, with_before
@@ -39,9 +41,10 @@ from mmlens.inputs.common_prefix import common_prefix
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.special_tokens import filler
 from mmlens.interventions.functions import HookFunction
-from mmlens.interventions.intervention import Intervention
-from mmlens.model.hook_points import listens
+from mmlens.interventions.intervention import Intervention, SiteLayers, hook_name, names_of
+from mmlens.model.hook_points import listens, reading
 from mmlens.model.hooked_root_module import exclusively
+from mmlens.model.sites import split_site
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.memory import is_out_of_memory
 from mmlens.utils.progress import Progress
@@ -51,6 +54,19 @@ if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
 
 Readout = Callable[[Float[Tensor, "row read n_tokens"]], Tensor]
+SiteToRead = tuple[str, int | None, Any]
+"""A site, its layer, and positions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of every branch."""
+
+    readout: Readout | None
+    read: list[int]
+    """The positions whose logits it gets."""
+    tokens: Tensor | Sequence[int] | None
+    reads: list[Read]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +83,11 @@ class Recording(RecordedRun):
         cls,
         model: HookedMultimodalTransformer,
         inputs: MultimodalInputs,
-        names: Sequence[str] = (),
+        sites: Sequence[SiteLayers] = (),
         known: EncodedImages | None = None,
     ) -> Recording:
         """Run the model once, and keep; images among the `known` ones are not encoded."""
-        inputs = model.to_inputs(inputs)
+        inputs, names = model.to_inputs(inputs), names_of(sites)
         cache, caching, _ = model.get_caching_hooks(names)
         with model.hooks(fwd_hooks=caching):
             encoded_images = EncodedImages.encoded(model, inputs, known)
@@ -120,7 +136,7 @@ class Recording(RecordedRun):
         cls,
         model: HookedMultimodalTransformer,
         inputs: Iterable[MultimodalInputs],
-        names: Sequence[str] = (),
+        sites: Sequence[SiteLayers] = (),
         earlier: Sequence[Recording] = (),
     ) -> list[Recording]:
         """Record prompts one after the other, each from where it differs from an earlier one.
@@ -134,34 +150,62 @@ class Recording(RecordedRun):
             shared = [common_prefix(one.inputs, each) for one in before]
             most = max(shared, default=0)
             if 2 * most >= each.n_pos:
-                found.append(before[shared.index(most)].record(each, names))
+                found.append(before[shared.index(most)].record(each, sites))
             else:
                 seen = (one.encoded_images for one in reversed(before))
                 known = next((images for images in seen if images is not None), None)
-                found.append(cls.of(model, each, names, known))
+                found.append(cls.of(model, each, sites, known))
         return found
+
+    def __getitem__(
+        self, where: str | tuple[str, int | None]
+    ) -> Float[Tensor, "*batch_pos_and_more"]:
+        """Return an activation that was asked for: [batch, pos, ...], as a cache holds it.
+
+        Args:
+            where: a site and its layer, or a site without layers. With units ("z[3]") only these.
+
+        Raises:
+            KeyError: the recording does not hold it.
+            ValueError: no such site.
+
+        Example:
+            >>> recording = model.record(inputs, sites=[("resid_post", 12), ("z", range(4))])
+            >>> recording["resid_post", 12], recording["z[3]", 0]
+        """
+        site, layer = (where, None) if isinstance(where, str) else where
+        short, units = split_site(site)
+        name = hook_name(short, layer)
+        if name not in self.cache:
+            held = ", ".join(self.cache) or "nothing besides"
+            raise KeyError(
+                f"this recording does not hold {name}; ask for it with record(inputs, "
+                f"sites=[({short!r}, {layer})]). It holds {held}"
+            )
+        found = self.cache[name]
+        return found if units is None else of_units(found, units, self.model.hook_dict[name])
 
     @exclusively
     @without_gradients
     @on_free_cores
-    def record(self, inputs: MultimodalInputs, names: Sequence[str] = ()) -> Recording:
+    def record(self, inputs: MultimodalInputs, sites: Sequence[SiteLayers] = ()) -> Recording:
         """The recording of inputs that begin like these: only the rest is computed and kept.
 
         Images that are the same are not encoded again. A prompt that has nothing in common with
         this one is recorded from the beginning.
 
         Args:
-            names: hook points whose activations are kept besides, in `cache`.
+            sites: activations that are kept besides, as in `model.record`.
 
         Example:
             >>> clean = model.record(inputs)
             >>> corrupted = clean.record(swap_span(model, inputs, "constraint", "Paris"))
         """
-        inputs = self.model.to_inputs(inputs)
+        inputs, names = self.model.to_inputs(inputs), names_of(sites)
         first = min(common_prefix(self.inputs, inputs), inputs.n_pos - 1)
         rows_fit, cached = self.n_rows in (1, inputs.n_rows), self._joinable(names)
         if not (first and rows_fit and cached) or listens(self.model):
-            return Recording.of(self.model, inputs, names)
+            return Recording.of(self.model, inputs, sites)
         encoded_images = EncodedImages.encoded(self.model, inputs, known=self.encoded_images)
         visual = None if encoded_images is None else encoded_images.visual
         resid = self.model.input_embeddings(inputs, visual)[:, first:]
@@ -197,14 +241,15 @@ class Recording(RecordedRun):
     def run(
         self,
         branches: Sequence[Branch],
-        readout: Readout,
+        readout: Readout | None,
         *,
+        read: Sequence[SiteToRead] | None = None,
         positions: Int[Tensor, " read"] | Sequence[int] | None = None,
         tokens: Int[Tensor, " n_tokens"] | Sequence[int] | None = None,
         batch_rows: int | None = None,
         progress: Progress | None = None,
         plain: bool = False,
-    ) -> Tensor:
+    ) -> Any:
         """Evaluate every branch, and stack what `readout` makes of it.
 
         Equal to a plain hooked run of each branch, to rounding. While other hooks are on the
@@ -220,7 +265,11 @@ class Recording(RecordedRun):
         Args:
             branches: what each branch changes.
             readout: called with the logits [row, read, n_tokens] of some branches, one row per
-                branch and row of the recording; what it returns keeps the first axis.
+                branch and row of the recording; what it returns keeps the first axis. None where
+                activations alone are read: branches then end after the last layer that is read.
+            read: activations to return of every branch, after its edits: a site of the decoder, its
+                layer (None for one without layers) and positions (None for all), such as
+                `("q[0-8]", 14, inputs.span("last"))`. A branch is computed wherever it is read.
             positions: where logits are read; the last position by default.
             tokens: whose logits are computed; the whole vocabulary by default, which
                 probabilities need.
@@ -230,63 +279,106 @@ class Recording(RecordedRun):
             plain: make every branch a full hooked run, the reference for the others.
 
         Returns:
-            [branch, batch, ...], in the order of `branches`.
+            [branch, batch, ...], in the order of `branches`. With `read`, that (None without
+            `readout`), and the activations [branch, batch, pos, ...] by site and layer.
 
         Raises:
-            ValueError: no branches, or `positions` that are not there.
+            ValueError: no branches, or `positions` that are not there; nothing to read.
             IndexError: an intervention's positions are not there.
             KeyError: the model has no such hook point.
+
+        Example:
+            >>> cut = [[Intervention("z[3]", layer, None, zero())] for layer in range(9)]
+            >>> _, found = recording.run(cut, None, read=[("q", 14, inputs.span("last"))])
+            >>> found["q", 14]     # [branch, batch, pos, head, d_head]
         """
         if not branches:
             raise ValueError("no branches to run")
-        read = self._read(positions)
+        what = Asked(
+            readout,
+            self._read(positions),
+            tokens,
+            self._reads(() if read is None else read),
+        )
+        if readout is None and not what.reads:
+            raise ValueError("nothing to read of the branches: give readout, or read=[...]")
         plain = plain or listens(self.model)
-        starts = [None if plain else start_of(self, branch, read) for branch in branches]
+        starts = [
+            None if plain else start_of(self, branch, what.read, what.reads) for branch in branches
+        ]
         pending = passes(starts, self.inputs.n_pos, self.n_rows, self.model, batch_rows)
-        results: dict[int, Tensor] = {}
+        results: dict[int, list[Tensor]] = {}
         while pending:
             each = pending.pop(0)
-            rows = self._evaluated(each, branches, starts, read, tokens, readout)
-            if rows is None:
+            found = self._evaluated(each, branches, starts, what)
+            if found is None:
                 pending = [part for old in (each, *pending) for part in old.within(each.size // 2)]
                 continue
-            results.update(zip(each.indices, rows, strict=True))
+            results.update(zip(each.indices, map(list, zip(*found, strict=True)), strict=True))
             if progress is not None:
                 progress(len(results), len(branches))
-        return torch.stack([results[index] for index in range(len(branches))])
+        in_order = zip(*(results[index] for index in range(len(branches))), strict=True)
+        stacked = [torch.stack(each) for each in in_order]
+        readouts = None if readout is None else stacked.pop(0)
+        if read is None:
+            return readouts
+        keys = [(each.site, each.layer) for each in what.reads]
+        return readouts, dict(zip(keys, stacked, strict=True))
 
     def _evaluated(
         self,
         each: Pass,
         branches: Sequence[Branch],
         starts: Sequence[Start | None],
-        read: list[int],
-        tokens: Tensor | Sequence[int] | None,
-        readout: Readout,
-    ) -> Tensor | None:
-        """What `readout` makes of a pass [branch, row, ...]; None where memory ran out."""
+        what: Asked,
+    ) -> list[Tensor] | None:
+        """What is asked of a pass, [branch, row, ...] each; None where memory ran out."""
         chosen = [branches[index] for index in each.indices]
         try:
             if each.is_plain:
-                resid = torch.cat([self._run_plainly(branch, read) for branch in chosen])
+                runs = [self._run_plainly(branches[i], i, what) for i in each.indices]
+                resid: Any = torch.cat([resid for resid, _ in runs])
+                found = [torch.stack(one) for one in zip(*(one for _, one in runs), strict=True)]
             else:
                 declared: Any = chosen
                 joining: Any = [starts[index] for index in each.indices]
-                resid = run_joined(self, declared, joining, read)
-            logits = self.model.unembed(resid, None if tokens is None else torch.as_tensor(tokens))
-            return readout(logits).unflatten(0, (len(chosen), self.n_rows))
+                resid, found = run_joined(
+                    self,
+                    declared,
+                    joining,
+                    what.read,
+                    what.reads,
+                    numbers=each.indices,
+                    logits=what.readout is not None,
+                )
+            if what.readout is not None:
+                tokens = None if what.tokens is None else torch.as_tensor(what.tokens)
+                rows = what.readout(self.model.unembed(resid, tokens))
+                found = [rows.unflatten(0, (len(chosen), self.n_rows)), *found]
+            return found
         except (RuntimeError, MemoryError) as error:
             if len(chosen) == 1 or not is_out_of_memory(error):
                 raise
             return None
 
-    def _run_plainly(self, branch: Branch, read: list[int]) -> Tensor:
+    def _run_plainly(self, branch: Branch, index: int, what: Asked) -> tuple[Tensor, list[Tensor]]:
+        """What the unembedding gets of a plain run, and what else is asked of it."""
         hooks: list[tuple[str, HookFunction]] = []
         for part in branch:
-            hooks += part.fwd_hooks() if isinstance(part, Intervention) else [part]
+            hooks += part.fwd_hooks(index) if isinstance(part, Intervention) else [part]
+        kept: dict[Read, Tensor] = {}
+        hooks += [(each.name, reading(partial(each.keep_run, kept=kept))) for each in what.reads]
         with self.model.hooks(fwd_hooks=hooks):  # they may count positions of the final norm
             resid = self.model(self.inputs, stop_at_layer=self.model.cfg.n_layers)
-            return self.model.ln_final(resid)[:, read]
+            resid = self.model.ln_final(resid)[:, what.read]
+        return resid, [kept[each] for each in what.reads]
+
+    def _reads(self, given: Sequence[SiteToRead]) -> list[Read]:
+        reads = [Read.of(self.model, *each, self.inputs.n_pos) for each in given]
+        keys = [(each.site, each.layer) for each in reads]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"read={keys} has one twice; give all of its positions together")
+        return reads
 
     def _read(self, positions: Tensor | Sequence[int] | None) -> list[int]:
         n_pos = self.inputs.n_pos

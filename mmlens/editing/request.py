@@ -19,7 +19,7 @@ from torch import Tensor
 from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.spans import PLACEHOLDER
-from mmlens.interventions.functions import generator_for
+from mmlens.interventions.hook_function import generator_for
 
 if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer

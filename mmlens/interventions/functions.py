@@ -14,75 +14,44 @@ or clamped.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mmlens.model.activation_cache import ActivationCache
+from mmlens.interventions.hook_function import (
+    Activation,
+    HookFunction,
+    batched,
+    generator_for,
+    keep_masked,
+)
+from mmlens.interventions.of_runs import freeze, mean, resample, restore, transplant
+from mmlens.model.components.norm import float32_or_wider
 from mmlens.model.hook_points import HookPoint
 from mmlens.model.run_positions import Positions, current_pass
-from mmlens.model.sites import Site
 from mmlens.utils.tensors import to_device
 
-Activation = Float[Tensor, "*shape"]
-
-
-@runtime_checkable
-class HookFunction(Protocol):
-    """What a hook point calls: returns the activation's replacement, or None to leave it."""
-
-    def __call__(self, activation: Any, /, hook: Any) -> Any:
-        """Called as `f(activation, hook=hook_point)`."""
-
-
-def restore(cache: ActivationCache | Mapping[str, Tensor]) -> HookFunction:
-    """Copy the activation of another run in, at the same positions (activation patching).
-
-    Args:
-        cache: activations by hook name, of a run with the same positions; one row serves all.
-
-    Raises:
-        KeyError: the cache does not hold the hook's activation.
-        ValueError: it holds it without a batch dimension, or of a run with other sizes.
-
-    Example:
-        >>> _, clean_cache = model.run_with_cache(clean)
-        >>> model.run_with_hooks(corrupted, fwd_hooks=[("blocks.3.hook_mlp_out",
-        ...                                             restore(clean_cache))])
-    """
-
-    def restored(
-        activation: Activation, hook: HookPoint, positions: Positions | None = None
-    ) -> Activation:
-        name, source = str(hook.name), cache[str(hook.name)]
-        axis = hook.site.position_axis
-        if source.ndim == activation.ndim and positions is not None:
-            there = positions[positions < source.shape[axis]]  # the shapes tell what is missing
-            source = with_keys(at_positions(source, axis, there), activation, hook.site)
-        if source.ndim != activation.ndim or source.shape[1:] != activation.shape[1:]:
-            raise ValueError(
-                f"{name}: cannot restore {tuple(source.shape)} in {tuple(activation.shape)}; "
-                "the cache must be of a run with the same positions, and keep its batch dimension"
-            )
-        return source.to(activation).expand_as(activation)
-
-    return restored
-
-
-def with_keys(source: Tensor, activation: Tensor, site: Site) -> Tensor:
-    """Return attention scores or a pattern of another pass with as many keys as `activation`.
-
-    While a text grows, its passes differ in the keys that no earlier query attends to.
-    """
-    n_more = activation.shape[-1] - source.shape[-1]
-    if site.masked is None or not n_more or current_pass().is_whole:
-        return source
-    return pad(source, (0, n_more), value=site.masked)
+__all__ = [
+    "HookFunction",
+    "add",
+    "batched",
+    "clamp",
+    "clamp_along",
+    "freeze",
+    "knockout",
+    "mean",
+    "noise",
+    "project_out",
+    "replace",
+    "resample",
+    "restore",
+    "scale",
+    "transplant",
+    "zero",
+]
 
 
 def replace(value: Tensor | float) -> HookFunction:
@@ -167,12 +136,6 @@ def noise(std: float, seed: int = 0) -> HookFunction:
     return noised
 
 
-def generator_for(*key: object) -> torch.Generator:
-    """A generator whose seed is a hash of the key."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest))
-
-
 def knockout(sources: Positions | Sequence[int] | int) -> HookFunction:
     """Keep queries from looking at the keys at `sources` (attention knockout, Geva et al. 2023).
 
@@ -204,26 +167,69 @@ def knockout(sources: Positions | Sequence[int] | int) -> HookFunction:
     return knocked_out
 
 
-def keep_masked(before: Tensor, after: Tensor, hook: HookPoint) -> Tensor:
-    """`after`, with -inf where attention scores were masked: 0 x -inf would be NaN."""
-    if hook.site.masked != -torch.inf:
-        return after
-    return after.masked_fill(before.isneginf(), -torch.inf)
+def project_out(direction: Float[Tensor, "*direction width"]) -> HookFunction:
+    """Take out what an activation has along a direction, or in the space that several span.
+
+    Args:
+        direction: of the activation's last axis [width], or several [direction, width]; of any
+            length.
+
+    Raises:
+        ValueError: a direction of zeros, or of another width than the activation.
+
+    Example:
+        >>> refusal = Intervention("resid_post", range(30), None, project_out(direction))
+    """
+    basis = orthonormal(direction)
+
+    def projected(activation: Activation, hook: HookPoint) -> Activation:
+        x, axes = float32_or_wider(activation), along(basis, activation, hook)
+        return keep_masked(activation, (x - (x @ axes.T) @ axes).to(activation), hook)
+
+    return projected
 
 
-def stretch(positions: Positions) -> tuple[int, int] | None:
-    """The first position and their number, where they follow one another; else None."""
-    each = positions.tolist()
-    if not each or each != list(range(each[0], each[0] + len(each))):
-        return None
-    return each[0], len(each)
+def clamp_along(direction: Float[Tensor, " width"], value: float) -> HookFunction:
+    """Set what an activation has along a direction to a value; the rest stays.
+
+    Args:
+        direction: of the activation's last axis; of any length.
+        value: the activation's product with the direction of length one, after the edit.
+
+    Raises:
+        ValueError: a direction of zeros, or of another width than the activation.
+
+    Example:
+        >>> Intervention("resid_post", 12, "generated", clamp_along(direction, 4.0))
+    """
+    basis = orthonormal(direction)
+
+    def clamped_along(activation: Activation, hook: HookPoint) -> Activation:
+        x, axes = float32_or_wider(activation), along(basis, activation, hook)
+        return keep_masked(activation, (x + (value - x @ axes.T) @ axes).to(activation), hook)
+
+    return clamped_along
 
 
-def at_positions(
-    activation: Activation, axis: int, positions: Positions
-) -> Float[Tensor, "*selected"]:
-    """The activation at some positions; a view of it where they follow one another."""
-    found = stretch(positions)  # an index would have to be moved to the GPU, for every cell
-    if found is not None and sum(found) <= activation.shape[axis]:
-        return activation.narrow(axis, *found)
-    return activation.index_select(axis, to_device(positions, activation.device))
+def orthonormal(direction: Tensor) -> Float[Tensor, "direction width"]:
+    """Return directions of length one, at right angles, that span the same space; in float64."""
+    rows = torch.atleast_2d(direction).double()
+    usable = rows.ndim == 2 and bool(rows.isfinite().all())
+    if not usable or int(torch.linalg.matrix_rank(rows)) < len(rows):
+        raise ValueError(
+            f"directions {tuple(direction.shape)} must be [width], or [direction, width] of which "
+            "none is zero, infinite or a sum of the others"
+        )
+    if len(rows) == 1:  # keeps the sign
+        return rows / rows.norm()
+    return torch.linalg.qr(rows.T)[0].T
+
+
+def along(basis: Tensor, activation: Tensor, hook: HookPoint) -> Float[Tensor, "direction width"]:
+    """Return the directions, where and in the precision in which the activation is edited."""
+    if basis.shape[-1] != activation.shape[-1]:
+        raise ValueError(
+            f"{hook.name} has {activation.shape[-1]} along its last axis, the direction "
+            f"{basis.shape[-1]}"
+        )
+    return basis.to(float32_or_wider(activation))

@@ -8,16 +8,18 @@ change: everything below its first layer, and every position before its first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mmlens.interventions.functions import HookFunction, stretch
+from mmlens.interventions.hook_function import HookFunction, stretch, takes_branches
 from mmlens.model.hook_points import HookPoint, check_replacement
 from mmlens.model.run_positions import PassPositions, Positions, current_pass, takes_positions
 from mmlens.model.sites import Site, split_site
@@ -30,6 +32,10 @@ LAYERED_SITES = tuple(
     if site.stack == "decoder" and site.is_layered
 )
 """The short names of what every layer of the decoder may have."""
+
+
+SiteLayers = str | tuple[str, int | Iterable[int] | None]
+"""A site with one layer or several; a site without layers, or the name of a hook point, alone."""
 
 
 def site_of(site: str) -> Site:
@@ -61,6 +67,23 @@ def hook_names(site: str, layers: Iterable[int] | None) -> list[str]:
     """The hook points of a site (with or without units) in these layers."""
     name, _ = split_site(site)
     return [hook_name(name, layer) for layer in ([None] if layers is None else layers)]
+
+
+def names_of(sites: Iterable[SiteLayers]) -> list[str]:
+    """The hook points of sites with their layers, each once.
+
+    Example:
+        >>> names_of([("resid_post", 12), ("z", range(2)), "input_embed"])
+        ['blocks.12.hook_resid_post', 'blocks.0.attn.hook_z', ...]
+    """
+    names: list[str] = []
+    for each in sites:
+        if isinstance(each, str) and each not in HookedMultimodalTransformer.SITES:
+            names.append(each)
+            continue
+        site, layers = (each, None) if isinstance(each, str) else each
+        names += hook_names(site, [layers] if isinstance(layers, int) else layers)
+    return list(dict.fromkeys(names))
 
 
 def window(
@@ -185,9 +208,13 @@ class Intervention:
         """The hook points it acts on."""
         return hook_names(self.site, self.layers)
 
-    def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
-        """`(name, function)` pairs for `run_with_hooks`; concatenate those of several."""
-        return [(name, self.edit) for name in self.hook_names()]
+    def fwd_hooks(self, branch: int = 0) -> list[tuple[str, HookFunction]]:
+        """`(name, function)` pairs for `run_with_hooks`; concatenate those of several.
+
+        Args:
+            branch: which branch a `batched` function is told.
+        """
+        return [(name, partial(self.edit, branch=branch)) for name in self.hook_names()]
 
     @cached_property
     def first_position(self) -> int | None:
@@ -220,40 +247,44 @@ class Intervention:
     def _stretch(self) -> tuple[int, int] | None:
         return stretch(self._given)
 
-    @cached_property
-    def _tells_positions(self) -> bool:
-        return takes_positions(self.hook)
-
-    def edit(self, activation: Tensor, hook: HookPoint, first: int | None = None) -> Tensor:
+    def edit(
+        self, activation: Tensor, hook: HookPoint, first: int | None = None, branch: int = 0
+    ) -> Tensor:
         """Return the activation with the declared slice edited.
 
         Args:
             first: the position of the text at which the activation begins; by default the model
                 says it (`mmlens.model.run_positions`).
+            branch: which branch a `batched` function is told.
 
         Raises:
             IndexError: positions or units that the activation does not have.
             TypeError, ValueError: the function returned no tensor, or another shape or dtype than
                 it was given; or it acts on what is generated, and nothing is.
         """
+        cut = self.cut(activation, hook, first)
+        if cut is None:
+            return activation
+        return cut.put(called([(branch, self, cut)], hook)[0])
+
+    def cut(self, activation: Tensor, hook: HookPoint, first: int | None = None) -> Cut | None:
+        """Return the slice that is edited; None where this activation has nothing of it."""
         here = current_pass() if first is None else PassPositions(first)
         axis = hook.site.position_axis
         n_here = activation.shape[axis]
         if self.positions is None:
-            return self._edit_slice(activation, hook, here.positions(n_here))
+            return Cut(activation, axis, None, activation, here.positions(n_here))
         positions, found = self._within(here, n_here, hook)
         if not len(positions):
-            return activation
+            return None
         if found is not None:
             begin, n = found[0] - here.first, found[1]
-            # Copies: nothing may reach what others hold of this activation.
-            edited = self._edit_slice(activation.narrow(axis, begin, n).clone(), hook, positions)
-            result = activation.clone()
-            result.narrow(axis, begin, n).copy_(edited)
-            return result
+            # A copy: nothing may reach what others hold of this activation.
+            return Cut(
+                activation, axis, begin, activation.narrow(axis, begin, n).clone(), positions
+            )
         index = to_device(positions - here.first, activation.device)
-        edited = self._edit_slice(activation.index_select(axis, index), hook, positions)
-        return activation.index_copy(axis, index, edited)
+        return Cut(activation, axis, index, activation.index_select(axis, index), positions)
 
     def _within(
         self, here: PassPositions, n_here: int, hook: HookPoint
@@ -273,14 +304,8 @@ class Intervention:
         inside = self._given[(self._given >= begin) & (self._given < end)]
         return inside, stretch(inside)
 
-    def _edit_slice(self, slice: Tensor, hook: HookPoint, positions: Positions | None) -> Tensor:
-        # An edit in place must not reach the other units.
-        given = slice if self.units is None else slice.clone()
-        options = {"positions": positions} if self._tells_positions else {}
-        edited = self.hook(given, hook=hook, **options)
-        if edited is None:
-            edited = given
-        check_replacement(slice, edited, hook.name)
+    def with_units(self, slice: Tensor, edited: Tensor, hook: HookPoint) -> Tensor:
+        """Return the slice with the declared units of what it became."""
         if self.units is None:
             return edited.to(slice)
         axis, n = hook.site.unit_axis, slice.shape[hook.site.unit_axis]
@@ -290,6 +315,95 @@ class Intervention:
             )
         index = torch.tensor(self.units, device=slice.device)
         return slice.index_copy(axis, index, edited.to(slice).index_select(axis, index))
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """The slice of an activation that an intervention edits."""
+
+    whole: Tensor
+    axis: int
+    """Of the positions."""
+    at: int | Tensor | None
+    """Where the slice begins, or which positions it holds; None where it is everything."""
+    slice: Tensor
+    positions: Positions | None
+    """Those of the text; None where the slice is the whole text."""
+
+    def put(self, edited: Tensor) -> Tensor:
+        """Return the activation with another slice in the place of this one."""
+        if self.at is None:
+            return edited
+        if isinstance(self.at, Tensor):
+            return self.whole.index_copy(self.axis, self.at, edited)
+        result = self.whole.clone()
+        result.narrow(self.axis, self.at, self.slice.shape[self.axis]).copy_(edited)
+        return result
+
+
+def called(acting: Sequence[tuple[int, Intervention, Cut]], hook: HookPoint) -> list[Tensor]:
+    """Return what one function makes of the slices of some branches, which have one shape.
+
+    Args:
+        acting: branches, each with its intervention and slice; several share a `batched` function.
+    """
+    branches, parts, cuts = zip(*acting, strict=True)
+    function: Any = parts[0].hook
+    options: dict[str, Any] = {}
+    positions = [cut.positions for cut in cuts]
+    if takes_branches(function):
+        given = torch.stack([cut.slice for cut in cuts])
+        options = {"branches": torch.tensor(branches)}
+        whole = positions[0] is None
+        told = None if whole else torch.stack([each for each in positions if each is not None])
+    else:  # an edit in place must not reach the other units
+        given = cuts[0].slice if parts[0].units is None else cuts[0].slice.clone()
+        told = positions[0]
+    if takes_positions(function):
+        options["positions"] = told
+    edited = function(given, hook=hook, **options)
+    edited = given if edited is None else edited
+    check_replacement(given, edited, hook.name)
+    each = edited if takes_branches(function) else [edited]
+    return [
+        part.with_units(cut.slice, one, hook)
+        for part, cut, one in zip(parts, cuts, each, strict=True)
+    ]
+
+
+def edit_together(
+    edits: Sequence[tuple[int, Intervention]],
+    activations: Mapping[int, Tensor],
+    hook: HookPoint,
+    firsts: Sequence[int],
+    numbers: Sequence[int],
+) -> dict[int, Tensor]:
+    """Return the activations of branches with all of their interventions, in their order.
+
+    A function that is `batched` is called once for all branches.
+
+    Args:
+        edits: branches, each with one of its interventions at this hook point.
+        activations: of every branch.
+        firsts: the position at which each branch's activation begins.
+        numbers: what a function is told that each branch is called.
+    """
+    changed = dict(activations)
+    queues: dict[int, list[Intervention]] = defaultdict(list)
+    for index, part in edits:
+        queues[index].append(part)
+    for turn in zip_longest(*queues.values()):
+        together: dict[Any, list[tuple[int, Intervention, Cut]]] = defaultdict(list)
+        for index, part in zip(queues, turn, strict=True):
+            cut = None if part is None else part.cut(changed[index], hook, firsts[index])
+            if cut is not None:
+                alone = None if takes_branches(part.hook) else index
+                together[id(part.hook), cut.slice.shape, alone].append((index, part, cut))
+        for group in together.values():
+            found = called([(numbers[index], part, cut) for index, part, cut in group], hook)
+            for (index, _, cut), edited in zip(group, found, strict=True):
+                changed[index] = cut.put(edited)
+    return changed
 
 
 def as_positions(

@@ -406,17 +406,33 @@ class HookedMultimodalTransformer(
         cache.inputs = inputs  # whoever draws activations needs the words for them
         return out, cache
 
-    def record(self, input: Input) -> Recording:
-        """Run once and keep what later runs can branch from; see `mmlens.branching`."""
+    def record(self, input: Input, sites: Sequence[Any] = ()) -> Recording:
+        """Run once and keep what later runs can branch from; see `mmlens.branching`.
+
+        Args:
+            sites: activations that are kept besides: `("resid_post", 12)`, `("z", range(4))`, and
+                those without layers as they are, `"input_embed"`.
+
+        Raises:
+            ValueError: no such site.
+            KeyError: the model has no such hook point.
+
+        Example:
+            >>> recording = model.record(inputs, sites=[("resid_post", 12)])
+            >>> recording["resid_post", 12]      # [batch, pos, d_model]
+        """
         from mmlens.branching.recording import Recording
 
-        return Recording.of(self, self.to_inputs(input))
+        return Recording.of(self, self.to_inputs(input), sites)
 
-    def record_many(self, inputs: Sequence[Input]) -> list[Recording]:
-        """Record prompts that share what they have in common: questions on one image, say."""
+    def record_many(self, inputs: Sequence[Input], sites: Sequence[Any] = ()) -> list[Recording]:
+        """Record prompts that share what they have in common: questions on one image, say.
+
+        `sites` are kept besides, as in `record`.
+        """
         from mmlens.branching.recording import Recording
 
-        return Recording.of_all(self, map(self.to_inputs, inputs))
+        return Recording.of_all(self, map(self.to_inputs, inputs), sites)
 
     def verify_hooks(self, input: Input) -> list[str]:
         """The hook points that do not fire, or whose activation nothing depends on.

@@ -11,6 +11,7 @@ from mmlens.analyses.attention_knockout import AttentionKnockout
 from mmlens.analyses.attribution_patching import AttributionPatching
 from mmlens.analyses.direct_logit_attribution import DirectLogitAttribution
 from mmlens.analyses.logit_lens import LogitLens
+from mmlens.analyses.patch import Patched
 from mmlens.analyses.result import SavedResult
 from mmlens.analyses.steering_scores import SteeringScores
 from mmlens.analyses.steering_vector import SteeringVector
@@ -22,6 +23,7 @@ from mmlens.editing.edit_evaluation import EditEvaluation
 from mmlens.plots.contributions import plot_contribution
 from mmlens.plots.editing import plot_check, plot_evaluation
 from mmlens.plots.figure import Figure
+from mmlens.plots.grid import plot_grid
 from mmlens.plots.knockout import plot_knockout
 from mmlens.plots.layer_profile import plot_aggregated
 from mmlens.plots.lens import plot_lens, plot_logit_attribution
@@ -45,6 +47,7 @@ draw.register(DirectLogitAttribution, plot_logit_attribution)
 draw.register(EditCheck, plot_check)
 draw.register(EditEvaluation, plot_evaluation)
 draw.register(LogitLens, plot_lens)
+draw.register(Patched, plot_grid)
 draw.register(SteeringScores, plot_steering_scores)
 draw.register(SteeringVector, plot_steering_vector)
 draw.register(TokenErasure, plot_token_erasure)

@@ -1,0 +1,122 @@
+"""Metrics: what an analysis follows of a run's logits, by name or as a function.
+
+| name | what it is |
+|---|---|
+| "probability" | the joint probability of the answer's tokens |
+| "logit_diff" | the logit of the answer's first token - that of the contrast's |
+| "kl" | KL(reference || run) of the next token, in nats; of the run without changes by default |
+| "loss" | the mean negative log-likelihood of the answer's tokens, in nats |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmlens.analyses.targets import Answer, Measure, given_answer, make_answer, with_answer
+from mmlens.branching.recording import Recording
+from mmlens.model.components.norm import float32_or_wider
+
+MetricName = Literal["probability", "logit_diff", "kl", "loss"]
+MetricFunction = Callable[[Float[Tensor, "row n d_vocab"]], Float[Tensor, "row ..."]]
+Metric = MetricName | MetricFunction
+"""A name, or a function of the logits at the positions that are read: a number for each row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """A metric of one recording's branches."""
+
+    recording: Recording
+    """Of the prompt, with the answer's tokens but the last after it."""
+    function: MetricFunction
+    positions: Int[Tensor, " _"]
+    """Where logits are read."""
+    name: str
+    answer: Answer | None
+
+    def baseline(self) -> Float[Tensor, " *measure"]:
+        """Return the metric of the recorded run, the mean over its rows."""
+        return self.function(self.recording.logits(self.positions)).mean(dim=0)
+
+
+def followed(
+    recording: Recording,
+    metric: Metric,
+    answer: str | int | None = None,
+    contrast: str | int | None = None,
+    positions: Sequence[int] | Tensor | None = None,
+    reference: Recording | None = None,
+) -> Followed:
+    """Return what is followed of the branches of a recording.
+
+    Args:
+        metric: a name of the table above, or a function of the logits [row, n, d_vocab].
+        answer: a text, a token id, or None for the recorded run's most probable next token.
+        contrast: the other answer of "logit_diff".
+        positions: where a function reads; by default where the answer's tokens are predicted, or
+            else the last position.
+        reference: whose next token "kl" compares with; by default the recorded run.
+
+    Raises:
+        ValueError: an unknown name, a contrast that is missing or that nothing reads, positions for
+            a name, an answer without tokens.
+    """
+    model, inputs = recording.model, recording.inputs
+    if isinstance(metric, str) and metric not in get_args(MetricName):
+        raise ValueError(
+            f"metric={metric!r}; it is {', '.join(map(repr, get_args(MetricName)))}, or a function "
+            "of the logits [row, n, d_vocab] that returns a number for each row"
+        )
+    if (contrast is None) == (metric == "logit_diff"):
+        raise ValueError(
+            "metric='logit_diff' needs contrast=..., the answer whose logit is subtracted"
+            if contrast is None
+            else f"contrast={contrast!r} is for metric='logit_diff', not for {metric!r}"
+        )
+    if isinstance(metric, str) and positions is not None:
+        raise ValueError(f"positions are for a function; metric={metric!r} reads the answer")
+    if not isinstance(metric, str) and answer is None:
+        at = torch.as_tensor([inputs.n_pos - 1] if positions is None else positions)
+        return Followed(recording, metric, at, name_of(metric), None)
+    target = most_probable(recording) if answer is None else given_answer(model, inputs, answer)
+    longer = with_answer(inputs, target)
+    if longer is not inputs:
+        recording = recording.record(longer)
+    if not isinstance(metric, str):
+        at = target.positions if positions is None else torch.as_tensor(positions)
+        return Followed(recording, metric, at, name_of(metric), target)
+    other = None if contrast is None else given_answer(model, inputs, contrast)
+    function = named_metric(metric, target, other, recording if reference is None else reference)
+    return Followed(recording, function, target.positions, metric, target)
+
+
+def name_of(metric: MetricFunction) -> str:
+    """Return what a function is called."""
+    return getattr(metric, "__name__", type(metric).__name__)
+
+
+def most_probable(recording: Recording) -> Answer:
+    """Return the recorded run's most probable next token, by the mean over its rows."""
+    probability = float32_or_wider(recording.logits()[:, 0]).softmax(dim=-1).mean(dim=0)
+    token = int(probability.argmax())
+    return make_answer(recording.model, [token], recording.inputs.n_pos - 1)
+
+
+def named_metric(
+    name: MetricName, answer: Answer, contrast: Answer | None, reference: Recording
+) -> MetricFunction:
+    """Return the function of a name, of logits at the answer's positions."""
+    if name == "probability":
+        return answer.probability
+    if name == "loss":
+        return lambda logits: -answer.log_probability(logits) / len(answer.tokens)
+    if name == "logit_diff":
+        return Measure(answer, contrast).logit_difference
+    clean = reference.logits(answer.positions[:1])[:, 0]
+    return Measure(answer, clean=clean).kl

@@ -1,0 +1,250 @@
+"""Ablation scans against plain runs of every part, and against formulas."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_models import any_family, picture, small_inputs, worded_model
+from torch import Tensor
+
+from mmlens import Scan, ablation_scan, attention_knockout
+from mmlens.analyses.image_regions import named_regions
+from mmlens.interventions.functions import knockout
+from mmlens.utils.statistics import bootstrap_mean
+
+
+def case(seed: int, images: tuple[int, ...] = (1,), **choices: Any) -> tuple[Any, Any]:
+    """A model in float64, and a prompt."""
+    model = any_family(seed, n_layers=3, **choices).double()
+    inputs = small_inputs(model, seed, images=images)
+    return model, model.inputs_from_tokens(inputs.tokens, inputs.pixel_values.double())
+
+
+def probability(model: Any, inputs: Any, hooks: list[Any], token: int) -> float:
+    """P of a token after a plain run with hooks."""
+    logits = model.run_with_hooks(inputs, fwd_hooks=hooks)
+    return float(logits[0, -1].softmax(-1)[token])
+
+
+def ablated(name: str, positions: list[int], units: Any, value: Any = 0.0) -> tuple[str, Any]:
+    """A plain hook that sets units at positions."""
+
+    def hook(x: Tensor, hook: Any) -> Tensor:
+        for at in positions:
+            if units is None:
+                x[:, at] = value
+            else:
+                x[:, at, units] = value
+        return x
+
+    return name, hook
+
+
+def test_heads_and_neurons_and_layers(seed: int) -> None:
+    model, inputs = case(seed)
+    last, token = inputs.n_pos - 1, random.randrange(2, 50)
+    at = [last, last - 1]
+    heads = ablation_scan(model, inputs, positions=at, answer=token)
+    assert (heads.axes, heads.values.shape) == (("layer", "head"), (3, model.cfg.n_heads))
+    for layer in range(3):
+        for head in range(model.cfg.n_heads):
+            hook = ablated(f"blocks.{layer}.attn.hook_z", at, head)
+            expected = probability(model, inputs, [hook], token)
+            assert float(heads.values[layer, head]) == pytest.approx(expected, abs=1e-8)
+    assert heads.baseline == pytest.approx(probability(model, inputs, [], token), abs=1e-8)
+
+    layers = ablation_scan(model, inputs, "layers", positions="last", answer=token)
+    assert (layers.axes, layers.site) == (("layer",), "attn_out, mlp_out")
+    for layer in range(3):
+        parts = [f"blocks.{layer}.hook_{site}" for site in ("attn_out", "mlp_out")]
+        hooks = [ablated(name, [last], None) for name in parts]
+        expected = probability(model, inputs, hooks, token)
+        assert float(layers.values[layer]) == pytest.approx(expected, abs=1e-8)
+    mlps = ablation_scan(model, inputs, "layers", site="mlp_out", layers=[2], answer=token)
+    everywhere = list(range(inputs.n_pos))
+    hook = ablated("blocks.2.hook_mlp_out", everywhere, None)
+    expected = probability(model, inputs, [hook], token)
+    assert float(mlps.values[0]) == pytest.approx(expected, abs=1e-8)
+
+    neurons = ablation_scan(
+        model, inputs, "neurons", layers=[1], positions="last", answer=token, size=7
+    )
+    n = model.cfg.d_mlp
+    groups = [(begin, min(begin + 7, n)) for begin in range(0, n, 7)]
+    assert neurons.coordinates == ((1,), tuple(f"{a}-{b - 1}" for a, b in groups))
+    for (a, b), value in zip(groups, neurons.values[0].tolist(), strict=True):
+        hook = ablated("blocks.1.mlp.hook_post", [last], slice(a, b))
+        assert value == pytest.approx(probability(model, inputs, [hook], token), abs=1e-8)
+
+
+def test_by_means_and_other_prompts(seed: int) -> None:
+    model, inputs = case(seed)
+    others = [case(seed)[1]]
+    tokens = inputs.tokens.clone()
+    tokens[0, -2:] = torch.tensor([17, 23])
+    tokens = torch.where(inputs.is_image, inputs.tokens, tokens)
+    others.append(model.inputs_from_tokens(tokens, inputs.pixel_values))
+    token, last, name = 5, inputs.n_pos - 1, "blocks.1.attn.hook_z"
+    found = ablation_scan(
+        model, inputs, by="mean", layers=[1], positions="last", answer=token, references=others
+    )
+    kept = [model.run_with_cache(each, names_filter=name)[1][name] for each in others]
+    mean = torch.cat(kept).mean(dim=(0, 1))
+    for head in range(model.cfg.n_heads):
+        hook = ablated(name, [last], head, mean[head])
+        expected = probability(model, inputs, [hook], token)
+        assert float(found.values[0, head]) == pytest.approx(expected, abs=1e-8)
+    drawn = ablation_scan(
+        model, inputs, by="resample", layers=[1], positions="last", answer=token,
+        references=others, seed=seed % 7,
+    )  # fmt: skip
+    for head in range(model.cfg.n_heads):
+        hooks = [ablated(name, [last], head, each[:, last, head]) for each in kept]
+        expected = [probability(model, inputs, [hook], token) for hook in hooks]
+        assert min(abs(float(drawn.values[0, head]) - each) for each in expected) < 1e-8
+    with pytest.raises(ValueError, match="give references"):
+        ablation_scan(model, inputs, by="mean")
+
+
+def test_by_a_function_is_knockout_of_one_head(seed: int) -> None:
+    model, inputs = case(seed)
+    image = inputs.span("image")
+    scan = ablation_scan(
+        model, inputs, "heads", knockout(image), site="attn_scores", positions="last", answer=7
+    )
+    assert scan.by == "knocked_out"
+    layer, head = random.randrange(3), random.randrange(model.cfg.n_heads)
+    one = attention_knockout(model, inputs, "image", "last", layers=[layer], heads=[head], answer=7)
+    assert float(scan.values[layer, head]) == pytest.approx(float(one.probability[0]), abs=1e-9)
+    both = attention_knockout(
+        model, inputs, "image", "last", layers=[1], window=3, heads={0: [head], 2: [0]}, answer=7
+    )
+
+    def cut(scores: Tensor, hook: Any) -> Tensor:
+        chosen = head if hook.name.startswith("blocks.0") else 0
+        for key in image.tolist():
+            scores[:, chosen, -1, key] = -torch.inf
+        return scores
+
+    hooks = [(f"blocks.{i}.attn.hook_attn_scores", cut) for i in (0, 2)]
+    expected = probability(model, inputs, hooks, 7)
+    assert float(both.probability[0]) == pytest.approx(expected, abs=1e-8)
+    assert both.metadata["heads"] == {"0": [head], "2": [0]}
+
+
+def test_a_data_set_by_role(seed: int) -> None:
+    """Means over prompts, with the bootstrap's intervals; what a prompt lacks does not count."""
+    model, _ = case(seed)
+    prompts = []
+    for number, n_words in enumerate((4, 6, 5)):
+        inputs = small_inputs(model, seed + number, words=(n_words,))
+        prompts.append(model.inputs_from_tokens(inputs.tokens, inputs.pixel_values.double()))
+
+    def roles(inputs: Any) -> dict[str, Any]:
+        found = {"image": inputs.span("image"), "last": [inputs.n_pos - 1]}
+        return found if inputs is not prompts[1] else {"last": found["last"]}
+
+    answers, labels = [5, 9, 11], ["a", "b", "a"]
+    scan = ablation_scan(
+        model, prompts, "heads", positions=roles, answer=answers, clusters=labels, layers=[2]
+    )
+    each = [
+        ablation_scan(model, prompt, "heads", positions=roles, answer=answer, layers=[2])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    assert scan.axes == ("role", "layer", "head")
+    assert scan.coordinates[0] == ("image", "last")
+    effects = torch.full((3, 2, 1, model.cfg.n_heads), torch.nan, dtype=torch.double)
+    effects[:, 1] = torch.stack([one.effect[-1] for one in each])
+    effects[[0, 2], 0] = torch.stack([each[i].effect[0] for i in (0, 2)])
+    mean, low, high = bootstrap_mean(effects, labels)
+    assert torch.allclose(scan.effect, mean, atol=1e-9)
+    assert torch.allclose(scan.low, low, atol=1e-9, equal_nan=True)
+    assert torch.allclose(scan.high, high, atol=1e-9, equal_nan=True)
+    assert scan.baseline == pytest.approx(sum(one.baseline for one in each) / 3)
+    assert list(scan.to_dataframe().columns) == [
+        "role", "layer", "head", "value", "effect", "low", "high",
+    ]  # fmt: skip
+
+
+def test_regions(seed: int, tmp_path: Any) -> None:
+    model, inputs = case(seed)
+    rows, columns = inputs.images[0].grids[0]
+    token, image = 5, inputs.span("image").tolist()
+    scan = ablation_scan(
+        model, inputs, "regions", regions=(rows, columns), answer=token, control=2, seed=3
+    )
+    assert (scan.axes, scan.values.shape) == (("row", "column"), (rows, columns))
+    cells = [[int(inputs.patch(i, j))] for i in range(rows) for j in range(columns)]
+    assert [list(region) for region in scan.regions] == cells
+    for cell, value in zip(cells, scan.values.flatten().tolist(), strict=True):
+        hook = ablated("hook_input_embed", cell, None)
+        assert value == pytest.approx(probability(model, inputs, [hook], token), abs=1e-8)
+    # A random control of one patch is one of the other patches.
+    effects = scan.effect.flatten()
+    assert scan.control is not None and scan.control.shape == (len(cells), 2)
+    if len(cells) == len(image):  # without a class token every visual token is a patch
+        for number, drawn in enumerate(scan.control):
+            others = torch.cat([effects[:number], effects[number + 1 :]])
+            assert all(float((others - each).abs().min()) < 1e-8 for each in drawn)
+    by_token = scan.by_token(inputs)
+    assert float(by_token[inputs.images[0].positions.tolist().index(cells[0][0])]) == pytest.approx(
+        float(effects[0]), abs=1e-6
+    )
+    means = ablation_scan(model, inputs, "regions", "mean", regions={"all": image}, answer=token)
+    _, cache = model.run_with_cache(inputs, names_filter="hook_input_embed")
+    mean = cache["hook_input_embed"][0, image].mean(dim=0)
+    hook = ablated("hook_input_embed", image, None, mean)
+    expected = probability(model, inputs, [hook], token)
+    assert float(means.values[0]) == pytest.approx(expected, abs=1e-8)
+    assert means.coordinates == (("all",),)
+    saved = Scan.load(scan.save(tmp_path / "scan.safetensors"))
+    assert torch.equal(saved.values, scan.values)
+    assert saved.regions == scan.regions
+    assert torch.equal(saved.control, scan.control)
+
+
+def test_boxes_and_masks_are_the_same_regions(seed: int) -> None:
+    model = worded_model(seed)
+    inputs = model.prepare("<image> a word", picture(seed))
+    image = inputs.images[0]
+    width, height = image.image.size
+    for _ in range(20):
+        left, top = random.randrange(width - 1), random.randrange(height - 1)
+        box = (left, top, random.randint(left + 1, width), random.randint(top + 1, height))
+        mask = np.zeros((height, width), dtype=bool)
+        mask[box[1] : box[3], box[0] : box[2]] = True
+        _, [by_box, by_mask] = named_regions(inputs, [box, mask])
+        share = {}  # of each cell, in exact pixels
+        for offset, (view, row, column) in enumerate(image.cells.tolist()):
+            if view >= 0:
+                share[image.start + offset] = image.views[view].cell_box(row, column)
+        assert set(by_mask.tolist()) <= set(inputs.span("image").tolist())
+        # Cells have whole pixels here only by chance, so a cell may be rounded in or out of a mask.
+        if all(each == round(each) for cell in share.values() for each in cell):
+            assert by_box.tolist() == by_mask.tolist()
+        assert len(by_mask)
+
+
+def test_what_cannot_be_scanned(seed: int) -> None:
+    model, inputs = case(seed)
+    image = inputs.span("image")
+    for arguments, options, says in [
+        (([],), {}, "no prompts"),
+        ((inputs, "regions"), {"regions": []}, "no regions"),
+        ((inputs, "regions"), {"regions": [[0]]}, "a region is a box"),
+        ((inputs, "regions"), {"regions": [np.ones((2, 2), dtype=bool)]}, r"a mask of \(2, 2\)"),
+        ((inputs, "regions"), {"regions": [image], "control": 1}, "no random control"),
+        ((inputs,), {"layers": [7]}, "among 0"),
+        ((inputs,), {"answer": [1, 2]}, "2 answers for 1 prompts"),
+        (([inputs, inputs], "regions"), {}, "one"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            ablation_scan(model, *arguments, **options)
+    scan = ablation_scan(model, inputs, "layers", positions="last", answer=3)
+    with pytest.raises(ValueError, match="a scan over layers has no visual tokens"):
+        scan.by_token(inputs)

@@ -1,0 +1,81 @@
+"""Sinks are planted and found; what they receive and what cutting them does is by formula."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from small_models import small_inputs, small_model
+from torch import Tensor
+
+from mmlens import AttentionSinks, attention_sinks
+
+
+def with_sinks(seed: int) -> tuple[Any, Any, list[int]]:
+    """A model whose heads all attend to two words and a patch, whose values are short.
+
+    The residual stream is not touched, so which positions these are is said by hooks that stay.
+    """
+    model = small_model(seed, n_layers=3, n_heads=2, n_key_value_heads=2).double()
+    inputs = small_inputs(model, seed, words=(7,))
+    inputs = model.inputs_from_tokens(inputs.tokens, inputs.pixel_values.double())
+    words = (~inputs.is_image[0]).nonzero().flatten().tolist()[:-2]
+    sinks = sorted([random.choice(words[1:]), 0, random.choice(inputs.span("image").tolist())])
+
+    def attend(scores: Tensor, hook: Any) -> Tensor:
+        scores[..., sinks] += 12.0
+        return scores
+
+    def shorten(v: Tensor, hook: Any) -> Tensor:
+        v[:, sinks] *= 1e-3
+        return v
+
+    for layer in range(3):
+        model.add_hook(f"blocks.{layer}.attn.hook_attn_scores", attend)
+        model.add_hook(f"blocks.{layer}.attn.hook_v", shorten)
+    return model, inputs, sinks
+
+
+def test_planted_sinks(seed: int, tmp_path: Any) -> None:
+    model, inputs, sinks = with_sinks(seed)
+    found = attention_sinks(model, inputs, factor=1.2, answer=5, draws=2)
+    assert set(found.sinks) <= set(sinks)
+    assert 0 in found.sinks  # every position attends to the first one
+    assert set(found.visual) == {at for at in found.sinks if inputs.is_image[0, at]}
+    _, cache = model.run_with_cache(inputs)
+    n = inputs.n_pos
+    for layer in range(3):
+        pattern = cache["pattern", layer][0].mean(dim=0)
+        for at in range(n - 1):
+            expected = float(pattern[at + 1 :, at].mean())
+            assert float(found.received[layer, at]) == pytest.approx(expected, abs=1e-6)
+        assert bool(found.received[layer, -1].isnan())
+        norms = cache["v", layer][0].norm(dim=-1).mean(dim=-1)
+        assert torch.allclose(found.value_norms[layer], norms, atol=1e-9)
+        stream = cache["resid_pre", layer][0]
+        massive = stream.abs().amax(-1) / stream.pow(2).mean(-1).sqrt()
+        assert torch.allclose(found.massive[layer], massive, atol=1e-9)
+    largest = {
+        int(cache["resid_pre", i][0, at].abs().argmax()) for i in range(3) for at in found.sinks
+    }
+    assert set(found.dimensions) == largest
+
+    def cut(scores: Tensor, hook: Any) -> Tensor:
+        for query in range(min(found.sinks) + 1, n):
+            if query not in found.sinks:
+                scores[:, :, query, list(found.sinks)] = -torch.inf
+        return scores
+
+    hooks = [(f"blocks.{layer}.attn.hook_attn_scores", cut) for layer in range(3)]
+    with model.hooks(fwd_hooks=hooks, reset_hooks_end=True):
+        expected = float(model(inputs)[0, -1].softmax(-1)[5])
+    assert float(found.values[2]) == pytest.approx(expected, abs=1e-7)
+    assert found.control.shape == (3, 2)
+    saved = AttentionSinks.load(found.save(tmp_path / "sinks.safetensors"))
+    assert saved.sinks == found.sinks
+    table = found.to_dataframe()
+    assert table["sink"].sum() == len(found.sinks)
+    with pytest.raises(ValueError, match="share=0"):
+        attention_sinks(model, inputs, share=0.0)

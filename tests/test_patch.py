@@ -1,0 +1,153 @@
+"""`patch`: metrics of cells, against a plain run of each and the metric's formula in float64."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from typing import Any
+
+import pytest
+import torch
+from small_models import small_inputs, small_model, worded_model
+from torch import Tensor
+
+from mmlens import Intervention, Patched, noise_span, patch
+from mmlens.analyses.metrics import followed
+from mmlens.analyses.targets import given_answer
+from mmlens.interventions.functions import restore, scale, zero
+
+
+def plain_logits(model: Any, inputs: Any, branch: Any) -> Tensor:
+    """[row, pos, d_vocab]"""
+    return model.run_with_hooks(inputs, interventions=branch)
+
+
+def case(seed: int, samples: int = 0) -> tuple[Any, Any]:
+    """A model in float64 and a prompt, perhaps with noise."""
+    model = small_model(seed, n_layers=3).double()
+    inputs = small_inputs(model, seed)
+    pixels = inputs.pixel_values.double()
+    inputs = model.inputs_from_tokens(inputs.tokens, pixels)
+    if samples:
+        inputs = noise_span(model, inputs, "text", samples=samples, seed=seed)
+    return model, inputs
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+@pytest.mark.parametrize("metric", ["probability", "logit_diff", "kl", "loss"])
+def test_named_metrics(metric: Any, samples: int, seed: int) -> None:
+    model, inputs = case(seed, samples)
+    recording, n = model.record(inputs), inputs.n_pos
+    answer, contrast = random.sample(range(2, 50), 2)
+    cells = {
+        (site, layer): [Intervention(site, layer, n - 1, scale(-0.5))]
+        for site in ("mlp_out", "z[0]")
+        for layer in range(3)
+    }
+    del cells["z[0]", 1]
+    options = {"contrast": contrast} if metric == "logit_diff" else {}
+    found = patch(recording, cells, metric, axes=("site", "layer"), answer=answer, **options)
+
+    def measured(logits: Tensor) -> Tensor:
+        log_probs, plain = logits[:, -1].log_softmax(-1), model(inputs)[:, -1].log_softmax(-1)
+        return {
+            "probability": log_probs[:, answer].exp(),
+            "logit_diff": logits[:, -1, answer] - logits[:, -1, contrast],
+            "kl": (plain.exp() * (plain - log_probs)).sum(-1),
+            "loss": -log_probs[:, answer],
+        }[metric].mean()
+
+    base = float(measured(model(inputs)))
+    assert found.baseline == pytest.approx(base, abs=1e-7)
+    assert (found.axes, found.coordinates) == (("site", "layer"), (("mlp_out", "z[0]"), (0, 1, 2)))
+    assert found.values.shape == (2, 3)
+    assert bool(found.values[1, 1].isnan())
+    for (site, layer), branch in cells.items():
+        expected = float(measured(plain_logits(model, inputs, branch)))
+        value = found.values[("mlp_out", "z[0]").index(site), layer]
+        assert float(value) == pytest.approx(expected, abs=1e-7, rel=1e-7)
+    assert float(found.effect[0, 0]) == pytest.approx(float(found.values[0, 0]) - found.baseline)
+    table = found.to_dataframe()
+    assert list(table.columns) == ["site", "layer", "value", "effect"]
+    assert len(table) == len(cells)
+    assert found.metric == metric
+
+
+def test_an_answer_of_several_tokens(seed: int) -> None:
+    """The metric reads where each of its tokens is predicted, after those before."""
+    model = worded_model(seed, n_layers=3).double()
+    inputs = model.prepare("a question")
+    tokens = given_answer(model, inputs, "three tokens").tokens.tolist()
+    assert len(tokens) > 1
+    last = inputs.n_pos - 1
+    cells = {layer: [Intervention("mlp_out", layer, last, zero())] for layer in range(3)}
+    recording = model.record(inputs)
+    found = patch(recording, cells, "probability", answer="three tokens")
+    losses = patch(recording, cells, "loss", answer="three tokens")
+    longer = inputs.append(torch.tensor(tokens[:-1]))
+    for layer, branch in cells.items():
+        log_probs = plain_logits(model, longer, branch)[0].log_softmax(-1)
+        loss = -log_probs[range(last, last + len(tokens)), tokens]
+        assert float(losses.values[layer]) == pytest.approx(float(loss.mean()), abs=1e-7)
+        assert float(found.values[layer]) == pytest.approx(float((-loss.sum()).exp()), abs=1e-9)
+    assert losses.answer == "three tokens"
+
+
+def test_a_function_of_several_numbers(seed: int, tmp_path: Any) -> None:
+    model, inputs = case(seed)
+
+    def two(logits: Tensor) -> Tensor:
+        return torch.stack([logits[:, 0, 3], logits[:, 1, 4]], dim=-1)
+
+    at = [inputs.n_pos - 1, inputs.n_pos - 2]
+    cells = {(layer,): [Intervention("mlp_out", layer, at, zero())] for layer in (2, 0)}
+    recording = model.record(inputs)
+    found = patch(recording, cells, two, positions=at, axes=["layer"])
+    assert found.coordinates == ((2, 0),)
+    for index, branch in enumerate(cells.values()):
+        logits = plain_logits(model, inputs, branch)[0]
+        assert torch.allclose(
+            found.values[index], torch.stack([logits[at[0], 3], logits[at[1], 4]])
+        )
+    assert found.metric == "two"
+    assert isinstance(found.baseline, tuple)
+    assert len(found.to_dataframe()) == 4
+    saved = Patched.load(found.save(tmp_path / "patched.safetensors"))
+    assert torch.equal(saved.values, found.values)
+    assert (saved.baseline, saved.coordinates) == (found.baseline, found.coordinates)
+    assert torch.equal(saved.effect, found.effect)
+
+
+def test_the_reference_of_kl(seed: int) -> None:
+    """Restoring everything of another run leaves nothing of the divergence from it."""
+    model, inputs = case(seed)
+    tokens = inputs.tokens.clone()
+    tokens[:, -2] = 2 + (tokens[:, -2] + 11) % 50
+    tokens = torch.where(inputs.is_image, inputs.tokens, tokens)
+    other = model.inputs_from_tokens(tokens, inputs.pixel_values)
+    clean = model.record(inputs, sites=[("resid_post", range(3))])
+    back = [Intervention("resid_post", 1, range(inputs.n_pos), restore(clean.cache))]
+    none = [Intervention("resid_post", 1, 0, scale(1.0))]
+    found = patch(model.record(other), {"back": back, "none": none}, "kl", reference=clean)
+    assert float(found.values[0]) == pytest.approx(0.0, abs=1e-9)
+    assert float(found.values[1]) == pytest.approx(found.baseline, abs=1e-9)
+    if not torch.equal(tokens, inputs.tokens):
+        assert found.baseline > 1e-9
+
+
+def test_what_cannot_be_patched(seed: int) -> None:
+    model, inputs = case(seed)
+    recording = model.record(inputs)
+    cell = [Intervention("mlp_out", 0, 1, zero())]
+    unchecked = inspect.unwrap(followed)
+    for make, says in [
+        (lambda: patch(recording, {}), "no cells"),
+        (lambda: patch(recording, {(0, 1): cell, (0,): cell}), "every cell has one for each axis"),
+        (lambda: patch(recording, {(0, 1): cell}, axes=("layer",)), "axes=.*coordinates"),
+        (lambda: patch(recording, {0: cell}, "logit_diff"), "needs contrast"),
+        (lambda: patch(recording, {0: cell}, "kl", contrast=5), "contrast=5 is for"),
+        (lambda: patch(recording, {0: cell}, "kl", positions=[1]), "positions are for a function"),
+        (lambda: unchecked(recording, "accuracy"), "metric='accuracy'; it is 'probability'"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            make()
