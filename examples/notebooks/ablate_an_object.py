@@ -19,8 +19,8 @@ from mmlens import (
     ablation_scan,
     attention_sinks,
     demo_questions,
-    plots,
 )
+from mmlens.plots import overlay
 
 model = HookedMultimodalTransformer.from_pretrained("demo")
 question = next(q for q in demo_questions(relation="capital") if q.subject == "Japan")
@@ -36,7 +36,7 @@ grid = ablation_scan(model, inputs, "regions", "mean", regions=(4, 4), answer=qu
 print(
     f"P({grid.answer.strip()}) = {grid.baseline:.2f}; the worst loss is {float(grid.effect.min()):.2f}"
 )
-plots.overlay(grid.by_token(inputs), inputs, value_title="change of P(answer)")
+overlay(grid.by_token(inputs), inputs, value_title="change of P(answer)")
 
 # %% [markdown]
 # ## An object

@@ -31,11 +31,11 @@ print(
 # %% [markdown]
 # ## Straight to the answer
 #
-# Every head at the last token, one at a time, with the value that it has for the other flag. What is after it
+# Every head of the last twelve layers at the last token, one at a time, with the value that it has for the other flag. What is after it
 # is frozen, so only what it writes to the residual stream itself reaches the logits.
 
 # %%
-heads = [(f"z[{head}]", layer, clean.span("last")) for layer in range(30) for head in range(9)]
+heads = [(f"z[{head}]", layer, clean.span("last")) for layer in range(18, 30) for head in range(9)]
 pair = {"answer": question.answers[0], "contrast": other.answers[0], "metric": "logit_diff"}
 direct = path_patch(model, clean, corrupted, heads, "logits", **pair)
 print(f"logit difference: {direct.baseline:.1f} clean, {direct.corrupted:.1f} with the other flag")
@@ -72,8 +72,8 @@ free.to_dataframe()
 from mmlens.plots import heatmap
 
 heatmap(
-    direct.by_head(),
-    rows=[f"layer {layer}" for layer in range(30)],
+    direct.by_head()[18:],
+    rows=[f"layer {layer}" for layer in range(18, 30)],
     columns=range(9),
     column_title="head",
     value_title="logit difference, change",
