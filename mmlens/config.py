@@ -27,7 +27,7 @@ def check_sizes(config: Any, *names: str, least: int = 1) -> None:
 
 
 def check_cap(name: str, value: Any) -> None:
-    """Raise a ValueError where a softcap is neither None nor a positive number."""
+    """Raise a ValueError where a softcap or a factor is neither None nor a positive number."""
     if value is not None and not (is_finite(value) and value > 0):
         raise ValueError(f"{name}={value!r}; it must be a finite number above 0, or None")
 
@@ -70,6 +70,8 @@ class TransformerConfig(SameForAll):
     post_norms: bool = False
     """What attention and MLP give is normalised once more before it is added to the stream
     ("sandwich norms"; Gemma 2 and 3)."""
+    residual_scale: float = 1.0
+    """What is added to the stream is this many times what attention and MLP give (Granite)."""
     norm_offset: float = 0.0
     """What norms add to their weights: 1 where the checkpoint has weights around 0 (Gemma)."""
     window_size: int | None = None
@@ -99,6 +101,7 @@ class TransformerConfig(SameForAll):
             raise ValueError(f"attn_scale={self.attn_scale!r}; it must be finite, 0 or more")
         self.attn_scale = self.attn_scale or self.d_head**0.5
         check_cap("scores_softcap", self.scores_softcap)
+        check_cap("residual_scale", self.residual_scale)
         if (self.post_norms or self.norm_offset) and self.normalization_type != "RMS":
             raise ValueError("post_norms and norm_offset are of models with RMSNorms")
         if self.post_norms and self.parallel_attn_mlp:
@@ -120,7 +123,7 @@ class TransformerConfig(SameForAll):
     @property
     def changes_outputs(self) -> bool:
         """Whether what attention and MLP give is not what is added to the residual stream."""
-        return self.post_norms
+        return self.post_norms or self.residual_scale != 1.0
 
     @property
     def n_kv_heads(self) -> int:
@@ -331,6 +334,9 @@ class ProjectorConfig:
     """How many first blocks of the decoder get something of the image besides (Qwen3-VL; Meng et
     al. 2024, "DeepStack"). The tower's features are then 1 + `n_deepstack` of `d_in` dimensions
     each: for the visual tokens, and for block 0, 1, ... A connector of its own maps each."""
+    out_scale: float = 1.0
+    """Visual tokens are this many times what the last layer gives (decoders that scale whatever
+    comes in: Granite)."""
     anyres: AnyResConfig | None = None
     """How the tiles of an image are put together; None where an image is one tile."""
 
@@ -368,6 +374,8 @@ class MultimodalConfig(TransformerConfig):
     the whole prompt (PaliGemma); see `mmlens.model.components.attention_rule`."""
     embed_scale: float = 1.0
     """What token embeddings are multiplied by (Gemma: the square root of `d_model`)."""
+    logits_scale: float = 1.0
+    """Logits are this many times the products with `W_U` (Granite)."""
     logits_softcap: float | None = None
     """Logits x are capped to c tanh(x / c) (Gemma 2)."""
     tie_word_embeddings: bool = False
@@ -421,6 +429,7 @@ class MultimodalConfig(TransformerConfig):
             if self.image_token_id >= 2**32:  # as tokenizers number their tokens
                 raise ValueError(f"image_token_id={self.image_token_id}; it must be below 2**32")
         check_cap("logits_softcap", self.logits_softcap)
+        check_cap("logits_scale", self.logits_scale)
         if not is_finite(self.embed_scale):
             raise ValueError(f"embed_scale={self.embed_scale!r}; it must be a finite number")
         if self.attention_blocks not in (None, "image", "prompt"):

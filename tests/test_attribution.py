@@ -32,7 +32,7 @@ TOLERANCE = 1e-4
 PROBABILITY = 1e-5
 
 CHOSEN = ["grouped queries", "one head", "one key-value head", "biases", "class token kept"]
-CHOSEN += ["gemma2", "gemma3"]
+CHOSEN += ["gemma2", "gemma3", "granite, biases"]
 
 
 def hf_contributions(hf, prompts, dtype=torch.float64):

@@ -382,3 +382,11 @@ def test_layers_with_a_window_need_one(seed: int, tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="layer_types has sliding_attention"):
         HookedMultimodalTransformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["residual_multiplier", "logits_scaling"])
+def test_factors_of_granite_that_are_not_positive_are_refused(name: str, tmp_path: Path) -> None:
+    random_language_model(SHAPES["granite"]).save_pretrained(tmp_path)
+    edit_config(tmp_path, **{name: 0.0})
+    with pytest.raises(CheckpointError, match=f"{name} is 0.0; it must be above 0"):
+        HookedMultimodalTransformer.from_pretrained(tmp_path)

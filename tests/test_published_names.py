@@ -175,6 +175,39 @@ ONEVISION: dict[str, Any] = {
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "full",
 }
+GRANITE_VISION: dict[str, Any] = {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "model_type": "llava_next",
+    "image_grid_pinpoints": [[384, 384 * n] for n in range(1, 11)] + [[768, 384], [768, 768]],
+    "image_token_index": 49155,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "attention_bias": False,
+        "attention_multiplier": 0.015625,
+        "bos_token_id": 0,
+        "embedding_multiplier": 12.0,
+        "eos_token_id": 0,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "logits_scaling": 8.0,
+        "max_position_embeddings": 131072,
+        "model_type": "granite",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "pad_token_id": 0,
+        "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 300000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 49156,
+    },
+    "tie_word_embeddings": True,
+    "vision_config": KNOWN[SIGLIP_NAME],
+    "vision_feature_layer": [-24, -20, -12, -1],
+    "vision_feature_select_strategy": "full",
+}
 LLAVA_1_6 = llava_1_5("7B") | {
     "image_aspect_ratio": "anyres",
     "image_grid_pinpoints": PINPOINTS,
@@ -444,6 +477,11 @@ CASES = {
         published.LLAVA_NEXT_MISTRAL,
         [p.format(r"vision_tower\.") for p in CLIP_LEFT_OUT],
         576, 7.55,
+    ),
+    "LLaVA-NeXT, Granite Vision 2B": Case(
+        GRANITE_VISION, published.GRANITE_VISION_2B,
+        [p.format(r"vision_tower\.") for p in SIGLIP_LEFT_OUT[1:]],
+        729, 2.96,
     ),
     "OneVision 0.5B": Case(
         ONEVISION, published.ONEVISION_05B, [r"vision_tower\.post_layernorm\..*"], 729, 0.89

@@ -22,7 +22,7 @@ from mmlens.editing.multedit_settings import MultEditSettings
 from mmlens.interventions.functions import add
 
 TOLERANCE = 1e-4
-NAMES = ["gemma2", "gemma3", "qwen2"]
+NAMES = ["gemma2", "gemma3", "qwen2", "granite", "granite, biases"]
 
 
 def scales_of(norm: Any, x: Tensor) -> Tensor:
@@ -42,6 +42,7 @@ def written_parts(hf: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, dict
     with recorded(dict(hf.named_modules()), seen):
         hf(tokens)
     heads, neurons = [], []
+    times = getattr(hf.config, "residual_multiplier", 1.0)
     for layer, block in enumerate(hf.model.layers):
         there = f"model.layers.{layer}"
         z = seen[f"{there}.self_attn.o_proj:in"][0].double()
@@ -62,8 +63,8 @@ def written_parts(hf: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, dict
                     result = result * factor[:, None]
                 else:
                     result_mlp = result_mlp * factor[:, None]
-        heads.append(result)
-        neurons.append(result_mlp)
+        heads.append(result * times)
+        neurons.append(result_mlp * times)
     last = hf.model.norm
     eps = last.eps if hasattr(last, "eps") else last.variance_epsilon
     x = seen["model.norm:in"][0].double()
@@ -95,14 +96,16 @@ def test_decompositions_equal_the_formula(name: str, seed: int, tmp_path: Path) 
     assert (projected[:, 0] - expected @ read.double() / final[:, 0]).abs().max() < TOLERANCE
     # All of them are the stream, and the parts of a component sum to what it adds.
     for layer in range(n_layers):
-        attn = cache["attn_out", layer][0] - (0 if model.cfg.post_norms else model.b_O[layer])
+        bias = 0 if model.cfg.post_norms else model.cfg.residual_scale * model.b_O[layer]
+        attn = cache["attn_out", layer][0] - bias
         assert (heads[layer].sum(dim=1) - attn).abs().max() < TOLERANCE * model.cfg.n_heads
     whole = cache.get_full_resid_decomposition(expand_neurons=False, return_labels=False)
     assert (whole.sum(dim=0) - cache["resid_post", n_layers - 1]).abs().max() < 10 * TOLERANCE
-    result = cache["blocks.0.attn.hook_result"] if model.cfg.post_norms else None
-    if result is not None:
+    if model.cfg.changes_outputs:
+        result = cache["blocks.0.attn.hook_result"][0].sum(dim=1) + model.b_O[0]
         out = seen["model.layers.0.self_attn:out"][0]
-        assert (result[0].sum(dim=1) - out).abs().max() < TOLERANCE
+        assert (result - out).abs().max() < TOLERANCE
+        assert (cache["blocks.0.attn.hook_out"][0] - out).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,13 +119,17 @@ def test_attributions_equal_the_formula(name: str, seed: int, tmp_path: Path) ->
     found = direct_logit_attribution(model, inputs, token, per_head=True)
     offset = 1.0 if name.startswith("gemma") else 0.0
     read = hf.lm_head.weight[token] * (offset + hf.model.norm.weight) / final
+    read = read / getattr(hf.config, "logits_scaling", 1.0)
     rows = {component: i for i, component in enumerate(found.components)}
     for layer in range(model.cfg.n_layers):
         for head in range(model.cfg.n_heads):
             part = (heads[layer, :, head] * read).sum(dim=-1)
             ours = found.values[rows[f"{layer}.head_{head}"]]
             assert (ours - part).abs().max() < TOLERANCE
-    uncapped = seen["lm_head:out"][0, :, token]
+    uncapped = seen["lm_head:out"][0, :, token] / getattr(hf.config, "logits_scaling", 1.0)
+    lens_of = model.tokens_to_residual_directions(torch.tensor(token))
+    at_end = model.run_with_cache(inputs)[1]["resid_post", -1][0]
+    assert (model.ln_final(at_end) @ lens_of - uncapped).abs().max() < 10 * TOLERANCE
     assert (found.logits - uncapped).abs().max() < TOLERANCE
     assert (found.values.sum(dim=0) - uncapped).abs().max() < 10 * TOLERANCE
     # The lens reads a stream as the model does: with the cap.
@@ -130,6 +137,34 @@ def test_attributions_equal_the_formula(name: str, seed: int, tmp_path: Path) ->
     assert (
         lens.log_probs[-1, :, 0] - model(inputs)[0].log_softmax(-1)[:, token]
     ).abs().max() < 1e-4
+
+
+def test_memit_spreads_a_goal_over_layers_with_a_factor(seed: int) -> None:
+    """As in a model without the factor whose output weights have it instead."""
+    chance = random.Random(seed)
+    model = small_model(seed, n_layers=3, residual_scale=0.4).double()
+    plain = small_model(seed, n_layers=3).double()
+    plain.load_state_dict(model.state_dict())
+    for block in plain.blocks:
+        for part in (block.attn.o, block.mlp.down):
+            for parameter in part.parameters():
+                parameter.data.mul_(0.4)
+    inputs = small_inputs(model, seed, images=(1,), words=(6,))
+    inputs.spans[0]["constraint"] = torch.tensor([int(inputs.span("text")[2])])
+    others = [small_inputs(model, seed + i, images=(1,), words=(9,)) for i in range(1, 9)]
+    target = chance.randrange(4, 40)
+    for layers in ([1], [1, 2]):
+        found = []
+        for each in (model, plain):
+            covariance = key_covariance(each, others, layers)
+            request = EditRequest(inputs, target)
+            options = {"layer": layers, "covariance": covariance, "steps": 3, "weight": 1e-3}
+            edit = memit(each, request, **options)
+            with edit.applied(each), torch.no_grad():
+                found.append(each(inputs)[0, -1])
+        if len(layers) > 1:  # alone, the value is searched before the factor, by other steps
+            assert (found[0] - found[1]).abs().max() < 1e-6
+        assert all(logits.isfinite().all() for logits in found)
 
 
 def behind_a_norm(seed: int) -> tuple[Any, EditRequest, int, int]:

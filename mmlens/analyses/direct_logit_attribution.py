@@ -163,8 +163,8 @@ def reading_direction(
     norm: Any = model.ln_final
     columns = float32_or_wider(model.W_U[:, ids])
     signs = columns.new_tensor([1.0, -1.0][: len(ids)])
-    unembedding = columns @ signs
-    constant = float(float32_or_wider(model.b_U[ids]) @ signs)
+    unembedding = columns @ signs * model.cfg.logits_scale
+    constant = float(float32_or_wider(model.b_U[ids]) @ signs) * model.cfg.logits_scale
     unembedding = unembedding.to(norm.w.device)
     direction = float32_or_wider(norm.w) * unembedding
     if model.cfg.normalization_type == "LN":

@@ -203,6 +203,8 @@ def memit(
         layer: weight * second.double() for layer, second in zip(layers, seconds, strict=True)
     }
     last, site = layers[-1], goal_site(model, layers)
+    # What the stream gets of what an MLP gives.
+    factor = model.cfg.residual_scale if site == "resid_post" else 1.0
     goals = []
     for request in requests:
         names = [hook_name(site, last)]
@@ -217,7 +219,7 @@ def memit(
             found = [record_prompts(model, request, names) for request in requests]
             keys = torch.stack([mean_at_keys(p, "post", each) for p in found], dim=1)
             there = torch.stack([mean_at_keys(p, site, last) for p in found], dim=1)
-            residuals = (goal - there.to(goal)) / (len(layers) - index)
+            residuals = (goal - there.to(goal)) / (len(layers) - index) / factor
             deltas[down_weight(each)] = memit_update(residuals, keys, moments[each])
             if each != last:
                 name = down_weight(each)
@@ -234,12 +236,12 @@ def memit(
 def goal_site(model: HookedMultimodalTransformer, layers: Sequence[int]) -> str:
     """Return where MEMIT's goals are: the stream after the last layer.
 
-    In a model with a norm after the MLP, what the MLP of the one layer gives before it.
+    In a model that changes what the MLP of the one layer gives (a norm, a factor), that before it.
 
     Raises:
         ValueError: several layers of such a model.
     """
-    if not model.cfg.changes_outputs:
+    if not model.cfg.changes_outputs or (len(layers) > 1 and not model.cfg.post_norms):
         return "resid_post"
     if len(layers) > 1:
         raise ValueError(

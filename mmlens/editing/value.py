@@ -112,8 +112,8 @@ class Value:
 def value_site(model: HookedMultimodalTransformer) -> str:
     """Return the site of what the down projection gives, which a closed form solves for.
 
-    Where a norm comes after the MLP (Gemma 2 and 3) it is not what is added to the stream: then the
-    value is searched before that norm, and the search goes through it.
+    Where a norm or a factor comes after the MLP (Gemma 2 and 3, Granite) it is not what is added to
+    the stream: then the value is searched before that, and the search goes through it.
     """
     return "mlp.out" if model.cfg.changes_outputs else "mlp_out"
 

@@ -218,12 +218,15 @@ class TokenMethods(nn.Module):
     ) -> Float[Tensor, "*batch d_model"]:
         """Return the directions in the residual stream that the unembedding reads as `tokens`.
 
-        Columns of `W_U`, on the model's first device. They read what the final norm hands on, so
-        apply it first: `cache.apply_ln_to_stack(stack) @ model.tokens_to_residual_directions(t)`.
+        Columns of `W_U`, times `cfg.logits_scale`, on the model's first device. They read what the
+        final norm hands on, so apply it first:
+        `cache.apply_ln_to_stack(stack) @ model.tokens_to_residual_directions(t)`.
         """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         columns = self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
+        if self.cfg.logits_scale != 1.0:
+            columns = columns * self.cfg.logits_scale
         return columns.to(self.embed.W_E.device)
 
     # What the tokenizer and the config say

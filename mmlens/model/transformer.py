@@ -106,7 +106,9 @@ class HookedMultimodalTransformer(
             for layer in range(cfg.n_layers)
         )
         self.ln_final = make_norm(cfg, cfg.d_model)
-        self.unembed = Unembed(cfg.d_vocab, cfg.d_model, cfg.unembed_bias, cfg.logits_softcap)
+        self.unembed = Unembed(
+            cfg.d_vocab, cfg.d_model, cfg.unembed_bias, cfg.logits_softcap, cfg.logits_scale
+        )
         if cfg.tie_word_embeddings:
             self.unembed.weight = self.embed.W_E
         self.setup()

@@ -108,9 +108,9 @@ class WeightProperties(nn.Module):
         for index in range(self.cfg.n_layers):
             block: Any = self.blocks[index]
             if index < layer or (index == layer and reads_mid):
-                total = total + block.attn.b_O.to(total)
+                total = total + block.written(1, block.attn.b_O).to(total)
             if index < layer and include_mlp_biases:
-                total = total + block.mlp.b_out.to(total)
+                total = total + block.written(2, block.mlp.b_out).to(total)
         return total
 
     # Circuits

@@ -49,6 +49,10 @@ SHAPES = {
     "NeXT, several layers of SigLIP": Shape(
         tower="siglip", select="full", feature_layer=[-4, 1, -1], tied=True
     ),
+    "NeXT, Granite Vision": Shape(
+        decoder="granite", n_heads=4, n_kv_heads=2, d_head=8, d_model=35, tied=True,
+        tower="siglip", select="full", feature_layer=[-4, -3, 1, -1],
+    ),
     "OneVision": Shape(
         decoder="qwen2", n_heads=5, n_kv_heads=1, d_head=8, d_model=35, tower="siglip",
         select="full", feature_layer=-1, tied=True,

@@ -14,6 +14,7 @@ from transformers.models.gemma import modeling_gemma
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.granite import modeling_granite
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.phi import modeling_phi
@@ -28,6 +29,7 @@ SOURCES = {
     "qwen3": modeling_qwen3,
     "phi": modeling_phi,
     "gpt_neox": modeling_gpt_neox,
+    "granite": modeling_granite,
     "gemma": modeling_gemma,
     "gemma2": modeling_gemma2,
     "gemma3_text": modeling_gemma3,
@@ -173,6 +175,13 @@ def decoder_activations(hf: nn.Module, prefix: str, seen: dict[str, Tensor]) -> 
                 norm, x = f"{which}_norm", by_head(seen[f"{there}.self_attn.{which}_proj:out"])
                 part = getattr(block.self_attn, norm)
                 found |= norm_activations(f"{here}.attn.{norm}", part, x)
+        if decoder.config.model_type == "granite":
+            for part, out in (("attn", "attn_out"), ("mlp", "mlp_out")):
+                given = found[f"{here}.hook_{out}"]
+                found[f"{here}.{part}.hook_out"] = given
+                found[f"{here}.hook_{out}"] = given * decoder.config.residual_multiplier
+    if decoder.config.model_type == "granite":
+        found["hook_embed"] = found["hook_embed"] * decoder.config.embedding_multiplier
     return found
 
 
@@ -284,6 +293,9 @@ def hf_activations(hf: nn.Module, prompts: Prompts, tower_layers: int) -> tuple[
         found |= tower_activations(hf, tower_layers, seen)
         if hasattr(hf.config, "image_grid_pinpoints"):  # what the tiles are put together to
             found["projector.hook_out"] = torch.cat(list(output.image_outputs.pooler_output))[None]
+        if text.model_type == "granite":  # it scales whatever comes in
+            scaled = found["projector.hook_out"] * text.embedding_multiplier
+            found["projector.hook_out"] = scaled
         for layer, attended in enumerate(in_tower[:tower_layers]):
             prefix = f"vision.blocks.{layer}.attn"
             found |= attention_activations(prefix, *attended, rotary=False)

@@ -352,6 +352,22 @@ multi_modal_projector.linear_{{1,2}}.bias [{width}]
     return decoder + put_under("vision_tower.", tower) + connector
 
 
+# ibm-granite/granite-vision-3.x-2b: LLaVA-NeXT, with four layers of SigLIP side by side.
+GRANITE_VISION_2B = (
+    INTERNVL_TEXT.format(
+        vocab=49156, width=2048, queries=2048, keys=512, mlp=8192, last=39
+    ).replace("language_model.lm_head.weight [49156, 2048]\n", "")
+    + "image_newline [2048]\n"
+    + put_under("vision_tower.", SIGLIP)
+    + PROJECTOR.format(
+        first="multi_modal_projector.linear_1",
+        second="multi_modal_projector.linear_2",
+        vision=4608,
+        width=2048,
+    )
+)
+
+
 def expand(lines: str) -> dict[str, tuple[int, ...]]:
     """Every name, with its shape."""
     shapes = {}

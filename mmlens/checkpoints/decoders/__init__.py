@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from mmlens.checkpoints.decoders.gemma import GEMMA, GEMMA_2, GEMMA_3
 from mmlens.checkpoints.decoders.gpt_neox import GPT_NEOX
+from mmlens.checkpoints.decoders.granite import GRANITE
 from mmlens.checkpoints.decoders.llama import LLAMA
 from mmlens.checkpoints.decoders.phi import PHI
 from mmlens.checkpoints.decoders.qwen_vl import QWEN_VL
@@ -31,6 +32,7 @@ DECODERS = {
     "gemma": GEMMA,
     "gemma2": GEMMA_2,
     "gemma3_text": GEMMA_3,
+    "granite": GRANITE,
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), QWEN_VL),
 }
 

@@ -65,6 +65,7 @@ def model_config(
     hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     text, vision = hf.text_config, hf.vision_config
     taken = vision_config(vision, hf.vision_feature_layer, hf.vision_feature_select_strategy)
+    fields = decoder_fields(text) | {"tie_word_embeddings": hf.tie_word_embeddings}
     projector = ProjectorConfig(
         d_in=vision.hidden_size * len(taken.feature_layers),
         d_hidden=text.hidden_size,
@@ -72,10 +73,12 @@ def model_config(
         act_fn=known_activation(hf.projector_hidden_act, "projector_hidden_act"),
         bias=hf.multimodal_projector_bias,
         anyres=None if tiles is None else tiles(hf, taken),
+        # Granite scales whatever comes in, visual tokens too; Gemma its own embeddings alone.
+        out_scale=fields["embed_scale"] if text.model_type == "granite" else 1.0,
     )
-    fields = decoder_fields(text) | {"tie_word_embeddings": hf.tie_word_embeddings}
     fields["eos_token_ids"] = generation_ends(folder, fields["eos_token_ids"])
-    fields["logits_softcap"] = None  # transformers' LLaVA caps no logits, whatever its decoder does
+    # transformers' LLaVA caps and scales no logits, whatever its decoder does.
+    fields |= {"logits_softcap": None, "logits_scale": 1.0}
     # Phi's output layer has a bias; transformers' LLaVA kept it in its first two layouts only.
     fields["unembed_bias"] = fields.get("unembed_bias", False) and has_tensor(
         folder, r"(language_model\.)?lm_head\.bias"

@@ -3,7 +3,7 @@
 Decoder, tower, projector, prompt and names are those of `hf_llava.py`. An image is seen whole and
 in tiles of the tower's size, with a learnt embedding (`image_newline`) at the end of every line;
 see `mmlens.inputs.layouts.anyres`. The tower may be SigLIP, and several of its layers be taken, as
-in Granite Vision, whose decoder (`granite`) is not built here.
+in Granite Vision.
 
 Source: transformers, `models/llava_next/modeling_llava_next.py`, `processing_llava_next.py`.
 """

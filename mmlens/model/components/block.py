@@ -143,7 +143,7 @@ class TransformerBlock(nn.Module):
             out = (self.ln1_post if part == 1 else self.ln2_post)(out)
         if self.layer_scale:
             out = out * (self.ls_1 if part == 1 else self.ls_2)
-        return out
+        return out if self.cfg.residual_scale == 1.0 else out * self.cfg.residual_scale
 
     def written(
         self, part: Literal[1, 2], vectors: Float[Tensor, "*any d_model"]
@@ -158,7 +158,7 @@ class TransformerBlock(nn.Module):
             wide = wide * (self.ln1_post if part == 1 else self.ln2_post).w.to(wide)
         if self.layer_scale:
             wide = wide * (self.ls_1 if part == 1 else self.ls_2).to(wide)
-        return wide
+        return wide * self.cfg.residual_scale
 
     def inputs_by_head(
         self, resid: Residual, normalized: Residual, past: Past

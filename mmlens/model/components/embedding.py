@@ -27,14 +27,20 @@ class Embed(nn.Module):
 class Unembed(nn.Module):
     """The output projection; `weight` may be the embedding's own parameter.
 
-    With a `softcap` c, a product x becomes the logit c tanh(x / c).
+    Products with it are multiplied by `scale`. With a `softcap` c, such a product x becomes the
+    logit c tanh(x / c).
     """
 
     def __init__(
-        self, d_vocab: int, d_model: int, bias: bool = False, softcap: float | None = None
+        self,
+        d_vocab: int,
+        d_model: int,
+        bias: bool = False,
+        softcap: float | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.softcap = softcap
+        self.softcap, self.scale = softcap, scale
         self.weight = nn.Parameter(torch.empty(d_vocab, d_model).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(d_vocab)) if bias else None
 
@@ -54,7 +60,8 @@ class Unembed(nn.Module):
         if tokens is not None:
             tokens = tokens.to(weight.device)
             weight, bias = weight[tokens], None if bias is None else bias[tokens]
-        return F.linear(resid, weight, bias)
+        products = F.linear(resid, weight, bias)
+        return products if self.scale == 1.0 else products * self.scale
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

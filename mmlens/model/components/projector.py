@@ -116,12 +116,13 @@ class Projector(nn.Module):
             post = self.act(self.get_submodule(numbered("hook_pre", layer))(pre))
             x = self.get_submodule(numbered("hook_post", layer))(post)
         x = self.get_submodule(f"linear_{cfg.n_layers}")(x)
-        if visual.axis:  # a run is one row
-            return self.hook_out(x)
-        by_run = x.unflatten(0, (-1, len(visual["pixel_values"])))
-        if self.line_ends is not None:
-            return self.hook_out(self.line_ends(by_run, visual))
-        return self.hook_out(by_run.flatten(1, 2))
+        if visual.axis == 0:  # else a run is one row
+            by_run = x.unflatten(0, (-1, len(visual["pixel_values"])))
+            if self.line_ends is not None:
+                x = self.line_ends(by_run, visual)
+            else:
+                x = by_run.flatten(1, 2)
+        return self.hook_out(x if cfg.out_scale == 1.0 else x * cfg.out_scale)
 
     def put_together(
         self, features: Float[Tensor, "row feature d_in"], visual: Visual
