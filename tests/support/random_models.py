@@ -278,8 +278,9 @@ def in_dtype(hf: Any, dtype: torch.dtype) -> Any:
 @torch.no_grad()
 def enliven(model: Any) -> Any:
     """Redraw every weight, so that activations stay of order 1 and attention picks its keys."""
-    text = model.config.get_text_config()
-    offset = 1.0 if text.model_type.startswith("gemma") else 0.0
+    config = getattr(model, "config", None)  # parts of a model have none
+    is_gemma = config is not None and config.get_text_config().model_type.startswith("gemma")
+    offset = 1.0 if is_gemma else 0.0
     for name, weight in model.named_parameters():
         if "norm" in name or "layrnorm" in name:
             in_tower = "vision" in name
