@@ -9,7 +9,8 @@ from mmlens.data.metrics import answer_alone
     "said, answer",
     [
         (" Nairobi. The flag of", "Nairobi"),
-        ("Nairobi", "Nairobi"),
+        ("Nairobi, which is", "Nairobi, which is"),
+        ("Nairobi,", "Nairobi"),
         ("Yes, it is!\nQ: what", "Yes, it is"),
         ("Rome?", "Rome"),
         ("St. John's. It lies", "St. John's"),

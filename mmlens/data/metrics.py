@@ -75,7 +75,7 @@ def answer_alone(continuation: str) -> str:
         >>> answer_alone("Nairobi. The flag of"), answer_alone("St. John's, on the island")
         ('Nairobi', "St. John's, on the island")
     """
-    return SENTENCE_END.split(continuation.strip(), maxsplit=1)[0].strip()
+    return SENTENCE_END.split(continuation.strip(), maxsplit=1)[0].strip(" ,;:")
 
 
 def is_right(continuation: str, answers: Sequence[str]) -> bool:
