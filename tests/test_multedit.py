@@ -20,7 +20,15 @@ from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import add
 from mmlens.interventions.intervention import hook_name
 
-ONE_KEY = MultEditSettings(positions="last", through_update=False, uses_references=False, lr=0.5)
+ONE_KEY = MultEditSettings(
+    positions="last",
+    through_update=False,
+    uses_references=False,
+    lr=0.5,
+    ridge=0.0,
+    weight=1.0,
+    neighbour_weight=1.0,
+)
 """One key of each prompt, and nothing else: what is tested here piece by piece."""
 SEEDS = st.integers(0, 2**31 - 1)
 LAMBDAS = st.sampled_from([1e-3, 0.01, 0.5, 4.0, 300.0])
@@ -415,7 +423,7 @@ def test_every_position_gets_its_share_of_delta(seed):
         assert torch.equal(weight, before[name])
     chosen = replace(ONE_KEY, **options)
     part = keyed(model, request, layer, chosen)
-    system = LeastSquares([part.keys], chosen.lam, part.kept)
+    system = LeastSquares([part.keys], chosen.lam, torch.cat([part.kept, part.near], dim=1))
     value = value_of(model, part, system, layer, chosen)
     [row] = system.rows
     for inputs in (*request.prompts, *request.neighbours):

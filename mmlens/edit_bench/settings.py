@@ -18,8 +18,8 @@ ONE_LAYER = ("multedit", "rome")
 """Methods that edit one layer, and no more together."""
 EVERYWHERE = "all"
 """Of `multedit`: a key and a value at every position."""
-SPREAD = ("words", EVERYWHERE)
-"""Of `multedit`: at every word, or at every position."""
+SPREAD = ("answer", "words", EVERYWHERE)
+"""Of `multedit`: where the answer is computed, at every word, or at every position."""
 DEPTH = 2 / 32
 """Which layer is edited by default, as a share: the paper's is 2 of 32."""
 
@@ -38,7 +38,8 @@ class BenchSettings:
     methods: tuple[str, ...] = ("multedit",)
     """Names of `METHODS`; NAME@2, NAME@2-4, NAME@all say which layers are edited together,
     NAME-last@23 that the key is at the last token of another span than the constraint, and
-    multedit-all@17 that there is one at every position, multedit-words@20 at every word."""
+    multedit-all@17 that there is one at every position, multedit-words@20 at every word,
+    multedit-answer@26 where the answer is computed."""
     layers: tuple[int, ...] | None = None
     """For methods without an @: each of these layers by itself; by default 2 of 32, in
     proportion."""

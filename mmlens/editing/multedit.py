@@ -106,19 +106,23 @@ def multedit(
     chosen = replace(settings or MultEditSettings(), **changes)
     requests = as_requests(inputs, target, subject)
     layer = chosen.layer_of(model) if layer is None else one_layer(model, layer)
-    known = told(model, requests, layer, references if chosen.uses_references else None)
+    at_end = chosen.positions == "answer"
+    known = told(model, requests, layer, references if chosen.uses_references else None, at_end)
     each = [keyed(model, request, layer, chosen) for request in known.requests]
     edited = torch.cat([part.keys for part in each], dim=1)
-    every = [part.kept for part in each] + [keys.to(edited) for keys in known.keys]
+    every = [(part.kept, 1.0) for part in each]
+    every += [(part.near, chosen.neighbour_weight) for part in each]
+    every += [(keys, 1.0) for keys in (*known.keys, *([] if kept is None else [kept]))]
     if chosen.keeps_edits:
-        every += [keys.to(edited) for keys in earlier_keys(model, layer)]
-    every += [] if kept is None else [kept.to(edited)]
-    every_kept = unlike(torch.cat(every, dim=1), edited)
-    systems = [LeastSquares(p.of_values, chosen.lam, every_kept, chosen.weight) for p in each]
+        every += [(keys, chosen.weight) for keys in earlier_keys(model, layer)]
+    # Keys of an equation's weight are longer by its root.
+    every_kept = torch.cat([unlike(keys.to(edited), edited) * w**0.5 for keys, w in every], dim=1)
+    lam = chosen.lam + chosen.ridge * float(edited.float().square().sum(dim=0).mean())
+    systems = [LeastSquares(p.of_values, lam, every_kept, chosen.weight) for p in each]
     values = [value_of(model, *pair, layer, chosen) for pair in zip(each, systems, strict=True)]
     if len(each) > 1:
         keys = [key for part in each for key in part.of_values]
-        systems = [LeastSquares(keys, chosen.lam, every_kept, chosen.weight)]
+        systems = [LeastSquares(keys, lam, every_kept, chosen.weight)]
     delta = systems[0].update(torch.cat([value.delta for value in values]).T)
     return Edit.of(
         model,
@@ -148,8 +152,11 @@ def told(
     requests: Sequence[EditRequest],
     layer: int,
     references: Any,
+    at_end: bool = False,
 ) -> Told:
     """Return requests with references as neighbours, the written question as a key prompt.
+
+    `at_end` says that the keys of references are those at their last tokens alone.
 
     Without a tokenizer or the prompt's text there are no shipped references, and a warning says so.
     """
@@ -173,7 +180,7 @@ def told(
         neighbours = (*request.neighbours, *(each.inputs for each in about))
         further = (*request.key_prompts, *([] if written is None else [written]))
         complete.append(replace(request, key_prompts=further, neighbours=neighbours))
-        keys.append(reference_keys(model, request, found.kept, layer))
+        keys.append(reference_keys(model, request, found.kept, layer, at_end=at_end))
     used = {name: sum(each.metadata[name] for each in keys) for name in COSTS}
     n_keys = sum(each.keys.shape[1] for each in keys)
     return Told(
@@ -276,7 +283,9 @@ class Keyed:
     keys: Keys
     """That get new values."""
     kept: Keys
-    """That keep theirs."""
+    """Of the same prompts, that keep theirs."""
+    near: Keys
+    """Of neighbours, that keep theirs."""
 
     @property
     def of_values(self) -> list[Keys]:
@@ -310,9 +319,12 @@ def keyed(
     if settings.kl_weight or settings.preserve in ("neighbours", "both"):
         like = [prompt.recording for prompt in prompts]
         neighbours = record_neighbours(model, request, names, like)
+    near = [edited[:, :0]]
     if settings.preserve in ("neighbours", "both"):
-        kept += [each.cache[names[0]][0].T for each in neighbours]
-    return Keyed(prompts, neighbours, edited, unlike(torch.cat(kept, dim=1), keys))
+        begin = -1 if everywhere == "answer" else 0
+        near += [each.cache[names[0]][0, begin:].T for each in neighbours]
+    kept_keys, near_keys = (unlike(torch.cat(each, dim=1), keys) for each in (kept, near))
+    return Keyed(prompts, neighbours, edited, kept_keys, near_keys)
 
 
 def value_of(

@@ -24,18 +24,25 @@ class MultEditSettings(ValueSettings):
     steps: int = 60
     lam: float = 0.01
     """Weight of |W - W0|^2."""
-    weight: float = 1.0
-    """Of an edited key beside a kept one. Where they are much alike, the edit's value is a
-    compromise of both; the larger this is, the more of it the edit gets, and the others as well."""
+    ridge: float = 0.1
+    """Further weight of |W - W0|^2, in units of the edited keys' mean k.k. Keys that are somewhat
+    unlike the kept ones get less of the edit, other wordings of the question more (ridge
+    regression: kept keys are a sample of those that are to stay)."""
+    weight: float = 1000.0
+    """Of an edited key, and of those of earlier edits, beside a kept one. With 1, the edit's value
+    is a compromise where they are much alike; with a large one it is reached."""
+    neighbour_weight: float = 4.0
+    """Of a neighbour's kept key: another question about the image is nearer than a reference."""
     through_update: bool = True
     """Whether the search adds what the solved weight will add to every position, instead of the
     values at their keys: then what it finds is what the edited model gives. A step computes the
     whole prompt."""
-    positions: Literal["last", "words", "all"] = "words"
-    """Where the keys are: at every word of each prompt, each with a value of its own, so that
-    little is added anywhere; at every position but BOS, the image's included, which other questions
-    about the image attend to as well; or at the last token of the request's span, as in the paper.
-    """
+    positions: Literal["last", "answer", "words", "all"] = "answer"
+    """Where the keys are. "answer": where each token of the answer is computed, at the prompt's
+    last token and at the target's (but its last), each with a value of its own; there the image and
+    the question have been read, whatever its words are. "words": at every word. "all": at every
+    position but BOS, the image's included, which other questions about the image attend to as well.
+    "last": at the last token of the request's span, as in the paper."""
     key: Literal["mean", "each"] = "each"
     """With several prompts: their mean is the key, or each is one and all get the value."""
     preserve: Literal["nothing", "prompts", "neighbours", "both"] = "both"
@@ -46,19 +53,26 @@ class MultEditSettings(ValueSettings):
     where the subject is known."""
     keeps_edits: bool = True
     """Whether the keys of edits that the model has keep their values."""
-    depth: float = 20 / 30
+    depth: float = 26 / 30
     """Which layer is edited where none is named, as a share of the layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lam < 0:
             raise ValueError(f"lam={self.lam}; it is 0 or more")
-        if self.weight <= 0:
-            raise ValueError(f"weight={self.weight}; it must be positive")
+        if self.ridge < 0:
+            raise ValueError(f"ridge={self.ridge}; it is 0 or more")
+        if self.weight <= 0 or self.neighbour_weight <= 0:
+            raise ValueError(
+                f"weight={self.weight}, neighbour_weight={self.neighbour_weight}: both must be "
+                "positive"
+            )
         if not 0 <= self.depth <= 1:
             raise ValueError(f"depth={self.depth}; it is a share of the layers, from 0 to 1")
-        if self.positions not in ("last", "words", "all"):
-            raise ValueError(f"positions={self.positions!r}; they are 'last', 'words' or 'all'")
+        if self.positions not in ("last", "answer", "words", "all"):
+            raise ValueError(
+                f"positions={self.positions!r}; they are 'last', 'answer', 'words' or 'all'"
+            )
         if self.key not in ("mean", "each"):
             raise ValueError(f"key={self.key!r}; it is 'mean' or 'each'")
         if self.positions != "last" and self.key == "mean":
@@ -87,6 +101,9 @@ class MultEditSettings(ValueSettings):
             "steps": 10,
             "clamp": None,
             "first_token_only": True,
+            "ridge": 0.0,
+            "weight": 1.0,
+            "neighbour_weight": 1.0,
             "through_update": False,
             "positions": "last",
             "preserve": "nothing",

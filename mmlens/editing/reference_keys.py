@@ -64,7 +64,12 @@ class ReferenceKeys(SavedResult):
 
 
 def reference_keys(
-    model: HookedMultimodalTransformer, request: EditRequest, kept: References, layer: int
+    model: HookedMultimodalTransformer,
+    request: EditRequest,
+    kept: References,
+    layer: int,
+    *,
+    at_end: bool = False,
 ) -> ReferenceKeys:
     """Return the keys of references but for those about the request's own image.
 
@@ -76,13 +81,14 @@ def reference_keys(
         request: what is edited.
         kept: references that the edit may be told of.
         layer: whose MLP.
+        at_end: whether the keys at their last tokens are wanted, and no others.
 
     Raises:
         OSError: the cache folder cannot be written.
         ValueError: as `References.around`.
     """
     parts = [
-        keys_once(model, kept.around(model, request, kinds), layer)
+        keys_once(model, kept.around(model, request, kinds), layer, at_end=at_end)
         for kinds in ((UNRELATED, TEXT), (SAME_QUESTION,))
     ]
     keys = torch.cat([part.keys.to(model.device) for part in parts], dim=1)
@@ -125,7 +131,11 @@ def all_reference_keys(
 
 
 def keys_once(
-    model: HookedMultimodalTransformer, references: Sequence[Reference], layer: int
+    model: HookedMultimodalTransformer,
+    references: Sequence[Reference],
+    layer: int,
+    *,
+    at_end: bool = False,
 ) -> ReferenceKeys:
     """Return the keys of prompts, from the cache where they are there; else write them to it.
 
@@ -138,13 +148,13 @@ def keys_once(
     seconds, size = 0.0, 0
     for pixels, group in groupby(references, key=lambda reference: pixels_of(reference.inputs)):
         prompts = [reference.inputs for reference in group]
-        asked = str([inputs.tokens.tolist() for inputs in prompts])
+        asked = str([inputs.tokens.tolist() for inputs in prompts]) + " at the end" * at_end
         name = hashlib.sha256(f"{weights} {pixels} {asked}".encode()).hexdigest()
         file = folder / f"{name}.safetensors"
         known = whole(file, model.cfg.d_mlp)
         if known is None:
             began = time.perf_counter()
-            new = keys_at(model, prompts, layer)
+            new = keys_at(model, prompts, layer, at_end=at_end)
             seconds += time.perf_counter() - began
             known = ReferenceKeys(new, fingerprint(new), {"layer": layer})
             known.save(file)
@@ -184,9 +194,15 @@ def make_room(folder: Path) -> None:
 
 @without_gradients
 def keys_at(
-    model: HookedMultimodalTransformer, prompts: Sequence[MultimodalInputs], layer: int
+    model: HookedMultimodalTransformer,
+    prompts: Sequence[MultimodalInputs],
+    layer: int,
+    *,
+    at_end: bool = False,
 ) -> Float[Tensor, "d_mlp _"]:
     """Return the keys of prompts: at every word but BOS, and at some visual tokens of each image.
+
+    Those `at_end` are the ones at the last tokens.
 
     Prompts about one image that come one after the other compute its visual tokens once.
     """
@@ -196,7 +212,8 @@ def keys_at(
         recorded: list[Recording] = []
         for inputs in group:
             [recording] = Recording.of_all(model, [inputs], [name], recorded[:1])
-            found.append(recording.cache[name][0, wanted(recording.inputs, not recorded)])
+            places = [-1] if at_end else wanted(recording.inputs, not recorded)
+            found.append(recording.cache[name][0, places])
             recorded.append(recording)
     if not found:
         return torch.zeros(model.cfg.d_mlp, 0)

@@ -124,13 +124,14 @@ def record_prompts(
     names: Sequence[str],
     *,
     first_token_only: bool = False,
-    everywhere: Literal["words", "all"] | None = None,
+    everywhere: Literal["answer", "words", "all"] | None = None,
 ) -> list[KeyPrompt]:
     """Run a request's prompts, what they have in common once.
 
     Args:
         names: hook points whose activations are kept.
-        everywhere: whether every position but BOS is a key's, or every word.
+        everywhere: whether every position but BOS is a key's, or every word, or those at which the
+            answer's tokens are computed.
     """
     found: list[KeyPrompt] = []
     n_values = 0
@@ -145,9 +146,11 @@ def record_prompts(
         keys, own, first = [request.position(inputs)], (0, 1), 0
         if everywhere is not None:
             keys = list(range(begin, inputs.n_pos))
-            if everywhere == "words":
+            if everywhere != "all":
                 keys = [at for at in keys if not inputs.is_image[0, at]]
                 first = min(keys)
+            if everywhere == "answer":
+                keys = list(answer.positions)
             own = (n_values, n_values + len(keys))
         n_values = own[1]
         found.append(KeyPrompt(recording, answer, keys, own, first))
