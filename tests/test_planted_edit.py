@@ -105,7 +105,7 @@ def first_words(answers: list[str]) -> list[str]:
 def test_the_default_edit_changes_that_fact_alone(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the layer of the fact: other images and words get it, and no other entity's does."""
+    """Other images and words get it, and no other entity's does."""
     monkeypatch.setenv("MMLENS_CACHE", str(tmp_path))
     world = PlantedEdits(seed)
     hold(world.planted, world.planted.steps["tells"].layer)
@@ -117,8 +117,7 @@ def test_the_default_edit_changes_that_fact_alone(
     references = References(images)
     asked = case.question
     inputs = model.prepare(asked.question, asked.image, spans=asked.spans())
-    layer = world.planted.steps["knows"].layer
-    edit = multedit(model, inputs, case.target, layer=layer, references=references)
+    edit = multedit(model, inputs, case.target, references=references)
     check = edit.check().to_dataframe()
     about_others = check[check["image"] != ""]
     assert len(about_others) == len(others)

@@ -9,6 +9,7 @@ import torch
 from small_models import picture, worded_model
 
 from mmlens import Edit, EditRequest, multedit
+from mmlens.analyses.targets import given_answer
 from mmlens.data import VisualQuestion
 from mmlens.data.metrics import answer_alone
 from mmlens.data.reference_pool import (
@@ -212,23 +213,26 @@ def test_keys_are_computed_once(seed: int, own_cache: Path) -> None:
 # The edit
 
 
-def test_references_keep_what_the_layer_gives(seed: int) -> None:
+@pytest.mark.parametrize("positions", ["answer", "words"])
+def test_references_keep_what_the_layer_gives(seed: int, positions: str) -> None:
     """An edit that knows them moves their layer's output far less than one that does not."""
     model = worded_model(seed, n_layers=3, d_mlp=397)
     request, references = a_request(model, seed), some_references(seed, n=3)
     told = references.kept.around(model, request)
-    moved = []
+    brief = {**BRIEF, "layer": 1, "positions": positions}
+    begin, moved = (-1 if positions == "answer" else 1), []
     for given in (references, None):
-        edit = multedit(model, request, layer=1, references=given, lam=1e-6, **BRIEF)
+        edit = multedit(model, request, references=given, lam=1e-6, ridge=0.0, **brief)
         [delta] = edit.deltas.values()
-        keys = torch.cat([plain_keys(model, each.inputs, 1)[1:] for each in told])
+        keys = torch.cat([plain_keys(model, each.inputs, 1)[begin:] for each in told])
         own = plain_keys(model, request.inputs, 1)[1:]
         apart = torch.cdist(keys, own).min(dim=1).values > 0.1 * own.norm(dim=1).max()
         moved.append(float((delta.dense() @ keys[apart].T).norm()))
         assert float((delta.dense() @ own.T).norm()) > 0
     assert moved[0] <= 0.2 * moved[1]
-    used = multedit(model, request, layer=1, references=references, **BRIEF).metadata["references"]
-    assert used["name"] == "mine" and used["keys"] > 20 and used["seconds"] == 0
+    used = multedit(model, request, references=references, **brief).metadata["references"]
+    assert used["name"] == "mine" and used["seconds"] == 0
+    assert used["keys"] == used["prompts"] if positions == "answer" else used["keys"] > 20
 
 
 def test_without_the_prompt_s_text_a_warning_says_what_is_missing(seed: int) -> None:
@@ -276,9 +280,9 @@ def test_the_written_question_is_a_key_prompt(seed: int) -> None:
     given = some_references(seed)
     plain = multedit(model, a_request(model, seed), layer=1, references=given, **BRIEF)
     both = multedit(model, request, layer=1, references=given, **BRIEF)
-    words = written.n_pos - len(written.spans[0].get("bos", []))
+    n_tokens = len(given_answer(model, written, request.target).tokens)
     ranks = [edit.deltas[down_weight(1)].left.shape[1] for edit in (plain, both)]
-    assert ranks[1] == ranks[0] + words
+    assert ranks == [n_tokens, 2 * n_tokens]
 
 
 def test_the_paper_s_edit_is_rank_one(seed: int) -> None:

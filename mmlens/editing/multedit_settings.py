@@ -24,14 +24,14 @@ class MultEditSettings(ValueSettings):
     steps: int = 60
     lam: float = 0.01
     """Weight of |W - W0|^2."""
-    ridge: float = 0.1
+    ridge: float = 0.3
     """Further weight of |W - W0|^2, in units of the edited keys' mean k.k. Keys that are somewhat
     unlike the kept ones get less of the edit, other wordings of the question more (ridge
     regression: kept keys are a sample of those that are to stay)."""
-    weight: float = 1000.0
+    weight: float = 1e6
     """Of an edited key, and of those of earlier edits, beside a kept one. With 1, the edit's value
     is a compromise where they are much alike; with a large one it is reached."""
-    neighbour_weight: float = 4.0
+    neighbour_weight: float = 2.0
     """Of a neighbour's kept key: another question about the image is nearer than a reference."""
     through_update: bool = True
     """Whether the search adds what the solved weight will add to every position, instead of the

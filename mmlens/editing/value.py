@@ -150,7 +150,7 @@ def record_prompts(
                 keys = [at for at in keys if not inputs.is_image[0, at]]
                 first = min(keys)
             if everywhere == "answer":
-                keys = list(answer.positions)
+                keys = answer.positions.tolist()
             own = (n_values, n_values + len(keys))
         n_values = own[1]
         found.append(KeyPrompt(recording, answer, keys, own, first))
