@@ -113,14 +113,14 @@ def test_the_default_edit_changes_that_fact_alone(
     others = [each for each in range(N_ENTITIES) if each != entity]
     case = world.case(entity)
     # Of three images of each entity two are kept; the third is asked by the check.
-    images = tuple(world.picture(other) for other in others for _ in range(3))
+    images = tuple(world.picture(other) for _ in range(8) for other in others for _ in range(3))
     references = References(images)
     asked = case.question
     inputs = model.prepare(asked.question, asked.image, spans=asked.spans())
     edit = multedit(model, inputs, case.target, references=references)
     check = edit.check().to_dataframe()
     about_others = check[check["image"] != ""]
-    assert len(about_others) == len(others)
+    assert len(about_others) == 8 * len(others)
     assert first_words(about_others["before"]) == first_words(about_others["after"])
     assert check["states_target"][0]
     found = evaluate(model, [edit], [case]).to_dataframe()

@@ -307,7 +307,7 @@ def test_the_check_asks_what_was_held_out(seed: int) -> None:
     """Answers are those of `generate`; those whose first sentence is another have changed."""
     model = worded_model(seed, n_layers=3)
     request, references = a_request(model, seed), some_references(seed)
-    edit = multedit(model, request, layer=2, references=references, lr=9.0, steps=4)
+    edit = multedit(model, request, layer=2, references=references, lr=0.5, steps=4)
     edit.apply(model)
     check = edit.check()
     assert edit.is_applied(model)

@@ -20,8 +20,10 @@ class MultEditSettings(ValueSettings):
     The defaults are the best that we know (`docs/editing.md`); `paper` gives the paper's.
     """
 
-    lr: float = 1.0
+    lr: float = 0.05
     steps: int = 60
+    clamp: float | None = 1.0
+    unit: Literal["value", "stream"] = "stream"
     lam: float = 0.01
     """Weight of |W - W0|^2."""
     ridge: float = 0.3
@@ -100,6 +102,7 @@ class MultEditSettings(ValueSettings):
             "lr": 0.1,
             "steps": 10,
             "clamp": None,
+            "unit": "value",
             "first_token_only": True,
             "ridge": 0.0,
             "weight": 1.0,

@@ -45,8 +45,8 @@ __all__ = ["KINDS", "Reference", "References"]
 
 UNRELATED, TEXT = "unrelated", "text"
 KINDS = (SAME_QUESTION, SAME_IMAGE, UNRELATED, TEXT)
-MOST_IMAGES = 48
-"""Of which 32 are kept. Each costs one pass of its visual tokens, once per question."""
+MOST_IMAGES = 96
+"""Of which 64 are kept. Each costs one pass of its visual tokens, once per question."""
 MOST_QUESTIONS = 30
 PER_IMAGE = 4
 """Other questions about each other image."""

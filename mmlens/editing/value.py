@@ -24,11 +24,14 @@ from mmlens.branching.recording import Recording
 from mmlens.editing.request import EditRequest
 from mmlens.interventions.functions import add
 from mmlens.interventions.intervention import Intervention, hook_name
-from mmlens.utils.grad_mode import gradients
+from mmlens.utils.grad_mode import gradients, without_gradients
 from mmlens.utils.temporary import Changes, temporary
 
 if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
+
+SCALE_ERROR = 1 / 32
+"""Of the smallest part of delta that is enough."""
 
 Objective = Callable[[Float[Tensor, "key d_model"]], tuple[Float[Tensor, ""], float]]
 
@@ -43,15 +46,19 @@ class ValueSettings:
 
     lr: float = 0.5
     """Learning rate of Adam; where several positions get a value it is divided by the root of their
-    number, so that a step is as long."""
+    number, so that a step is as long. With `unit="stream"`, the length of a step in that unit."""
     steps: int = 40
     """The most steps."""
     stop_at: float = 0.98
     """Probability of the target at which the optimisation ends (mean over the prompts)."""
     weight_decay: float = 1e-3
-    """Weight of |delta| / |z0|^2 in the loss."""
+    """Weight of |delta| / unit^2 in the loss."""
     clamp: float | None = 8.0
-    """|delta| is at most this times |z0|; None for no limit."""
+    """|delta| is at most this many units; None for no limit."""
+    unit: Literal["value", "stream"] = "value"
+    """|z0|, as in the papers; or the length of the residual stream to which delta is added, which
+    says how much it takes to be heard, also where the layer itself says next to nothing. (Where a
+    norm stands between the two it is |z0|.)"""
     first_token_only: bool = False
     """Whether only the target's first token counts, as in the paper's script; else their joint
     likelihood."""
@@ -63,6 +70,8 @@ class ValueSettings:
             raise ValueError(f"steps={self.steps}, lr={self.lr}: both must be positive")
         if self.clamp is not None and self.clamp <= 0:
             raise ValueError(f"clamp={self.clamp}: nothing would be left of the edit")
+        if self.unit not in ("value", "stream"):
+            raise ValueError(f"unit={self.unit!r}; it is 'value' or 'stream'")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +94,12 @@ class KeyPrompt:
     def at_positions(self, site: str, layer: int) -> Float[Tensor, "key width"]:
         """An activation at the keys' positions."""
         return self.recording.cache[hook_name(site, layer)][0, self.positions]
+
+    def stream_before(self, layer: int) -> Float[Tensor, "key d_model"]:
+        """The residual stream that enters a layer, at the keys' positions."""
+        first = min(self.positions)
+        stream = self.recording.resid_from(layer, first)[0]
+        return stream[[position - first for position in self.positions]]
 
 
 Shares = Float[Tensor, "_ key"]
@@ -186,12 +201,16 @@ def find_value(
     """
     z0 = torch.cat([prompt.at_positions(site, layer) for prompt in prompts])
     z0 = z0.to(torch.promote_types(z0.dtype, torch.float32))
-    size = z0.norm(dim=-1).mean().clamp(min=torch.finfo(z0.dtype).tiny)
+    in_stream = settings.unit == "stream" and site in ("mlp_out", "resid_post")
+    scale = torch.cat([each.stream_before(layer) for each in prompts]).to(z0) if in_stream else z0
+    size = scale.norm(dim=-1).mean().clamp(min=torch.finfo(z0.dtype).tiny)
     objective = value_objective(prompts, site, layer, settings, neighbours, size, shares)
     limit = None if settings.clamp is None else settings.clamp * size
     n_values = max(prompt.values[1] for prompt in prompts)
     delta = torch.zeros_like(z0[:n_values], requires_grad=True)
-    optimiser = torch.optim.Adam([delta], lr=settings.lr / len(delta) ** 0.5)
+    # A step of Adam is about `lr` long in each dimension.
+    rate = settings.lr * float(size) / z0.shape[-1] ** 0.5 if in_stream else settings.lr
+    optimiser = torch.optim.Adam([delta], lr=rate / len(delta) ** 0.5)
     with frozen(model), gradients(True):
         for step in range(settings.steps + 1):
             loss, probability = objective(delta)
@@ -203,7 +222,27 @@ def find_value(
                 with gradients(False):
                     lengths = delta.norm(dim=-1, keepdim=True)
                     delta *= (limit / lengths.clamp(min=limit)).clamp(max=1.0)
-    return Value(delta.detach(), probability, step)
+    found = Value(delta.detach(), probability, step)
+    return smallest(found, objective, settings.stop_at) if in_stream else found
+
+
+@without_gradients
+def smallest(found: Value, objective: Objective, stop_at: float) -> Value:
+    """Return a value with the smallest part of delta that makes the target probable enough.
+
+    A step may go far beyond, and what is more than enough changes other answers all the same.
+    """
+    low, high, probability = 0.0, 1.0, found.probability
+    if probability < stop_at:
+        return found
+    while high - low > SCALE_ERROR:
+        middle = (low + high) / 2
+        _, reached = objective(found.delta * middle)
+        if reached >= stop_at:
+            high, probability = middle, reached
+        else:
+            low = middle
+    return Value(found.delta * high, probability, found.steps)
 
 
 def value_objective(
@@ -218,7 +257,7 @@ def value_objective(
     """From delta to the loss, and the target's mean probability.
 
     Args:
-        size: |z0|, mean over the keys, in whose units the weight decay is.
+        size: the unit of the weight decay.
         shares: as in `find_value`.
     """
     with gradients(False):
