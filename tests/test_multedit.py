@@ -15,7 +15,13 @@ from mmlens import EditRequest, Intervention, multedit, multedit_many
 from mmlens.editing import MultEditSettings, SequentialEditor, augmented
 from mmlens.editing.multedit import down_weight, keyed, keys_of, value_of
 from mmlens.editing.solve import LeastSquares, unlike
-from mmlens.editing.value import ValueSettings, find_value, record_prompts, value_objective
+from mmlens.editing.value import (
+    ValueSettings,
+    find_value,
+    record_prompts,
+    value_objective,
+    value_site,
+)
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import add
 from mmlens.interventions.intervention import hook_name
@@ -431,7 +437,7 @@ def test_every_position_gets_its_share_of_delta(seed):
     for inputs in (*request.prompts, *request.neighbours):
         _, cache = model.run_with_cache(inputs, names_filter=names(layer)[:1])
         shares = cache[names(layer)[0]][0] @ row
-        hooks = Intervention("mlp_out", layer, None, add(shares[:, None] * value.delta)).fwd_hooks()
+        hooks = Intervention(value_site(model), layer, None, add(shares[:, None] * value.delta)).fwd_hooks()
         expected = model.run_with_hooks(inputs, fwd_hooks=hooks)
         with edit.applied(model):
             found = model(inputs)
@@ -452,7 +458,7 @@ def test_every_family_edits(seed: int, tmp_path, name: str) -> None:
     )
     options = {"lam": 0.0, "steps": 4, "stop_at": 2.0, "preserve": "nothing"}
     edit = multedit(model, inputs, 9, layer=layer, **options, settings=ONE_KEY)
-    site = hook_name("mlp_out", layer)
+    site = hook_name(value_site(model), layer)
     _, before = model.run_with_cache(inputs, names_filter=site)
     with edit.applied(model):
         logits, after = model.run_with_cache(inputs, names_filter=site)
@@ -460,7 +466,7 @@ def test_every_family_edits(seed: int, tmp_path, name: str) -> None:
     assert float(delta.norm()) > 0
     moved = after[site][0, last[0]] - before[site][0, last[0]]
     torch.testing.assert_close(moved, delta, rtol=1e-3, atol=1e-3 * float(delta.norm()))
-    where = Intervention("mlp_out", layer, last, add(delta)).fwd_hooks()
+    where = Intervention(value_site(model), layer, last, add(delta)).fwd_hooks()
     probability = model.run_with_hooks(inputs, fwd_hooks=where)[0, -1].softmax(-1)[9]
     assert edit.metadata["probability"] == pytest.approx([probability.item()], rel=1e-3, abs=1e-6)
     assert logits.isfinite().all()
