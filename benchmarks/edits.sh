@@ -24,9 +24,16 @@ settings=()
 setting() {
     if [[ ",$methods" =~ ,"${1%%.*}"([@,-]|$) ]]; then settings+=(--set "$1"); fi
 }
+# The tables were made with one key at the constraint, or keys everywhere, before there was a ridge.
+for each in multedit multedit-all; do
+    setting "$each.ridge=0"
+    setting "$each.neighbour_weight=1"
+    setting "$each.unit=value"
+    setting "$each.clamp=8"
+    setting "$each.lr=1"
+    setting "$each.steps=60"
+done
 setting multedit-all.through_update=true
-setting multedit-all.lr=1
-setting multedit-all.steps=60
 setting multedit-all.weight=1
 # MEMIT's published 15,000 is for another model: here it lets the corpus win against the edit.
 setting memit.weight=3000
@@ -34,8 +41,7 @@ if [ "$kind" = invented ]; then
     # Of a word that nobody knows nothing says where it ends, and it takes more to have it said.
     settings+=(--target-end .)
     setting multedit.through_update=true
-    setting multedit.lr=1
-    setting multedit.steps=60
+    setting multedit.weight=1
     setting constrained_fine_tune.bound=0.003
 else
     setting multedit.weight=30

@@ -437,7 +437,9 @@ def test_every_position_gets_its_share_of_delta(seed):
     for inputs in (*request.prompts, *request.neighbours):
         _, cache = model.run_with_cache(inputs, names_filter=names(layer)[:1])
         shares = cache[names(layer)[0]][0] @ row
-        hooks = Intervention(value_site(model), layer, None, add(shares[:, None] * value.delta)).fwd_hooks()
+        hooks = Intervention(
+            value_site(model), layer, None, add(shares[:, None] * value.delta)
+        ).fwd_hooks()
         expected = model.run_with_hooks(inputs, fwd_hooks=hooks)
         with edit.applied(model):
             found = model(inputs)

@@ -42,7 +42,7 @@ trace.plot()
 # %% [markdown]
 # ## The edit
 #
-# With no further argument, `multedit` edits the words of the question in a layer at two thirds of the depth, and
+# With no further argument, `multedit` edits the place where the answer is computed, in a late layer, and
 # keeps the answers to references: the same question about other flags, other questions about this one, unrelated
 # questions. The keys of the references are computed once and kept on disk.
 

@@ -55,7 +55,7 @@ def edit(
         int | None,
         typer.Option(
             min=0,
-            help="Which layer is edited; by default multedit's 20 of 30, in proportion, and 2 of "
+            help="Which layer is edited; by default multedit's 26 of 30, in proportion, and 2 of "
             "32 for other methods and with --paper.",
         ),
     ] = None,

@@ -71,7 +71,7 @@ def multedit(
 
     By default it keeps the answers to references: its question about other images, other questions
     about its image, and questions and texts that have nothing to do with it. The keys of the first
-    two kinds cost one pass of some 30 images for every new question; what is the same for all edits
+    two kinds cost one pass of some 60 images for every new question; what is the same for all edits
     is computed once for a model, and kept on disk (`edit.metadata["references"]` says seconds and
     bytes). Edits that the model has keep their answers as well.
 
