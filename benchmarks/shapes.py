@@ -28,13 +28,16 @@ from transformers import (
     PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2VLImageProcessor,
     SiglipVisionConfig,
 )
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from mmlens import HookedMultimodalTransformer, MultimodalInputs, demo_questions, swap_span
 from mmlens.checkpoints.decoders import decoder_fields
 from mmlens.checkpoints.formats import language_model
 from mmlens.checkpoints.hf_configs import vision_config
+from mmlens.checkpoints.towers.qwen_vl import merger_config, tower_config
 from mmlens.config import AnyResConfig, MultimodalConfig, ProjectorConfig, VisionConfig
 from mmlens.demo.language_model import language_model_folder
 from mmlens.inputs.layouts import ProcessedImage, image_layout
@@ -83,7 +86,8 @@ class Case:
         if self.model.cfg.tie_word_embeddings:
             lm.lm_head.weight = lm.model.embed_tokens.weight
         # What is computed from the configuration, and not among the weights.
-        rotary = type(lm.model.rotary_emb)(self.hf_config)
+        several_axes = "mrope_section" in self.model.cfg.rope_parameters
+        rotary = PlacedRotary(self) if several_axes else type(lm.model.rotary_emb)(self.hf_config)
         lm.model.rotary_emb = rotary.to(self.device)
         left = [name for name, value in lm.named_parameters() if value.is_meta]
         assert not left, left
@@ -110,6 +114,22 @@ class Tiled:
         grey = Image.new("RGB", self.size, (90, 120, 80))
         (image,) = image_layout(cfg).processed(self.image_processor, self.tokenizer, [grey])
         return image
+
+
+class PlacedRotary(nn.Module):
+    """Stands for the rotary embedding of transformers' decoder, where positions have three axes.
+
+    Those follow from the prompt, and not from the decoder's inputs.
+    """
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        positions = case.clean.rope_positions
+        self.cos, self.sin = case.model.rotary_angles(positions, case.model.cfg.dtype)["global"]
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [batch, pos, d_head] of some positions of the prompt."""
+        return self.cos[0, position_ids, 0], self.sin[0, position_ids, 0]
 
 
 def random_weights(model: HookedMultimodalTransformer) -> HookedMultimodalTransformer:
@@ -160,29 +180,33 @@ def random_case(
     suffix: int,
     tiled: Tiled | None = None,
     n_layers: int | None = None,
+    rope: dict[str, Any] | None = None,
 ) -> Case:
     """A prompt of BOS, one image, `before` words, and `suffix` more, the first two swapped.
 
     Args:
         tiled: how images are cut into tiles; by default there is one grid.
         n_layers: of the decoder, where that is less than the shape has.
+        rope: what the decoder's rotary embedding has besides.
     """
     if n_layers is not None:
         name = f"{name}, {n_layers} of its {hf_config.num_hidden_layers} layers"
         hf_config = type(hf_config)(
             **hf_config.to_dict() | {"num_hidden_layers": n_layers, "layer_types": None}
         )
-    d_model = hf_config.hidden_size
+    d_model, fields = hf_config.hidden_size, decoder_fields(hf_config)
     cfg = MultimodalConfig(
-        **decoder_fields(hf_config),
+        **fields | {"rope_parameters": fields["rope_parameters"] | (rope or {})},
         image_token_id=hf_config.vocab_size - 1,
         image_layout=tiled.layout if tiled else "one_grid",
         vision=tower,
         projector=ProjectorConfig(
-            d_in=tower.d_model * len(tower.feature_layers),
-            d_hidden=d_model,
-            d_out=d_model,
-            **(tiled.projector if tiled else {}),
+            **{
+                "d_in": tower.d_model * len(tower.feature_layers),
+                "d_hidden": d_model,
+                "d_out": d_model,
+                **(tiled.projector if tiled else {}),
+            }
         ),
         model_name=name,
     )
@@ -371,6 +395,34 @@ def tokenizer_of_tags(n_words: int) -> PreTrainedTokenizerFast:
     return fast
 
 
+def qwen2_5_vl_3b(**options: Any) -> Case:
+    """Qwen2.5-VL-3B's decoder and 1,200 visual tokens: an image of 840 x 1,120 pixels."""
+    decoder = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        max_position_embeddings=128000,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        tie_word_embeddings=True,
+    )
+    hf = Qwen2_5_VLVisionConfig(
+        depth=2,
+        hidden_size=64,
+        intermediate_size=64,
+        num_heads=2,
+        out_hidden_size=2048,
+        fullatt_block_indexes=[1],
+    )
+    tower = tower_config(hf)
+    merger = vars(merger_config(tower, hf, decoder.hidden_size))
+    tiled = Tiled("any_grid", merger, Qwen2VLImageProcessor(), (840, 1120))
+    sections = {"mrope_section": [16, 24, 24], "mrope_interleaved": False}
+    return random_case("Qwen2.5-VL-3B shape", decoder, tower, tiled=tiled, rope=sections, **options)
+
+
 SHAPES: dict[str, Callable[..., Case]] = {
     "demo": demo,
     "smollm2": partial(smollm2, before=13, suffix=22),
@@ -378,6 +430,7 @@ SHAPES: dict[str, Callable[..., Case]] = {
     "onevision-0.5b": partial(onevision_05b, before=14, suffix=30),
     "smolvlm-256m": partial(smolvlm_256m, before=14, suffix=30),
     "bunny-3b": partial(bunny_3b, before=14, suffix=30),
+    "qwen2.5-vl-3b": partial(qwen2_5_vl_3b, before=14, suffix=30),
 }
 
 

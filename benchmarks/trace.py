@@ -4,6 +4,7 @@
     python benchmarks/trace.py --shape smollm2 --map      # every text position, two sites
     python benchmarks/trace.py --shape llava-7b [--map]   # random weights; on a GPU in bfloat16
     python benchmarks/trace.py --shape bunny-3b [--map]   # on a CPU: --only-by-hand --repeats 1
+    python benchmarks/trace.py --shape qwen2.5-vl-3b      # 1,200 visual tokens; the same
 
 Times are also given as forward-pass equivalents: time / time of one Hugging Face SDPA forward of
 the same prompt through the decoder, measured between the programs of the same run, the fastest
