@@ -167,7 +167,12 @@ def test_every_block_runs(page: Path, folder: Path) -> None:
                 assert result.exit_code == 0, f"{where}: mmlens {command}\n{result.output}"
 
 
-LONG = {"edit_a_fact", "reproduce_the_paper", "steer_against_a_hallucination"}
+LONG = {
+    "edit_a_fact",
+    "patchscopes_on_visual_tokens",
+    "reproduce_the_paper",
+    "steer_against_a_hallucination",
+}
 """Notebooks that take most of a minute."""
 
 
