@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import SHAPES, Shape, hooked, llava_config, random_llava, random_prompts
-from small_models import SITES_WITHOUT_LAYERS, any_family, plain_run, small_inputs
+from small_models import SITES_WITHOUT_LAYERS, any_attention, plain_run, small_inputs
 from test_branching import assert_equal_to_plain_runs, decoder_edit, probabilities
 
 from mmlens import Intervention, window
@@ -63,7 +63,7 @@ def test_every_family(seed: int, tmp_path: Path, shape: Shape) -> None:
 @given(SEEDS, st.sampled_from([None, 2, 9]))
 def test_branches_that_begin_anywhere_share_passes(seed, batch_rows):
     chance = random.Random(seed)
-    model = any_family(seed)
+    model = any_attention(seed)
     inputs = small_inputs(model, seed, images=chance.choice([(1,), (2,), (1, 2), (1, 0, 2)]))
     branches = [
         [any_edit(model, inputs, chance) for _ in range(chance.choice([1, 1, 2, 3]))]
@@ -82,7 +82,7 @@ def test_bf16_is_as_exact_as_plain_runs(seed: int) -> None:
     ratios = []
     for index in range(32):
         chance = random.Random(seed + index)
-        model = any_family(seed + index, d_model=25, n_layers=5).to(torch.bfloat16)
+        model = any_attention(seed + index, d_model=25, n_layers=5).to(torch.bfloat16)
         inputs = small_inputs(model, seed + index, images=(1,))
         last = inputs.n_pos - 1
         branches = [
@@ -109,7 +109,7 @@ def test_bf16_is_as_exact_as_plain_runs(seed: int) -> None:
 def test_gradients_equal_those_of_the_full_run(seed):
     """At any site, to far less than 1e-5: in float64 nothing hides a wrong term."""
     chance = random.Random(seed)
-    model = any_family(seed).double()
+    model = any_attention(seed).double()
     inputs = small_inputs(model, seed, images=chance.choice([(1,), (1, 0)]))
     last = inputs.n_pos - 1
     sites = [site for site in LAYERED_SITES if has(model, site) and "scale" not in site]
@@ -139,7 +139,7 @@ def test_gradients_equal_those_of_the_full_run(seed):
 @given(SEEDS)
 def test_gradients_for_attribution_patching(seed):
     """One branch that adds zero at every layer gives the gradient at every activation at once."""
-    model = any_family(seed, n_layers=3).double()
+    model = any_attention(seed, n_layers=3).double()
     inputs = small_inputs(model, seed, images=(1,))
     shape = (3, 1, inputs.n_pos, model.cfg.d_model)
     for site in ("resid_post", "mlp_out", "attn_out"):

@@ -85,7 +85,8 @@ def test_greedy_equals_hugging_face(
 def test_greedy_of_a_language_model_alone(name: str, seed: int, tmp_path: Path) -> None:
     hf = random_language_model(SHAPES[name]).double()
     model = hooked(hf, tmp_path)
-    prompts = random_prompts(hf.config, [0, 0, 0])
+    # Gemma 2 has eager attention alone, which in float64 makes NaN of padding.
+    prompts = random_prompts(hf.config, [0] if name.startswith("gemma2") else [0, 0, 0])
     tokens = model.generate(prompts.for_mmlens(model), NEW, return_type="tokens", stop_at_eos=False)
     assert torch.equal(tokens[:, prompts.tokens.shape[1] :], hf_generate(hf, prompts, NEW))
 

@@ -192,7 +192,8 @@ class Recording(RecordedRun):
         """The recording of inputs that begin like these: only the rest is computed and kept.
 
         Images that are the same are not encoded again. A prompt that has nothing in common with
-        this one is recorded from the beginning.
+        this one, as no other has in a model whose prompts attend to themselves in both directions,
+        is recorded from the beginning.
 
         Args:
             sites: activations that are kept besides, as in `model.record`.
@@ -205,7 +206,7 @@ class Recording(RecordedRun):
         first = min(common_prefix(self.inputs, inputs), inputs.n_pos - 1)
         rows_fit, cached = self.n_rows in (1, inputs.n_rows), self._joinable(names)
         if not (first and rows_fit and cached) or listens(self.model):
-            return Recording.of(self.model, inputs, sites)
+            return Recording.of(self.model, inputs, sites, self.encoded_images)
         encoded_images = EncodedImages.encoded(self.model, inputs, known=self.encoded_images)
         visual = None if encoded_images is None else encoded_images.visual
         resid = self.model.input_embeddings(inputs, visual)[:, first:]

@@ -121,17 +121,32 @@ def any_family(seed: int, **choices: Any) -> HookedMultimodalTransformer:
     positions, or with normalised queries."""
     chance = random.Random(seed)
     n_layers = choices.pop("n_layers", chance.randint(2, 6))
-    kind = chance.choice(["plain", "parallel", "local", "normalised", "image", "prompt"])
+    kind = chance.choice(["plain", "parallel", "local", "normalised"])
     if kind == "normalised":
         choices = {"qk_norm": True, **choices}
     elif kind == "parallel":
         choices = {"parallel_attn_mlp": True, **choices}
-    elif kind in ("image", "prompt"):
-        choices = {**KINDS["sandwich"], "attention_blocks": kind, **choices}
-    if kind in ("local", "image", "prompt"):
-        types = tuple(chance.choice(["local", "global"]) for _ in range(n_layers))
-        choices = {"attn_types": types, "window_size": chance.choice([1, 3, 7]), **choices}
+    elif kind == "local":
+        choices = {**windows(chance, n_layers), **choices}
     return small_model(seed, n_layers=n_layers, **choices)
+
+
+def any_attention(seed: int, **choices: Any) -> HookedMultimodalTransformer:
+    """The same, or one whose images or prompts attend to themselves in both directions, with norms
+    after attention and MLP."""
+    chance = random.Random(seed + 1)
+    kind = chance.choice(["image", "prompt", None])
+    if kind is None:
+        return any_family(seed, **choices)
+    n_layers = choices.pop("n_layers", chance.randint(2, 6))
+    choices = {"attention_blocks": kind, **windows(chance, n_layers), **choices}
+    return small_model(seed, n_layers=n_layers, **KINDS["sandwich"] | choices)
+
+
+def windows(chance: random.Random, n_layers: int) -> dict[str, Any]:
+    """Windows in some layers."""
+    types = tuple(chance.choice(["local", "global"]) for _ in range(n_layers))
+    return {"attn_types": types, "window_size": chance.choice([1, 3, 7])}
 
 
 def language_model(seed: int, **choices: Any) -> HookedMultimodalTransformer:
