@@ -200,8 +200,10 @@ def cut_sets(
     branches = []
     for each in chosen:
         everywhere = torch.arange(recording.inputs.n_pos)
-        begin = int(each.min()) if len(each) else recording.inputs.n_pos
-        later = everywhere[(everywhere > begin) & ~torch.isin(everywhere, each)]
+        begin = recording.inputs.n_pos
+        if len(each):  # what comes before attends to none of them
+            begin = recording.first_affected(int(each.min()))
+        later = everywhere[(everywhere >= begin) & ~torch.isin(everywhere, each)]
         layers = range(recording.model.cfg.n_layers)
         cut = [Intervention("attn_scores", layers, later, knockout(each))] if len(later) else []
         branches.append(cut)
