@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 Place = tuple[str, int | None] | tuple[str, int | None, Any]
 """A site, its layer, and positions, where they are not all."""
 
+STREAM = "resid_post"
+"""The site of what a block leaves: what a receiver adds is one of several parts of it."""
 RECEIVERS = (
     "q k v q_input k_input v_input attn_in rot_q rot_k mlp_in pre pre_linear post resid_pre "
     "resid_mid resid_post"
@@ -210,7 +212,7 @@ class Paths:
         everywhere = range(first_difference(clean, corrupted), clean.n_pos)
         n_layers = model.cfg.n_layers
         given: list[Any] = [receivers] if isinstance(receivers, str) else list(receivers)
-        end: Any = ("resid_post", n_layers - 1)
+        end: Any = (STREAM, n_layers - 1)
         found = [filled(each, everywhere, clean.n_pos) for each in senders]
         full = [
             filled(end if each == "logits" else each, everywhere, clean.n_pos) for each in given
@@ -236,7 +238,7 @@ class Paths:
             for site, layer, _ in self.senders
         ]
         sites += [(site, range(self.n_layers)) for site in self.frozen]
-        sites += [(site, layer) for site, layer, _ in self.reads if site == "resid_post"]
+        sites += [(site, layer) for site, layer, _ in self.reads if site == STREAM]
         return sites
 
     @property
@@ -276,7 +278,7 @@ class Paths:
             place = split_site(site)[0], layer
             index = torch.searchsorted(read[place], positions)
             values = received[place][:, :, index.to(received[place].device)]
-            if place[0] == "resid_post":  # beside what reaches it through other receivers
+            if place[0] == STREAM:  # beside what reaches it through other receivers
                 before = run[place][:, positions.to(values.device)]
                 branch.append(Intervention(site, layer, positions, of_branch(values - before, 1.0)))
             else:
