@@ -1,6 +1,6 @@
 """How layer 23 of the demo model reads the flag: which heads, and which way (docs/findings.md).
 
-    python examples/how_layer_23_reads.py            # 24 questions
+    python examples/how_layer_23_reads.py            # 12 questions
 
 Ablation: every head at the last token gets its mean over the questions, and (apart) is kept from
 attending to the image. Path patching: the residual stream that enters layer 16 has its value of
@@ -33,7 +33,7 @@ def line(name: str, values: torch.Tensor, clusters: list[str]) -> str:
     return f"{name}: {mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def main(n: int = 24) -> None:
+def main(n: int = 12) -> None:
     """Print the tables."""
     model = HookedMultimodalTransformer.from_pretrained("demo")
     asked = demo_questions(relation="capital", answered=True)[:n]

@@ -55,6 +55,7 @@ def test_heads_and_neurons_and_layers(seed: int) -> None:
             hook = ablated(f"blocks.{layer}.attn.hook_z", at, head)
             expected = probability(model, inputs, [hook], token)
             assert float(heads.values[layer, head]) == pytest.approx(expected, abs=1e-8)
+    assert heads.plot().data[0].z.shape == heads.values.shape
     assert heads.baseline == pytest.approx(probability(model, inputs, [], token), abs=1e-8)
 
     layers = ablation_scan(model, inputs, "layers", positions="last", answer=token)

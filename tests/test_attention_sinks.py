@@ -75,6 +75,7 @@ def test_planted_sinks(seed: int, tmp_path: Any) -> None:
     assert found.control.shape == (3, 2)
     saved = AttentionSinks.load(found.save(tmp_path / "sinks.safetensors"))
     assert saved.sinks == found.sinks
+    assert len(found.plot().data) == 2
     table = found.to_dataframe()
     assert table["sink"].sum() == len(found.sinks)
     with pytest.raises(ValueError, match="share=0"):

@@ -8,6 +8,7 @@ from typing import Any
 from mmlens.analyses.aggregation import AggregatedTraces
 from mmlens.analyses.attention_contribution import AttentionContribution
 from mmlens.analyses.attention_knockout import AttentionKnockout
+from mmlens.analyses.attention_sinks import AttentionSinks
 from mmlens.analyses.attribution_patching import AttributionPatching
 from mmlens.analyses.direct_logit_attribution import DirectLogitAttribution
 from mmlens.analyses.logit_lens import LogitLens
@@ -27,6 +28,7 @@ from mmlens.plots.grid import plot_grid
 from mmlens.plots.knockout import plot_knockout
 from mmlens.plots.layer_profile import plot_aggregated
 from mmlens.plots.lens import plot_lens, plot_logit_attribution
+from mmlens.plots.sinks import plot_sinks
 from mmlens.plots.steering import plot_steering_scores, plot_steering_vector
 from mmlens.plots.trace import plot_patching, plot_trace
 from mmlens.plots.words import plot_token_erasure, plot_word_map
@@ -41,6 +43,7 @@ def draw(result: SavedResult, *arguments: Any, **options: Any) -> Figure:
 draw.register(AggregatedTraces, plot_aggregated)
 draw.register(AttentionContribution, plot_contribution)
 draw.register(AttentionKnockout, plot_knockout)
+draw.register(AttentionSinks, plot_sinks)
 draw.register(AttributionPatching, plot_patching)
 draw.register(CausalTrace, plot_trace)
 draw.register(DirectLogitAttribution, plot_logit_attribution)
