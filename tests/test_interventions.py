@@ -26,11 +26,12 @@ def all_names(model):
 
 
 def test_every_hook_point_has_a_short_name(seed):
-    model = small_model(seed, gated_mlp=True, qk_norm=True)
+    model = small_model(seed, gated_mlp=True, qk_norm=True, post_norms=True)
+    gated, normed = ("rot_q", "rot_k", "pre_linear", "deepstack"), ("attn.out", "mlp.out")
     absent = {
         hook_name(f"vision.{site}", layer)
         for site in LAYERED_SITES
-        if site in ("rot_q", "rot_k", "pre_linear", "deepstack") or "_norm." in site
+        if site in (*gated, *normed) or "_norm." in site or "_post." in site
         for layer in range(model.cfg.vision.n_layers)
     }
     absent |= {hook_name("deepstack", layer) for layer in range(model.cfg.n_layers)}

@@ -41,6 +41,7 @@ from small_models import KINDS, plain_run, small_inputs, small_model
 from torch import Tensor
 
 from mmlens import Intervention, attention_contribution, attention_knockout
+from mmlens.config import TransformerConfig
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import scale
 from mmlens.model.components.norm import LayerNorm, RMSNorm
@@ -97,15 +98,20 @@ class Attended:
     """[batch, key, head, d_head]."""
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Attended:
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, cfg: TransformerConfig
+    ) -> Attended:
         """`visible` [batch or 1, 1, query, key] is True where a query attends to a key."""
         group = q.shape[2] // k.shape[2]
         q, k, v = q.double(), k.double(), v.double()
         k, v = (part.repeat_interleave(group, dim=2) for part in (k, v))
         d_head = q.shape[-1]
-        scores = torch.einsum("bqhd, bkhd -> bhqk", q, k) / d_head**0.5
-        sizes = torch.einsum("bqhd, bkhd -> bhqk", q.abs(), k.abs()) / d_head**0.5
+        scores = torch.einsum("bqhd, bkhd -> bhqk", q, k) / cfg.attn_scale
+        sizes = torch.einsum("bqhd, bkhd -> bhqk", q.abs(), k.abs()) / cfg.attn_scale
         off = 2**-24 * ((d_head + 1) * sizes + 2 * scores.abs())
+        if cfg.scores_softcap is not None:  # a slope of at most 1, a quotient, tanh, a product
+            scores = cfg.scores_softcap * (scores / cfg.scores_softcap).tanh()
+            off = off + 2**-24 * 4 * scores.abs()
         return cls(scores.masked_fill(~visible, -torch.inf), off * visible, v)
 
     def z(self, off: Tensor | float = 0.0) -> Tensor:
@@ -140,6 +146,14 @@ def visible_to(model: HookedMultimodalTransformer, name: str, inputs: Multimodal
     return (visible & real) | ((ago == 0) & ~real)  # padding attends to itself
 
 
+def stack_of(model: HookedMultimodalTransformer, name: str) -> TransformerConfig:
+    """The configuration of the stack in which an attention is."""
+    if name.startswith("vision."):
+        assert model.vision is not None
+        return model.vision.cfg
+    return model.cfg
+
+
 def attention_names(model: HookedMultimodalTransformer) -> list[str]:
     """Of every block, decoder and tower, the path of its attention."""
     return [name.removesuffix(".hook_z") for name in model.hook_dict if name.endswith(".hook_z")]
@@ -172,7 +186,8 @@ def test_what_hooks_see_and_what_becomes_of_it(
         _, edited = model.run_with_cache(inputs, names_filter=[*first, *listened])
     assert all(torch.equal(fused[each], read[each]) for each in first)
     assert all(torch.equal(fused[each], edited[each]) for each in first[:3])
-    exact = Attended.of(*(fused[each] for each in first[:3]), visible_to(model, name, inputs))
+    visible, cfg = visible_to(model, name, inputs), stack_of(model, name)
+    exact = Attended.of(*(fused[each] for each in first[:3]), visible, cfg)
     for cache, roundings in ((edited, 0), (fused, 1)):
         off = (cache[first[3]].double() - exact.z()).abs()
         assert (off <= exact.bound(dtype, roundings)).all()
@@ -270,7 +285,9 @@ def moved_once_more(model: HookedMultimodalTransformer, inputs: MultimodalInputs
 
         def attend(z: Tensor, hook: Any, name: str = name, store: dict = store) -> Tensor:
             q, k = (store[site] for site in queries_and_keys(name))
-            exact = Attended.of(q, k, store["hook_v"], visible_to(model, name, inputs))
+            exact = Attended.of(
+                q, k, store["hook_v"], visible_to(model, name, inputs), stack_of(model, name)
+            )
             off = exact.off * (2 * torch.rand_like(exact.off) - 1)
             return moved((z + exact.z(off) - exact.z()).to(z.dtype))
 
@@ -374,7 +391,7 @@ def test_attention_of_branches(
         for held, site in zip(past, ("rot_k", "v"), strict=True)
     )
     visible = visible_to(model, f"blocks.{layer}.attn", inputs)[:, :, first:]
-    exact = Attended.of(seen["hook_rot_q"], k, v, visible)
+    exact = Attended.of(seen["hook_rot_q"], k, v, visible, model.cfg)
     off = (seen["hook_z"].double() - exact.z()).abs()
     assert (off <= exact.bound(dtype, 0 if kind == "edited" else 2)).all()
     if kind == "edited":
