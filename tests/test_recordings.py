@@ -316,11 +316,11 @@ def test_where_memory_runs_out_passes_are_halved(seed, monkeypatch, error):
     module, sizes, done = sys.modules["mmlens.branching.recording"], [], []
     run_joined, most = module.run_joined, chance.choice([1, 2, 3])
 
-    def limited(recording, branches, starts, read):
+    def limited(recording, branches, *rest, **options):
         sizes.append(len(branches))
         if len(branches) > most:
             raise error
-        return run_joined(recording, branches, starts, read)
+        return run_joined(recording, branches, *rest, **options)
 
     monkeypatch.setattr(module, "run_joined", limited)
     found = recording.run(branches, probabilities, progress=lambda *n: done.append(n))

@@ -17,10 +17,14 @@ from test_report_page import contribution_of, prompt_of, trace_of
 
 from mmlens.analyses.aggregation import AggregatedTraces
 from mmlens.analyses.attention_knockout import AttentionKnockout
+from mmlens.analyses.attention_sinks import AttentionSinks
 from mmlens.analyses.attribution_patching import AttributionPatching
 from mmlens.analyses.direct_logit_attribution import DirectLogitAttribution
 from mmlens.analyses.logit_lens import LogitLens
+from mmlens.analyses.patch import Patched
+from mmlens.analyses.path_patch import PathPatch
 from mmlens.analyses.result import SavedResult
+from mmlens.analyses.scan import Scan
 from mmlens.analyses.steering_scores import SteeringScores
 from mmlens.analyses.steering_vector import SteeringVector
 from mmlens.analyses.token_erasure import TokenErasure
@@ -81,6 +85,22 @@ def made() -> list[SavedResult]:
         EditCheck(
             torch.rand(3) < 0.5, torch.rand(3) < 0.5, ("the edit", "unrelated", "text"), WORDS,
             ("", "it.png", ""), WORDS, WORDS, WORDS, {"edit": "multedit"},
+        ),
+        Patched(
+            torch.rand(2, 3), 0.5, ("layer", "head"), ((3, 7), (0, 1, 2)), "probability", " Rome"
+        ),
+        Scan(
+            torch.rand(2, 3), 0.5, ("layer", "head"), ((3, 7), (0, 1, 2)), "probability", " Rome",
+            {"prompts": 4}, "heads", "zero", "z", torch.rand(4, 2, 3), torch.rand(2, 3),
+            torch.rand(2, 3),
+        ),
+        PathPatch(
+            torch.rand(2), 0.5, ("sender",), (("z[3] 9", "z[4] 9"),), "probability", " Rome", {},
+            ("logits",), 0.25,
+        ),
+        AttentionSinks(
+            torch.rand(2, 3), torch.rand(2, 3), torch.rand(2, 3), (3, 7), WORDS, (0, 2), (2,), (5,),
+            torch.rand(3), torch.rand(3, 4), 0.5, "probability", " Rome",
         ),
     ]  # fmt: skip
 
