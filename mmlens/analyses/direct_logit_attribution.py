@@ -24,6 +24,7 @@ from mmlens.interventions.intervention import hook_name
 from mmlens.model.components.norm import float32_or_wider
 from mmlens.model.hook_points import HookPoint, reading
 from mmlens.utils.grad_mode import without_gradients
+from mmlens.utils.tensors import to_device
 from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def direct_logit_attribution(
     norm: Any = model.ln_final
     with model.hooks(fwd_hooks=hooks):
         resid = norm(model(inputs, stop_at_layer=model.cfg.n_layers))
-    logits = float32_or_wider(model.unembed.products(resid[0, where.tolist()])).cpu()
+    read = to_device(resid[0, where.tolist()], model.unembed.weight.device)
+    logits = float32_or_wider(model.unembed.products(read)).cpu()
     rest = constant + torch.zeros(len(where))
     blocks: Any = model.blocks
     n_layers = model.cfg.n_layers

@@ -324,7 +324,7 @@ class HookedMultimodalTransformer(
             positions = torch.arange(resid.shape[1], device=resid.device)[None, None]
         first = 0 if cache is None else cache.next_position()
         if isinstance(first, Tensor):
-            first = for_rows(first, max(positions.shape[1], len(first))).to(positions)
+            first = for_rows(first, len(resid) if len(first) > 1 else 1).to(positions)
         return positions + first
 
     def attention_context(
