@@ -26,7 +26,9 @@ def all_names(model):
 
 
 def test_every_hook_point_has_a_short_name(seed):
-    model = small_model(seed, gated_mlp=True, qk_norm=True, post_norms=True)
+    model = small_model(
+        seed, gated_mlp=True, qk_norm=True, post_norms=True, normalization_type="RMS"
+    )
     gated, normed = ("rot_q", "rot_k", "pre_linear", "deepstack"), ("attn.out", "mlp.out")
     absent = {
         hook_name(f"vision.{site}", layer)

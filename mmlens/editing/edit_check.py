@@ -232,7 +232,7 @@ def asked_about(
     def text(said: Said) -> str:
         if model.tokenizer is None:
             return " ".join(map(str, said))
-        return str(model.to_string(list(said))).strip()
+        return str(model.to_string(list(said), skip_special_tokens=True)).strip()
 
     pairs = [(text(old), text(new)) for old, new in zip(before, after, strict=True)]
     stated = [new[: len(to)] == to for new, to in zip(after, targets, strict=True)]
