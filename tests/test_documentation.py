@@ -151,7 +151,14 @@ def demo_model(name: str, **options: object) -> HookedMultimodalTransformer:
     return load(name, **options) if Path(name).is_dir() else embedded_model(name, **options)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        # Edits and their benchmark: a minute and a half of two cores.
+        pytest.param(each, id=each.stem, marks=[pytest.mark.slow] * (each.stem == "editing"))
+        for each in PAGES
+    ],
+)
 def test_every_block_runs(page: Path, folder: Path, monkeypatch) -> None:
     # References of an edit: whether a page runs does not depend on how many there are.
     monkeypatch.setattr("mmlens.editing.references.MOST_IMAGES", 9)
