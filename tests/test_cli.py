@@ -26,6 +26,7 @@ from mmlens.cli.options import template_of
 from mmlens.cli.show import bar
 from mmlens.plots import save
 from mmlens.utils import progress
+from mmlens.utils.interrupts import AGAIN_AFTER, noting_interrupts
 
 QUESTION = "the capital of this country is the city of"
 
@@ -414,6 +415,30 @@ def test_what_follows_an_interruption_is_the_interruptions(monkeypatch, capsys, 
     assert ended.value.code == (130 if pressed else 1)
     assert said.endswith("mmlens: interrupted\n") == pressed
     assert ("RecursionError" in said) == (not pressed)
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_waits_for_an_imports_end(presses, tmp_path, monkeypatch):
+    """Half an import of torch may end in an abort of the process; a second press has a reason."""
+    (tmp_path / "imported_slowly.py").write_text(
+        "import signal, time\n"
+        f"for _ in range({presses}):\n    signal.raise_signal(signal.SIGINT)\n"
+        "time.sleep(0.2)\nwhole = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    imported = False
+    try:
+        with pytest.raises(KeyboardInterrupt), noting_interrupts() as interrupts:
+            import imported_slowly
+
+            imported = imported_slowly.whole
+            time.sleep(60)
+        assert interrupts.seen and imported == (presses == 1)
+        time.sleep(3 * AGAIN_AFTER)  # nothing comes later
+    finally:
+        signal.signal(signal.SIGINT, before)
+        sys.modules.pop("imported_slowly", None)
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(15, marks=pytest.mark.slow)])
