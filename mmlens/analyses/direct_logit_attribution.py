@@ -9,7 +9,6 @@ with its scale in the run, and so the parts still sum to the logit. Where logits
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,10 +18,8 @@ from torch import Tensor
 from mmlens.analyses.arguments import Where, check_single_run, positions_of, token_id, token_names
 from mmlens.analyses.result import SavedResult, description, long_table
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
-from mmlens.interventions.functions import HookFunction
 from mmlens.interventions.intervention import hook_name
 from mmlens.model.components.norm import float32_or_wider
-from mmlens.model.hook_points import HookPoint, reading
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.tensors import to_device
 from mmlens.utils.threads import on_free_cores
@@ -107,28 +104,18 @@ def direct_logit_attribution(
     ids = [token_id(model, inputs, token)]
     ids += [] if contrast is None else [token_id(model, inputs, contrast)]
     direction, constant = reading_direction(model, ids)
-    added: dict[str, Tensor] = {}
-    scales: dict[str, Tensor] = {}
-
-    def keep(activation: Tensor, hook: HookPoint, names: list[str], weights: Tensor) -> None:
-        at = float32_or_wider(activation[0, where.to(activation.device)])
-        # Heads apart [position, head, d_head], or the residual stream [position, d_model].
-        read = (at * weights.to(at.device)).sum(dim=-1).reshape(len(at), -1)
-        added.update(zip(names, read.T.cpu(), strict=True))
-
-    def keep_scale(activation: Tensor, hook: HookPoint) -> None:
-        scales[str(hook.name)] = activation[0, where.to(activation.device), 0].cpu()
-
     parts = what_is_added(model, direction, per_head)
-    hooks: list[tuple[str, HookFunction]] = [
-        (name, reading(partial(keep, names=names, weights=weights)))
-        for name, names, weights, _ in parts
-    ]
+    weights = {name: (names, each) for name, names, each, _ in parts}
     normalised = {scale for *_, scale in parts if scale} | {FINAL_SCALE}
-    hooks += [(name, reading(keep_scale)) for name in normalised]
+    kept, caching, _ = model.get_caching_hooks([*weights, *normalised], pos_slice=where.tolist())
     norm: Any = model.ln_final
-    with model.hooks(fwd_hooks=hooks):
+    with model.hooks(fwd_hooks=caching):  # with the final norm, but without all positions' logits
         resid = norm(model(inputs, stop_at_layer=model.cfg.n_layers))
+    scales = {name: kept[name][0, :, 0].cpu() for name in normalised}
+    added: dict[str, Tensor] = {}
+    for name in kept:  # in the order of the run
+        if name in weights:
+            added |= products_with(kept[name][0], *weights[name])
     read = to_device(resid[0, where.tolist()], model.unembed.weight.device)
     logits = float32_or_wider(model.unembed.products(read)).cpu()
     rest = constant + torch.zeros(len(where))
@@ -156,6 +143,15 @@ def direct_logit_attribution(
         contrast=names[str(ids[1])] if len(ids) > 1 else "",
         metadata=description(model, inputs),
     )
+
+
+def products_with(
+    activation: Float[Tensor, "position *head width"], names: list[str], weights: Tensor
+) -> dict[str, Float[Tensor, " position"]]:
+    """Return the products of the parts of an activation with weights, by name, on the CPU."""
+    at = float32_or_wider(activation)
+    read = (at * weights.to(at.device)).sum(dim=-1).reshape(len(at), -1)
+    return dict(zip(names, read.T.cpu(), strict=True))
 
 
 def reading_direction(

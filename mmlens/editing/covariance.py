@@ -22,9 +22,7 @@ from mmlens.analyses.result import SavedResult
 from mmlens.editing.fingerprints import fingerprint
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.spans import PLACEHOLDER
-from mmlens.interventions.functions import HookFunction
-from mmlens.interventions.intervention import hook_name
-from mmlens.model.hook_points import HookPoint, reading
+from mmlens.interventions.intervention import hook_names
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.threads import on_free_cores
 
@@ -135,20 +133,11 @@ def add_moments(
     moments: Float[Tensor, "layer d_mlp d_mlp"],
 ) -> None:
     """Add k k^T of every wanted position, for each layer, in place."""
-
-    def add_to(total: Tensor) -> HookFunction:
-        def hook_function(activation: Tensor, hook: HookPoint) -> None:
-            keys = activation[wanted].to(total)
-            total.addmm_(keys.T, keys)
-
-        return hook_function
-
-    hooks = [
-        (hook_name("post", layer), reading(add_to(total)))
-        for layer, total in zip(layers, moments, strict=True)
-    ]
-    with model.hooks(fwd_hooks=hooks):
-        model(inputs, stop_at_layer=max(layers) + 1)
+    names = hook_names("post", layers)
+    _, cache = model.run_with_cache(inputs, names_filter=names, stop_at_layer=max(layers) + 1)
+    for name, total in zip(names, moments, strict=True):
+        keys = cache[name][wanted].to(total)
+        total.addmm_(keys.T, keys)
 
 
 def cut(model: HookedMultimodalTransformer, text: str) -> Tensor:
