@@ -114,6 +114,55 @@ def test_knockout(run, checkpoint, picture, tmp_path):
     assert pd.read_csv(tmp_path / "knockout.csv").layer.tolist() == [0, 1]
 
 
+def test_metrics(run, checkpoint, picture, tmp_path):
+    common = (picture, QUESTION, "--model", checkpoint, "--device", "cpu", "--answer", "country")
+    code, out, err = run(
+        *("knockout", *common, "--layers", "0-1", "--metric", "logit_diff"),
+        *("--contrast", "city", "--out", tmp_path),
+    )
+    assert code == 0, err
+    model, inputs = prepared(checkpoint, picture, constraint="this country")
+    saved = AttentionKnockout.load(tmp_path / "knockout.safetensors")
+    expected = attention_knockout(
+        model, inputs, "image", "last", answer="country", layers=[0, 1],
+        metric="logit_diff", contrast="city",
+    )  # fmt: skip
+    assert torch.allclose(saved.values, expected.values, atol=1e-6)
+    said = f"The logit of country minus that of city is {saved.clean:.3f}; with the attention"
+    assert said in " ".join(out.split())
+    assert "logit_diff" in out and "P(" not in out
+
+    options = ("--constraint", "this country", "--metric", "loss", "--sites", "mlp_out")
+    code, out, err = run("trace", *common, *options, "--out", tmp_path)
+    assert code == 0, err
+    trace = mmlens.CausalTrace.load(tmp_path / "trace.safetensors")
+    corrupted = mmlens.swap_span(model, inputs, "constraint", "Paris")
+    groups = [inputs.span("constraint"), inputs.span("last")]
+    expected = mmlens.causal_trace(
+        model, inputs, corrupted, sites=("mlp_out",), positions=groups, answer="country",
+        metric="loss",
+    )  # fmt: skip
+    assert torch.allclose(trace.restored, expected.restored, atol=1e-6)
+    assert f"The loss of country is {trace.clean:.3f} in the clean run" in " ".join(out.split())
+    assert "loss of “country”" in (tmp_path / "trace.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["knockout", "trace"])
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--metric", "logit_diff"), "--metric logit_diff needs --contrast"),
+        (("--contrast", "city"), "--contrast is for --metric logit_diff, not for probability"),
+        (("--metric", "accuracy"), "'accuracy' is not one of"),
+    ],
+)
+def test_metrics_that_lack_something(run, checkpoint, picture, command, arguments, why):
+    constraint = ("--constraint", "this country")
+    code, out, err = run(command, picture, QUESTION, "--model", checkpoint, *constraint, *arguments)
+    assert (code, out) == (2, "")
+    assert why in " ".join(err.split())
+
+
 @pytest.mark.parametrize("command", ["contributions", "knockout"])
 @pytest.mark.parametrize(
     ("arguments", "why"),

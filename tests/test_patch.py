@@ -12,7 +12,7 @@ from small_models import small_inputs, small_model, worded_model
 from torch import Tensor
 
 from mmlens import Intervention, Patched, noise_span, patch
-from mmlens.analyses.metrics import followed
+from mmlens.analyses.metrics import check_metric
 from mmlens.analyses.targets import given_answer
 from mmlens.interventions.functions import restore, scale, zero
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_patched(seed: int) -> None:
     model, inputs = case(seed)
     recording = model.record(inputs)
     cell = [Intervention("mlp_out", 0, 1, zero())]
-    unchecked = inspect.unwrap(followed)
+    unchecked = inspect.unwrap(check_metric)
     for make, says in [
         (lambda: patch(recording, {}), "no cells"),
         (lambda: patch(recording, {(0, 1): cell, (0,): cell}), "every cell has one for each axis"),
@@ -147,7 +147,7 @@ def test_what_cannot_be_patched(seed: int) -> None:
         (lambda: patch(recording, {0: cell}, "logit_diff"), "needs contrast"),
         (lambda: patch(recording, {0: cell}, "kl", contrast=5), "contrast=5 is for"),
         (lambda: patch(recording, {0: cell}, "kl", positions=[1]), "positions are for a function"),
-        (lambda: unchecked(recording, "accuracy"), "metric='accuracy'; it is 'probability'"),
+        (lambda: unchecked("accuracy", None), "metric='accuracy'; it is 'probability'"),
     ]:
         with pytest.raises(ValueError, match=says):
             make()

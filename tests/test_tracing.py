@@ -6,11 +6,11 @@ import copy
 import json
 import random
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
+from hf_interventions import hf_logits, hf_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import (
@@ -43,53 +43,9 @@ SITES = ("resid_post", "attn_out", "mlp_out")
 # By hand, on Hugging Face's own model
 
 
-def hf_modules(hf, site):
-    layers = hf.model.language_model.layers
-    return {
-        "resid_post": list(layers),
-        "attn_out": [layer.self_attn for layer in layers],
-        "mlp_out": [layer.mlp for layer in layers],
-    }[site]
-
-
 def most_changed(logits, others):
     """The token whose probability differs most: an answer for which there is something to trace."""
     return int((logits.softmax(-1) - others.softmax(-1)).abs().argmax())
-
-
-def hf_probability(hf, prompts, answer, hooks=()):
-    with ExitStack() as stack:
-        for module, hook in hooks:
-            stack.callback(module.register_forward_hook(hook).remove)
-        logits = hf(**prompts.for_hf()).logits[0, -1]
-    return logits.softmax(-1)[answer].item()
-
-
-def hf_trace(hf, clean, corrupted, answer, groups, width):
-    """P(answer) [site, group, layer], one forward pass per cell."""
-    n_layers = len(hf.model.language_model.layers)
-    restored = torch.empty(len(SITES), len(groups), n_layers)
-    for s, site in enumerate(SITES):
-        modules = hf_modules(hf, site)
-        kept = {}
-
-        def keep(module, args, output, kept=kept):
-            kept[module] = (output[0] if isinstance(output, tuple) else output).clone()
-
-        hf_probability(hf, clean, answer, [(module, keep) for module in modules])
-        for g, group in enumerate(groups):
-
-            def put_back(module, args, output, kept=kept, group=group):
-                first = (output[0] if isinstance(output, tuple) else output).clone()
-                first[:, group] = kept[module][:, group]
-                return (first, *output[1:]) if isinstance(output, tuple) else first
-
-            for layer in range(n_layers):
-                lowest = layer - width // 2
-                window = [modules[i] for i in range(lowest, lowest + width) if 0 <= i < n_layers]
-                hooks = [(module, put_back) for module in window]
-                restored[s, g, layer] = hf_probability(hf, corrupted, answer, hooks)
-    return restored
 
 
 @pytest.mark.parametrize(("n_images", "width"), [(1, 1), (2, 3), (1, 4)])
@@ -105,12 +61,11 @@ def test_naive_and_branch_equal_a_trace_by_hand(seed, tmp_path, n_images, width)
     tokens = clean.tokens.clone()
     tokens[0, swapped] = (tokens[0, swapped] - N_SPECIAL + 5) % (VOCABULARY - N_SPECIAL) + N_SPECIAL
     corrupted = Prompts(tokens, clean.attention_mask, clean.pixel_values)
-    answer = most_changed(
-        hf(**clean.for_hf()).logits[0, -1], hf(**corrupted.for_hf()).logits[0, -1]
-    )
+    both = hf_logits(hf, clean), hf_logits(hf, corrupted)
+    answer = most_changed(*both)
     last = tokens.shape[1] - 1
     groups = [[swapped[0]], swapped, [last], [random.randrange(last)], list(range(last + 1))]
-    expected = hf_trace(hf, clean, corrupted, answer, groups, width)
+    expected = hf_trace(hf, clean, corrupted, SITES, groups, width).softmax(-1)[..., answer]
     assert expected.std() > 100 * TOLERANCE
     for method in ("naive", "branch"):
         trace = causal_trace(
@@ -123,10 +78,8 @@ def test_naive_and_branch_equal_a_trace_by_hand(seed, tmp_path, n_images, width)
             method=method,
         )
         assert trace.answer_tokens == (answer,)
-        assert trace.clean == pytest.approx(hf_probability(hf, clean, answer), abs=TOLERANCE)
-        assert trace.corrupted == pytest.approx(
-            hf_probability(hf, corrupted, answer), abs=TOLERANCE
-        )
+        plain = [float(each.softmax(-1)[answer]) for each in both]
+        assert [trace.clean, trace.corrupted] == pytest.approx(plain, abs=TOLERANCE)
         assert (trace.restored - expected).abs().max() <= TOLERANCE
 
 

@@ -199,7 +199,7 @@ def aggregate_traces(
     there is none, the mean over the groups that lie within it.
 
     Args:
-        traces: of the same sites, layers and window.
+        traces: of the same sites, layers, window and metric.
         roles: of each, as from `role_positions`; the order of the first is kept. Roles for which no
             trace has a group are left out.
         effect: a property of `CausalTrace`: "indirect_effect", "recovery", "restored".
@@ -207,14 +207,14 @@ def aggregate_traces(
             By default every question is its own.
         right: whether each question was answered rightly; the others are left out, and counted in
             `metadata["filters"]`.
-        minimum_gap: least clean - corrupted probability; the same.
+        minimum_gap: least clean - corrupted probability (or other metric); the same.
         samples: resamples.
         level: of the intervals.
         seed: of the resampling.
 
     Raises:
-        ValueError: no traces (or none that pass the filters); other sites, layers or windows; other
-            numbers of roles, clusters or answers; no role has a group.
+        ValueError: no traces (or none that pass the filters); other sites, layers, windows or
+            metrics; other numbers of roles, clusters or answers; no role has a group.
     """
     if not traces or len(roles) != len(traces):
         raise ValueError(f"{len(roles)} roles for {len(traces)} traces; there must be some")
@@ -225,7 +225,7 @@ def aggregate_traces(
     traces, roles = [traces[i] for i in kept], [roles[i] for i in kept]
     first = traces[0]
     for trace in traces:
-        for name in ("sites", "layers", "window"):
+        for name in ("sites", "layers", "window", "metric"):
             if getattr(trace, name) != getattr(first, name):
                 raise ValueError(
                     f"traces of other {name}: {getattr(trace, name)} and {getattr(first, name)}"

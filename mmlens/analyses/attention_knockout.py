@@ -2,7 +2,7 @@
 
 Geva et al. 2023 (arXiv 2304.14767, section 4): within a window of layers the attention from the
 destinations to the sources is cut before the softmax, and the change of the answer's probability
-says how much had to flow there.
+(or of another metric) says how much had to flow there.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmlens.analyses.arguments import Where, layers_of, positions_of
+from mmlens.analyses.metrics import Metric, check_metric, check_one_number, metric_of, name_of
 from mmlens.analyses.patch import patch
 from mmlens.analyses.result import SavedResult, description, long_table
-from mmlens.analyses.targets import record_with_answer
+from mmlens.analyses.targets import given_answer, record_with_answer
 from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import knockout
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AttentionKnockout(SavedResult):
-    """P(answer) with attention cut, for every window of layers.
+    """A metric with attention cut, for every window of layers: P(answer), or another one.
 
     Example:
         >>> cut.effect.argmin()        # the window that matters most
@@ -43,10 +44,10 @@ class AttentionKnockout(SavedResult):
 
     SIZES: ClassVar[dict[str, str]] = {"layers": "layer"}
 
-    probability: Float[Tensor, " layer"]
-    """P(answer) with the window around each layer cut."""
+    values: Float[Tensor, " layer"]
+    """The metric with the window around each layer cut."""
     clean: float
-    """P(answer) with nothing cut."""
+    """The metric with nothing cut."""
     layers: tuple[int, ...]
     """Centres of the windows."""
     window: int
@@ -57,11 +58,26 @@ class AttentionKnockout(SavedResult):
     answer_tokens: tuple[int, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
     """Model, prompt, and the names of the two spans where they had some."""
+    metric: str = "probability"
+    """What was measured: a name of `mmlens.analyses.metrics`, or a function's."""
+    contrast: str = ""
+    """The answer whose logit "logit_diff" subtracts."""
+
+    @property
+    def probability(self) -> Float[Tensor, " layer"]:
+        """P(answer) with the window around each layer cut.
+
+        Raises:
+            ValueError: another metric was followed.
+        """
+        if self.metric != "probability":
+            raise ValueError(f"the values are {self.metric!r}, not probabilities: see .values")
+        return self.values
 
     @property
     def effect(self) -> Float[Tensor, " layer"]:
-        """Probability - clean: negative where the cut attention served the answer."""
-        return self.probability - self.clean
+        """Values - clean: a probability's is negative where the cut attention served the answer."""
+        return self.values - self.clean
 
     @property
     def relative_effect(self) -> Float[Tensor, " layer"]:
@@ -69,9 +85,11 @@ class AttentionKnockout(SavedResult):
         return self.effect / self.clean
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per window: layer, window, probability, effect, relative_effect."""
-        names = ("probability", "effect", "relative_effect")
-        table = long_table({"layer": self.layers}, {name: getattr(self, name) for name in names})
+        """One row per window: layer, window, probability (or value), effect, relative_effect."""
+        column = "probability" if self.metric == "probability" else "value"
+        columns = {column: self.values, "effect": self.effect}
+        columns["relative_effect"] = self.relative_effect
+        table = long_table({"layer": self.layers}, columns)
         table.insert(1, "window", self.window)
         return table
 
@@ -88,6 +106,8 @@ def attention_knockout(
     window: int = 1,
     heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     answer: str | int | None = None,
+    metric: Metric = "probability",
+    contrast: str | int | None = None,
     batch_rows: int | None = None,
     progress: Progress | None = None,
 ) -> AttentionKnockout:
@@ -105,6 +125,10 @@ def attention_knockout(
             it does not name, none is); all by default. `ablation_scan(model, inputs, "heads",
             knockout(sources), site="attn_scores", positions=...)` cuts each head alone.
         answer: a text, a token id, or None for the most probable next token.
+        metric: "probability" of the answer, "logit_diff", "kl" (of the next token, from the run
+            with nothing cut), "loss", or a function of the logits [row, n, d_vocab] that predict
+            the answer's tokens, which returns a number for each row.
+        contrast: the answer whose logit "logit_diff" subtracts.
         batch_rows: the most rows that are computed at once; None takes what fits into free memory.
         progress: called with (windows done, windows in all).
 
@@ -112,12 +136,14 @@ def attention_knockout(
         UnknownSpanError: (a KeyError) no span of that name.
         ValueError: a batch; positions or layers that are not there; sources that no destination
             attends to in any layer that is cut: later ones, or ones that are further back than a
-            window; an answer without tokens.
+            window; an answer without tokens; a metric that lacks its contrast, a contrast for
+            another one, or several numbers for a row.
 
     Example:
         >>> cut = attention_knockout(model, inputs, "image", "last", window=5)
     """
     check_one_prompt(len(inputs), "attention_knockout")
+    check_metric(metric, contrast)
     centres = layers_of(model, layers)
     recording, target = record_with_answer(model, inputs, answer)
     sources = positions_of(recording.inputs, source)
@@ -139,17 +165,21 @@ def attention_knockout(
         ]
         for centre, layers_cut in zip(centres, windows, strict=True)
     }
+    other = None if contrast is None else given_answer(model, inputs, contrast)
+    function = metric_of(metric, target, other, recording)
+    clean = function(recording.logits(target.positions))
+    check_one_number(metric, clean, recording.n_rows)
     left = patch(
         recording,
         cells,
-        target.probability,
+        function,
         positions=target.positions,
         batch_rows=batch_rows,
         progress=progress,
     )
     return AttentionKnockout(
-        probability=left.values,
-        clean=target.probability(recording.logits(target.positions)).mean().item(),
+        values=left.values,
+        clean=clean.mean().item(),
         layers=tuple(centres),
         window=window,
         source=tuple(sources.tolist()),
@@ -162,6 +192,8 @@ def attention_knockout(
             "destination": destination if isinstance(destination, str) else "",
             "heads": shown_heads(heads),
         },
+        metric=name_of(metric),
+        contrast="" if other is None else other.text,
     )
 
 

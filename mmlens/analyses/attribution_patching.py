@@ -9,7 +9,7 @@ how far it is off is for `AttributionPatching.error` to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,8 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.analyses.metrics import (
+    Metric,
+    MetricFunction,
+    check_metric,
+    check_one_number,
+    metric_of,
+    name_of,
+)
 from mmlens.analyses.result import SavedResult, description
-from mmlens.analyses.targets import record_with_answer, with_answer
+from mmlens.analyses.targets import given_answer, record_with_answer, with_answer
 from mmlens.analyses.trace_grid import SITES, Group, check_pair, layer_centres, position_groups
 from mmlens.analyses.trace_result import CausalTrace, table_of_cells
 from mmlens.branching.recording import Recording
@@ -32,8 +40,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mmlens.model.transformer import HookedMultimodalTransformer
-
-Metric = Callable[[Float[Tensor, "row n d_vocab"]], Float[Tensor, " row"]]
 
 
 @dataclass(frozen=True)
@@ -73,16 +79,20 @@ class AttributionPatching(SavedResult):
     answer_tokens: tuple[int, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
     """Model and prompt."""
+    metric: str = "probability"
+    """What was measured: a name of `mmlens.analyses.metrics`, or a function's."""
+    contrast: str = ""
+    """The answer whose logit "logit_diff" subtracts."""
 
     def error(self, exact: CausalTrace) -> PatchingError:
         """The difference from the trace that it estimates.
 
         Raises:
-            ValueError: a trace of other cells or another answer, or one of windows.
+            ValueError: a trace of other cells, another answer or metric, or one of windows.
         """
         if exact.window != 1:
             raise ValueError(f"the trace restores {exact.window} layers together, this is of one")
-        for name in ("sites", "layers", "groups", "answer_tokens"):
+        for name in ("sites", "layers", "groups", "answer_tokens", "metric"):
             if getattr(self, name) != getattr(exact, name):
                 raise ValueError(
                     f"the trace has other {name}: {getattr(exact, name)} instead of "
@@ -113,7 +123,8 @@ def attribution_patching(
     layers: Iterable[int] | None = None,
     positions: Sequence[Group] | None = None,
     answer: str | int | None = None,
-    metric: Metric | None = None,
+    metric: Metric = "probability",
+    contrast: str | int | None = None,
 ) -> AttributionPatching:
     """Estimate `causal_trace`'s indirect effects by the gradient in the corrupted run.
 
@@ -121,8 +132,10 @@ def attribution_patching(
     their layers does through the next would be counted twice.
 
     Args:
-        metric: a number for each row from the logits that predict the answer's tokens
-            [row, token, d_vocab]; by default the answer's probability.
+        metric: "probability" of the answer, "logit_diff", "kl" (from the clean run), "loss", or a
+            function of the logits [row, n, d_vocab] that predict the answer's tokens, which returns
+            a number for each row.
+        contrast: the answer whose logit "logit_diff" subtracts.
 
     Raises:
         ValueError: as `causal_trace`; sites of the vision tower.
@@ -132,6 +145,7 @@ def attribution_patching(
     """
     clean, corrupted = model.to_inputs(clean), model.to_inputs(corrupted)
     check_pair(clean, corrupted)
+    check_metric(metric, contrast)
     chosen = layer_centres(model, sites, layers)
     if site_of(sites[0]).stack != "decoder":
         raise ValueError(f"attribution patching is for sites of the decoder, not {sites}")
@@ -140,7 +154,10 @@ def attribution_patching(
         model.SITES[site]  # an error for units: the gradient is that of the whole activation
     places = [(site, layer) for site in sites for layer in chosen]
     recording, target = record_with_answer(model, clean, answer, places)
-    measure = target.probability if metric is None else metric
+    other_answer = None if contrast is None else given_answer(model, clean, contrast)
+    measure = metric_of(metric, target, other_answer, recording)
+    clean_value = measure(recording.logits(target.positions))
+    check_one_number(metric, clean_value, recording.n_rows)
     other = recording.record(with_answer(corrupted, target), places)
     derivatives, corrupted_value = derivatives_at(other, places, measure, target.positions)
     first_order = {}  # dot products at every position; the mean over rows is in the gradient
@@ -153,10 +170,9 @@ def attribution_patching(
         for group in groups
         for layer in chosen
     ]
-    clean_value = measure(recording.logits(target.positions)).mean().item()
     return AttributionPatching(
         indirect_effect=torch.stack(effects).view(len(sites), len(groups), len(chosen)).cpu(),
-        clean=clean_value,
+        clean=clean_value.mean().item(),
         corrupted=corrupted_value,
         sites=tuple(sites),
         layers=tuple(chosen),
@@ -165,13 +181,15 @@ def attribution_patching(
         answer=target.text,
         answer_tokens=tuple(target.tokens.tolist()),
         metadata=description(model, clean),
+        metric=name_of(metric),
+        contrast="" if other_answer is None else other_answer.text,
     )
 
 
 def derivatives_at(
     recording: Recording,
     places: Sequence[tuple[str, int | None]],
-    metric: Metric,
+    metric: MetricFunction,
     positions: Tensor,
 ) -> tuple[dict[tuple[str, int | None], Tensor], float]:
     """Return the gradients of the mean metric at activations of a recorded run, and the metric.

@@ -3,7 +3,7 @@
 MultiModalCausalTrace (Basu et al. 2024), after ROME's causal tracing (Meng et al. 2022): a clean
 run, a corrupted run, and for every cell (site, group of positions, layer) a corrupted run in which
 the clean activations of that cell are put back. A cell matters as far as that brings the clean
-answer's probability back.
+answer's probability back, or another metric's value.
 
 This is `patch` over `restore`, written with what a user can call: `record`, `Intervention`,
 `window`, `patch`.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.analyses.metrics import Metric, check_metric, check_one_number, metric_of, name_of
 from mmlens.analyses.patch import patch
 from mmlens.analyses.result import description
 from mmlens.analyses.targets import Measure, given_answer, record_with_answer, with_answer
@@ -56,6 +57,7 @@ def causal_trace(
     window: int = 1,
     positions: Sequence[Group] | None = None,
     answer: str | int | None = None,
+    metric: Metric = "probability",
     contrast: str | int | None = None,
     kl: bool = False,
     method: Method = "branch",
@@ -81,6 +83,10 @@ def causal_trace(
             the image.
         answer: a text, a token id, or None for the clean run's most probable next token. A text of
             several tokens is scored by its joint probability.
+        metric: what `restored`, `clean` and `corrupted` are: "probability" of the answer,
+            "logit_diff" (with `contrast`), "kl" (KL(clean || run) of the next token), "loss" of the
+            answer's tokens, or a function of the logits [row, n, d_vocab] that predict the answer's
+            tokens, which returns a number for each row.
         contrast: another answer; the difference of their first tokens' logits is followed as well.
         kl: whether to follow KL(clean || restored) of the whole next-token distribution as well.
         method: "branch" shares what the runs have in common; "naive" does one full hooked run per
@@ -93,7 +99,8 @@ def causal_trace(
 
     Raises:
         ValueError: inputs that do not match or do not differ, positions or layers that are not
-            there, unknown sites, an answer that the model has no tokens for.
+            there, unknown sites, an answer that the model has no tokens for; a metric that lacks
+            its contrast, or that gives several numbers for a row.
 
     Example:
         >>> clean = model.prepare(question, image, spans={"constraint": "this country"})
@@ -107,6 +114,7 @@ def causal_trace(
         raise ValueError(f"method {method!r}; there are {', '.join(get_args(Method))}")
     clean, corrupted = model.to_inputs(clean), model.to_inputs(corrupted)
     check_pair(clean, corrupted)
+    check_metric(metric, contrast if metric == "logit_diff" else None)
     centres = layer_centres(model, sites, layers)
     groups, labels = position_groups(model, clean, corrupted, sites, positions)
     windows = {
@@ -123,11 +131,11 @@ def causal_trace(
         for number, group in enumerate(groups)
         for centre, layers in zip(centres, windows[site], strict=True)
     }
-    measure = Measure(
-        target,
-        None if contrast is None else given_answer(model, clean, contrast),
-        run.logits(target.positions)[:, 0] if kl else None,
-    )
+    clean_logits = run.logits(target.positions)
+    other_answer = None if contrast is None else given_answer(model, clean, contrast)
+    function = metric_of(metric, target, other_answer, run)
+    check_one_number(metric, function(clean_logits), len(clean_logits))
+    measure = Measure(target, other_answer, clean_logits[:, 0] if kl else None, function)
     other = with_answer(corrupted, target)
     base = model.record(other) if method == "naive" else run.record(other)
     restored = patch(
@@ -139,9 +147,8 @@ def causal_trace(
         progress=progress,
         plain=method == "naive",
     ).values
-    clean_logits, corrupted_logits = (each.logits(target.positions) for each in (run, base))
     return CausalTrace(
-        **measured_values(measure, restored, clean_logits, corrupted_logits),
+        **measured_values(measure, restored, clean_logits, base.logits(target.positions)),
         sites=tuple(sites),
         layers=tuple(centres),
         window=window,
@@ -156,6 +163,7 @@ def causal_trace(
             "samples": 1 if corrupted.noise is None else len(corrupted.noise),
             "seconds": round(time.perf_counter() - began, 3),
         },
+        metric=name_of(metric),
         contrast="" if measure.contrast is None else measure.contrast.text,
     )
 
@@ -229,9 +237,9 @@ def measured_values(
         for each in (clean, corrupted)
     )
     return {
-        "restored": cells["probability"],
-        "clean": clean_values["probability"],
-        "corrupted": corrupted_values["probability"],
+        "restored": cells["metric"],
+        "clean": clean_values["metric"],
+        "corrupted": corrupted_values["metric"],
         "logit_difference": cells.get("logit_difference"),
         "clean_logit_difference": clean_values.get("logit_difference"),
         "corrupted_logit_difference": corrupted_values.get("logit_difference"),

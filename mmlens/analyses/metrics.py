@@ -68,17 +68,7 @@ def followed(
             a name, an answer without tokens.
     """
     model, inputs = recording.model, recording.inputs
-    if isinstance(metric, str) and metric not in get_args(MetricName):
-        raise ValueError(
-            f"metric={metric!r}; it is {', '.join(map(repr, get_args(MetricName)))}, or a function "
-            "of the logits [row, n, d_vocab] that returns a number for each row"
-        )
-    if (contrast is None) == (metric == "logit_diff"):
-        raise ValueError(
-            "metric='logit_diff' needs contrast=..., the answer whose logit is subtracted"
-            if contrast is None
-            else f"contrast={contrast!r} is for metric='logit_diff', not for {metric!r}"
-        )
+    check_metric(metric, contrast)
     if isinstance(metric, str) and positions is not None:
         raise ValueError(f"positions are for a function; metric={metric!r} reads the answer")
     if not isinstance(metric, str) and answer is None:
@@ -92,12 +82,39 @@ def followed(
         at = target.positions if positions is None else torch.as_tensor(positions)
         return Followed(recording, metric, at, name_of(metric), target)
     other = None if contrast is None else given_answer(model, inputs, contrast)
-    function = named_metric(metric, target, other, recording if reference is None else reference)
+    function = metric_of(metric, target, other, recording if reference is None else reference)
     return Followed(recording, function, target.positions, metric, target)
 
 
-def name_of(metric: MetricFunction) -> str:
-    """Return what a function is called."""
+def check_metric(metric: Metric, contrast: str | int | None) -> None:
+    """Raise a ValueError for an unknown name, a contrast that is missing, or that nothing reads."""
+    if isinstance(metric, str) and metric not in get_args(MetricName):
+        raise ValueError(
+            f"metric={metric!r}; it is {', '.join(map(repr, get_args(MetricName)))}, or a function "
+            "of the logits [row, n, d_vocab] that returns a number for each row"
+        )
+    if (contrast is None) == (metric == "logit_diff"):
+        raise ValueError(
+            "metric='logit_diff' needs contrast=..., the answer whose logit is subtracted"
+            if contrast is None
+            else f"contrast={contrast!r} is for metric='logit_diff', not for {metric!r}"
+        )
+
+
+def check_one_number(metric: Metric, values: Tensor, n_rows: int) -> None:
+    """Raise a ValueError unless these are what a metric gives of some rows: one number of each."""
+    if tuple(values.shape) != (n_rows,):
+        raise ValueError(
+            f"metric {name_of(metric)!r} gives {tuple(values.shape)} for {n_rows} row"
+            f"{'s' * (n_rows != 1)} of logits; one number for each row is followed here (patch and "
+            "ablation_scan follow several)"
+        )
+
+
+def name_of(metric: Metric) -> str:
+    """Return a metric's name, or what a function is called."""
+    if isinstance(metric, str):
+        return metric
     return getattr(metric, "__name__", type(metric).__name__)
 
 
@@ -108,15 +125,17 @@ def most_probable(recording: Recording) -> Answer:
     return make_answer(recording.model, [token], recording.inputs.n_pos - 1)
 
 
-def named_metric(
-    name: MetricName, answer: Answer, contrast: Answer | None, reference: Recording
+def metric_of(
+    metric: Metric, answer: Answer, contrast: Answer | None, reference: Recording
 ) -> MetricFunction:
-    """Return the function of a name, of logits at the answer's positions."""
-    if name == "probability":
+    """Return a metric as a function of logits at the answer's positions."""
+    if not isinstance(metric, str):
+        return metric
+    if metric == "probability":
         return answer.probability
-    if name == "loss":
+    if metric == "loss":
         return lambda logits: -answer.log_probability(logits) / len(answer.tokens)
-    if name == "logit_diff":
+    if metric == "logit_diff":
         return Measure(answer, contrast).logit_difference
     clean = reference.logits(answer.positions[:1])[:, 0]
     return Measure(answer, clean=clean).kl

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,18 +43,20 @@ class Answer:
 class Measure:
     """What is read from a run's logits at the answer's positions: up to three numbers for each row.
 
-    The answer's probability; its logit minus that of `contrast` (first tokens); and the KL
-    divergence of the next-token distribution from that of another run.
+    A metric, by default the answer's probability; its logit minus that of `contrast` (first
+    tokens); and the KL divergence of the next-token distribution from that of another run.
     """
 
     answer: Answer
     contrast: Answer | None = None
     clean: Float[Tensor, "_ d_vocab"] | None = None
     """Logits of the other run, at the last token of the prompt: one row, or one per row."""
+    metric: Callable[[Float[Tensor, "row n d_vocab"]], Float[Tensor, " row"]] | None = None
 
     def __call__(self, logits: Float[Tensor, "row n d_vocab"]) -> Float[Tensor, "row measure"]:
         """[row, measure]"""
-        found = [self.answer.probability(logits)]
+        metric = self.answer.probability if self.metric is None else self.metric
+        found = [metric(logits)]
         if self.contrast is not None:
             found.append(self.logit_difference(logits))
         if self.clean is not None:
@@ -80,7 +82,7 @@ class Measure:
 
     def named(self, values: Float[Tensor, "*cell measure"]) -> dict[str, Tensor]:
         """The numbers by name."""
-        names = ["probability"]
+        names = ["metric"]
         names += ["logit_difference"] * (self.contrast is not None)
         names += ["kl"] * (self.clean is not None)
         return dict(zip(names, values.unbind(dim=-1), strict=True))

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class CausalTrace(SavedResult):
-    """P(answer) of the clean run, of the corrupted run, and with every cell restored.
+    """A metric of the clean run, of the corrupted run, and with every cell restored.
+
+    It is P(answer), unless the trace was asked for another one.
 
     Example:
         >>> trace.recovery[0, 0].argmax()         # the layer whose restoration helps most
@@ -31,7 +33,7 @@ class CausalTrace(SavedResult):
     }
 
     restored: Float[Tensor, "site group layer"]
-    """P(answer) with the clean activations of the cell put back."""
+    """The metric with the clean activations of the cell put back."""
     clean: float
     corrupted: float
     sites: tuple[str, ...]
@@ -47,6 +49,8 @@ class CausalTrace(SavedResult):
     method: str
     metadata: dict[str, Any] = field(default_factory=dict)
     """Model, prompt, tokens, samples, seconds: whatever JSON can hold."""
+    metric: str = "probability"
+    """What was measured: a name of `mmlens.analyses.metrics`, or a function's."""
     contrast: str = ""
     """The answer whose logit is subtracted in `logit_difference`."""
     logit_difference: Float[Tensor, "site group layer"] | None = None
@@ -60,7 +64,10 @@ class CausalTrace(SavedResult):
 
     @property
     def indirect_effect(self) -> Float[Tensor, "site group layer"]:
-        """What the cell brings back of the answer's probability: restored - corrupted."""
+        """What the cell brings back of the metric: restored - corrupted.
+
+        It is negative where a loss or a divergence gets smaller.
+        """
         return self.restored - self.corrupted
 
     @property

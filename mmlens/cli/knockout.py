@@ -11,7 +11,7 @@ from rich.table import Table
 from mmlens.cli import options
 from mmlens.cli.console import out as console
 from mmlens.cli.errors import explained
-from mmlens.cli.show import bar, plain_table, save_result
+from mmlens.cli.show import bar, measured, plain_table, save_result
 from mmlens.cli.trace import open_prompt
 from mmlens.cli.two_spans import checked_phrases
 from mmlens.utils.progress import progress_bar
@@ -32,6 +32,8 @@ def knockout(
         int, typer.Option(min=1, help="How many adjacent layers are cut together.")
     ] = 1,
     answer: options.Answer = None,
+    metric: options.Metric = "probability",
+    contrast: options.Contrast = None,
     template: options.Template = "auto",
     min_pixels: options.MinPixels = None,
     max_pixels: options.MaxPixels = None,
@@ -48,6 +50,7 @@ def knockout(
     chosen = options.layer_list(layers)
     folder = options.writable_folder(out) if out else None
     options.check_device(device)
+    options.check_metric(metric, contrast)
     bounds = (min_pixels, max_pixels)
     loaded, inputs = open_prompt(image, question, phrases, template, model, device, dtype, bounds)
     from mmlens.analyses.attention_knockout import attention_knockout
@@ -61,11 +64,13 @@ def knockout(
             layers=chosen,
             window=window,
             answer=answer,
+            metric=metric,
+            contrast=contrast,
             progress=moved,
         )
     cut = "one layer" if window == 1 else f"{window} layers"
     console().print(
-        f"P([bold]{escape(result.answer.strip())}[/]) is {result.clean:.3f}; with the attention of "
+        f"{measured(result)} is {result.clean:.3f}; with the attention of "
         f"[bold]{escape(destination)}[/] to [bold]{escape(source)}[/] cut in {cut}:\n"
     )
     console().print(knockout_table(result))
@@ -74,10 +79,12 @@ def knockout(
 
 
 def knockout_table(result: AttentionKnockout) -> Table:
-    """A row per window: the probability that is left, its bar, and the change."""
-    table = plain_table("layer", "P(answer)", "", "change")
+    """A row per window: what is left, as a bar where it is a probability, and the change."""
+    is_share = result.metric == "probability"
+    table = plain_table("layer", "P(answer)" if is_share else result.metric, "", "change")
     for layer, left, change in zip(
-        result.layers, result.probability.tolist(), result.effect.tolist(), strict=True
+        result.layers, result.values.tolist(), result.effect.tolist(), strict=True
     ):
-        table.add_row(str(layer), f"{left:.3f}", f"[blue]{bar(left)}[/]", f"{change:+.3f}")
+        drawn = f"[blue]{bar(left)}[/]" if is_share else ""
+        table.add_row(str(layer), f"{left:.3f}", drawn, f"{change:+.3f}")
     return table

@@ -36,6 +36,17 @@ Answer = Annotated[
     str | None,
     typer.Option(help="Whose probability is followed; by default the most probable next token."),
 ]
+Metric = Annotated[
+    Literal["probability", "logit_diff", "kl", "loss"],
+    typer.Option(
+        help="What is followed of the answer: its probability, its logit minus that of --contrast, "
+        "how far the next token is from the unchanged run's (KL divergence, nats), or its loss."
+    ),
+]
+Contrast = Annotated[
+    str | None,
+    typer.Option(help="The answer whose logit --metric logit_diff subtracts.", show_default=False),
+]
 Out = Annotated[
     Path | None,
     typer.Option(help="A folder for figure and numbers; without it they are only printed."),
@@ -211,6 +222,14 @@ def report_file(path: Path) -> Path:
         raise UserError(f"a report is saved as .html, not as {path.name!r}")
     writable_folder(path.parent)
     return path
+
+
+def check_metric(metric: str, contrast: str | None) -> None:
+    """Look whether the metric has the contrast that it needs, before the model is loaded."""
+    if metric == "logit_diff" and contrast is None:
+        raise UserError("--metric logit_diff needs --contrast, the answer whose logit it subtracts")
+    if metric != "logit_diff" and contrast is not None:
+        raise UserError(f"--contrast is for --metric logit_diff, not for {metric}")
 
 
 def page_or_folder(out: Path | None) -> tuple[Path | None, Path | None]:

@@ -72,6 +72,17 @@ def print_answers(
     console.print()
 
 
+def measured(result: CausalTrace | AttentionKnockout) -> str:
+    """What a result measured, in rich's markup."""
+    answer, contrast = (f"[bold]{escape(x.strip())}[/]" for x in (result.answer, result.contrast))
+    return {
+        "probability": f"P({answer})",
+        "logit_diff": f"The logit of {answer} minus that of {contrast}",
+        "kl": "The KL divergence of the next token",
+        "loss": f"The loss of {answer}",
+    }[result.metric]
+
+
 def print_trace(trace: CausalTrace) -> None:
     """The terminal heatmap, under a line that says what it is."""
     from mmlens.plots.terminal import TerminalHeatmap
@@ -79,7 +90,7 @@ def print_trace(trace: CausalTrace) -> None:
     console = out()
     window = "one layer" if trace.window == 1 else f"{trace.window} layers"
     console.print(
-        f"P([bold]{escape(trace.answer.strip())}[/]) is {trace.clean:.3f} in the clean run and "
+        f"{measured(trace)} is {trace.clean:.3f} in the clean run and "
         f"{trace.corrupted:.3f} in the corrupted one; restoring {window} "
         "of the clean run changes that by:\n"
     )

@@ -17,6 +17,7 @@ from mmlens.utils.progress import progress_bar
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mmlens.analyses.metrics import MetricName
     from mmlens.inputs.multimodal_inputs import MultimodalInputs
     from mmlens.model.transformer import HookedMultimodalTransformer
 
@@ -43,6 +44,8 @@ def trace(
         ),
     ] = None,
     answer: options.Answer = None,
+    metric: options.Metric = "probability",
+    contrast: options.Contrast = None,
     template: options.Template = "auto",
     method: options.Method = "branch",
     min_pixels: options.MinPixels = None,
@@ -63,6 +66,7 @@ def trace(
     names = position_names(positions or ("each" if page else "constraint,last"))
     options.check_device(device)
     check_sites(chosen_sites)
+    options.check_metric(metric, contrast)
 
     spans = {"constraint": constraint}
     bounds = (min_pixels, max_pixels)
@@ -77,6 +81,8 @@ def trace(
         window=window,
         positions=names,
         answer=answer,
+        metric=metric,
+        contrast=contrast,
         method=method,
         page=page,
         folder=folder,
@@ -157,6 +163,8 @@ def trace_prompt(
     window: int,
     positions: tuple[str, ...],
     answer: str | None = None,
+    metric: MetricName = "probability",
+    contrast: str | None = None,
     method: Literal["branch", "naive"] = "branch",
     page: Path | None = None,
     folder: Path | None = None,
@@ -178,6 +186,8 @@ def trace_prompt(
             window=window,
             positions=groups,
             answer=answer,
+            metric=metric,
+            contrast=contrast,
             method=method,
             progress=moved,
         )

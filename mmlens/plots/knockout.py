@@ -1,4 +1,4 @@
-"""Attention knockout: the answer's probability with each window of layers cut."""
+"""Attention knockout: the answer's probability, or another metric, with each window cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from plotly import graph_objects as go
 
 from mmlens.plots.figure import Figure
-from mmlens.plots.labels import visible
+from mmlens.plots.labels import metric_in_words, visible
 from mmlens.plots.style import GRID, INK, LINES, layout, spaced
 
 if TYPE_CHECKING:
@@ -23,14 +23,16 @@ def span_in_words(span: str) -> str:
 
 
 def plot_knockout(knockout: AttentionKnockout) -> Figure:
-    """Draw P(answer) by the centre of the window; the dashed line is the run with nothing cut.
+    """Draw P(answer), or another metric, by the centre of the window.
+
+    The dashed line is the run with nothing cut.
 
     Example:
         >>> attention_knockout(model, inputs, "image", "last", window=5).plot().save("cut.pdf")
     """
     line = go.Scatter(
         x=list(knockout.layers),
-        y=knockout.probability.tolist(),
+        y=knockout.values.tolist(),
         mode="lines+markers",
         line={"color": LINES[0].color, "width": 2},
         marker={"symbol": LINES[0].symbol, "size": 6},
@@ -47,15 +49,13 @@ def plot_knockout(knockout: AttentionKnockout) -> Figure:
         gridcolor=GRID,
         zeroline=False,
     )
-    answer = visible(knockout.answer.strip())
-    figure.update_yaxes(
-        title_text=f"P({answer})", gridcolor=GRID, zeroline=False, rangemode="tozero"
-    )
+    measured = metric_in_words(knockout.metric, knockout.answer, knockout.contrast)
+    figure.update_yaxes(title_text=measured, gridcolor=GRID, zeroline=False, rangemode="tozero")
     figure.update_layout(layout(width=640, height=400, margin={"t": 75, "r": 95}))
     source, destination = (knockout.metadata.get(name) for name in ("source", "destination"))
     if source and destination:
         figure.update_layout(
-            title_text=f"P(“{answer}”) with {span_in_words(destination)} not attending to "
+            title_text=f"{measured} with {span_in_words(destination)} not attending to "
             f"{span_in_words(source)}"
         )
     return figure

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from mmlens.plots.figure import Figure
 from mmlens.plots.folding import Visual
 from mmlens.plots.heatmap import heatmap
-from mmlens.plots.labels import shorten, visible
+from mmlens.plots.labels import metric_in_words, shorten, visible
 from mmlens.plots.style import GRID, INK, layout, set_titles, site_line, site_title, spaced
 
 if TYPE_CHECKING:
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 TraceValue = Literal["restored", "indirect_effect", "recovery"]
 
 AXIS_TITLES = {
-    "restored": "P(answer)",
-    "indirect_effect": "P(answer), restored − corrupted",
+    "restored": "{}",
+    "indirect_effect": "{}, restored − corrupted",
     "recovery": "share of the effect restored",
 }
+SHORT = {"probability": "P(answer)", "logit_diff": "logit difference", "kl": "KL divergence"}
+"""Metrics on an axis; others have their own names."""
 #: up to so many groups of positions are drawn as lines
 MAX_PROFILES = 3
 
@@ -43,11 +45,12 @@ def plot_trace(
         kind: ``heatmap`` has one panel per site, each with its own scale, layers to the right and
             the tokens downwards;
             ``profile`` has one panel per group of positions and one line per site, between the
-            clean and the corrupted probability. ``auto`` takes lines for up to three groups.
-        value: ``restored`` (P(answer)), ``indirect_effect`` (minus the corrupted P) or
+            clean and the corrupted run. ``auto`` takes lines for up to three groups.
+        value: ``restored`` (P(answer), or the trace's other metric), ``indirect_effect`` (minus
+            the corrupted run's) or
             ``recovery`` (as a share of clean minus corrupted). By default a heatmap shows the
-            indirect effect, lines show P(answer).
-        title: instead of the answer and its clean and corrupted probability.
+            indirect effect, lines show the metric.
+        title: instead of the metric and its value in both runs.
         visual: how a heatmap shows visual tokens, see `mmlens.plots.heatmap`.
 
     Raises:
@@ -72,11 +75,11 @@ def plot_trace(
             rows=trace.group_labels,
             columns=trace.layers,
             panels=[site_title(site) for site in trace.sites],
-            value_title=AXIS_TITLES[value],
+            value_title=axis_title(trace, value),
             visual=visual,
         )
-    answer = visible(trace.answer.strip())
-    title = title or f"P(“{answer}”): {trace.clean:.3f} clean, {trace.corrupted:.3f} corrupted"
+    measured = metric_in_words(trace.metric, trace.answer, trace.contrast)
+    title = title or f"{measured}: {trace.clean:.3f} clean, {trace.corrupted:.3f} corrupted"
     set_titles(figure, title, subtitle_of(trace.metadata, how_restored(trace)))
     return figure
 
@@ -87,7 +90,7 @@ def plot_patching(patching: AttributionPatching, *, visual: Visual = "folded") -
     Example:
         >>> attribution_patching(model, clean, corrupted).plot()
     """
-    answer = visible(patching.answer.strip())
+    measured = metric_in_words(patching.metric, patching.answer, patching.contrast)
     return heatmap(
         patching.indirect_effect,
         rows=patching.group_labels,
@@ -95,9 +98,14 @@ def plot_patching(patching: AttributionPatching, *, visual: Visual = "folded") -
         panels=[site_title(site) for site in patching.sites],
         value_title="effect, estimated by a gradient",
         visual=visual,
-        title=f"“{answer}”: {patching.clean:.3f} clean, {patching.corrupted:.3f} corrupted",
+        title=f"{measured}: {patching.clean:.3f} clean, {patching.corrupted:.3f} corrupted",
         subtitle=subtitle_of(patching.metadata),
     )
+
+
+def axis_title(trace: CausalTrace, value: TraceValue) -> str:
+    """Return what the values of a trace are."""
+    return AXIS_TITLES[value].format(SHORT.get(trace.metric, visible(trace.metric)))
 
 
 def how_restored(trace: CausalTrace) -> str:
@@ -155,7 +163,7 @@ def _profile_axes(figure: Figure, trace: CausalTrace, value: TraceValue) -> None
         tickvals=[trace.layers[index] for index in spaced(trace.layers)],
     )
     figure.update_yaxes(gridcolor=GRID, zeroline=False, rangemode="tozero")
-    figure.update_yaxes(title_text=AXIS_TITLES[value], col=1)
+    figure.update_yaxes(title_text=axis_title(trace, value), col=1)
     figure.update_layout(
         layout(
             width=max(640, 120 + 430 * len(trace.groups)),

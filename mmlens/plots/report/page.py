@@ -17,7 +17,7 @@ from markupsafe import Markup
 from mmlens.inputs.image_tokens import Box, Grid
 from mmlens.plots.folding import foldings
 from mmlens.plots.image_mesh import ImageMesh
-from mmlens.plots.labels import visible
+from mmlens.plots.labels import metric_in_words, visible
 from mmlens.plots.policy import content_policy
 from mmlens.plots.report.prompt import ReportedPrompt
 from mmlens.plots.style import DIVERGING, site_title
@@ -83,12 +83,22 @@ def report_page(
         largest=max((p for _, *both in prompt.answers for p in both if p), default=1.0),
         trace=trace,
         how="" if trace is None else how_restored(trace),
+        **({} if trace is None else words_of(trace)),
         data=data,
         style=Markup(style),
         script=Markup(script),
         policy=content_policy([script]),
         visible=visible,
     )
+
+
+def words_of(trace: CausalTrace) -> dict[str, str]:
+    """Return what the trace measured, for a title, and what kind of number that is."""
+    measured = metric_in_words(trace.metric, trace.answer, trace.contrast)
+    return {
+        "measured": measured,
+        "kind": "probability" if trace.metric == "probability" else "value",
+    }
 
 
 @cache
