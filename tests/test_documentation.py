@@ -151,11 +151,14 @@ def demo_model(name: str, **options: object) -> HookedMultimodalTransformer:
     return load(name, **options) if Path(name).is_dir() else embedded_model(name, **options)
 
 
+LONG_PAGES = {"attention", "editing", "findings", "sweeps"}
+"""Pages whose blocks take from half a minute to one and a half."""
+
+
 @pytest.mark.parametrize(
     "page",
     [
-        # Edits and their benchmark: a minute and a half of two cores.
-        pytest.param(each, id=each.stem, marks=[pytest.mark.slow] * (each.stem == "editing"))
+        pytest.param(each, id=each.stem, marks=[pytest.mark.slow] * (each.stem in LONG_PAGES))
         for each in PAGES
     ],
 )

@@ -296,6 +296,7 @@ def test_prompts_on_several_devices_are_refused(gpus: None, seed: int) -> None:
         replace(inputs, noise=torch.zeros(1, inputs.n_pos, 4))
 
 
+@pytest.mark.slow
 def test_gradients(seed: int) -> None:
     """Edits and attribution patching; PyTorch has no gradients on GPUs that are not there."""
     script = Path(__file__).parent / "support" / "gradients_on_a_device.py"

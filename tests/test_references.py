@@ -352,8 +352,15 @@ def test_an_edit_that_changes_everything_is_warned_of(seed: int, tmp_path: Path)
     quiet = nothing.check(model, request, references=references)
     assert not quiet.changed.any()
     assert quiet.warning.endswith("the edited question is not answered with the target")
-    loud = Edit.of(model, {name: 50 * torch.randn(shape)}, method="noise", target="an answer")
-    check = loud.check(model, request, references=references)
+    # All that the model says after one of the two may be what it said before, but not after both.
+    noise = 50 * torch.randn(shape)
+    checks = [
+        Edit.of(model, {name: each}, method="noise", target="an answer").check(
+            model, request, references=references
+        )
+        for each in (noise, -noise)
+    ]
+    check = max(checks, key=lambda each: int(each.changed.sum()))
     changed = check.summary().query(f"kind != '{EDITED}'")
     if changed["changed"].sum() > len(changed):
         assert "changed" in check.warning

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,13 +39,14 @@ def noting_interrupts() -> Iterator[Interrupts]:
         yield found
         return
     tried_again = over = False
+    main = threading.get_ident()
 
     def try_again() -> None:
         nonlocal tried_again
         time.sleep(AGAIN_AFTER)
         tried_again = True
         if not over:
-            _thread.interrupt_main()
+            send_to(main)
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal tried_again, over
@@ -67,6 +69,14 @@ def noting_interrupts() -> Iterator[Interrupts]:
     finally:
         over = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def send_to(thread: int) -> None:
+    """Send a SIGINT to the main thread, which also ends its waiting where signals can do that."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(thread, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def is_importing(frame: FrameType | None) -> bool:
