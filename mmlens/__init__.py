@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     )
     from mmlens.inputs.collation import collate as collate
     from mmlens.inputs.multimodal_inputs import MultimodalInputs as MultimodalInputs
+    from mmlens.interventions.in_tile import InTile as InTile
     from mmlens.interventions.intervention import (
         Intervention as Intervention,
         hook_name as hook_name,

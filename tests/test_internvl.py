@@ -298,7 +298,7 @@ def test_traces_over_images_in_tiles(family: Family, seed: int, tmp_path: Path) 
         assert len(labels) == squares**2
         assert labels[-1] == f"<{name} *:{squares - 1},{squares - 1}>"
     assert len(labels_at(model, clean, "projector.in")) == family.grid**2
-    assert labels_at(model, clean, "vision.resid_post")[:2] == ["<cls>", "<patch *:0,0>"]
+    assert labels_at(model, clean, "vision.resid_post")[:2] == ["<cls *>", "<patch *:0,0>"]
 
 
 @EVERY

@@ -152,7 +152,7 @@ def test_the_tower(seed):
     naive, branch, difference = traces(model, clean, corrupted, **options)
     assert difference <= TOLERANCE
     assert naive.restored.shape == (2, 3, 2)
-    assert branch.group_labels[0] == "<cls>"
+    assert branch.group_labels[0] == "<cls *>"
     assert branch.group_labels[1].startswith("<patch *:0")
     whole = range(model.cfg.vision.n_patches + 1)
     everything = causal_trace(

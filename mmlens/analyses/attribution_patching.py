@@ -149,7 +149,7 @@ def attribution_patching(
     chosen = layer_centres(model, sites, layers)
     if site_of(sites[0]).stack != "decoder":
         raise ValueError(f"attribution patching is for sites of the decoder, not {sites}")
-    groups, labels = position_groups(model, clean, corrupted, sites, positions)
+    groups = position_groups(model, clean, corrupted, sites, positions)
     for site in sites:
         model.SITES[site]  # an error for units: the gradient is that of the whole activation
     places = [(site, layer) for site in sites for layer in chosen]
@@ -165,7 +165,7 @@ def attribution_patching(
         product = (recording[each] - other[each]) * derivatives[each]
         first_order[each] = product.flatten(2).sum(dim=(0, 2))
     effects = [
-        first_order[site, layer][group.to(model.device)].sum()
+        first_order[site, layer][torch.tensor(group.numbers, device=model.device)].sum()
         for site in sites
         for group in groups
         for layer in chosen
@@ -176,8 +176,8 @@ def attribution_patching(
         corrupted=corrupted_value,
         sites=tuple(sites),
         layers=tuple(chosen),
-        groups=tuple(tuple(group.tolist()) for group in groups),
-        group_labels=tuple(labels),
+        groups=tuple(group.numbers for group in groups),
+        group_labels=tuple(group.label for group in groups),
         answer=target.text,
         answer_tokens=tuple(target.tokens.tolist()),
         metadata=description(model, clean),

@@ -28,6 +28,7 @@ from mmlens.analyses.trace_grid import (
     check_pair,
     layer_centres,
     position_groups,
+    tiles_of,
     window_layers,
 )
 from mmlens.analyses.trace_result import CausalTrace
@@ -79,8 +80,9 @@ def causal_trace(
         window: layers restored together around each centre, see `mmlens.window`.
         positions: groups of positions, each restored together; None takes every position from the
             first that differs, one at a time. The tower's sites have positions of their own: 0 is
-            the class token, then come the patches, row by row. `clean.tiles(4, 4)` are regions of
-            the image.
+            the class token, then come the patches, row by row. Where it sees several tiles, numbers
+            mean these patches of every tile, `InTile(2, numbers)` those of one, and a list of
+            `InTile`s is one group. `clean.tiles(4, 4)` are regions of the image.
         answer: a text, a token id, or None for the clean run's most probable next token. A text of
             several tokens is scored by its joint probability.
         metric: what `restored`, `clean` and `corrupted` are: "probability" of the answer,
@@ -116,7 +118,7 @@ def causal_trace(
     check_pair(clean, corrupted)
     check_metric(metric, contrast if metric == "logit_diff" else None)
     centres = layer_centres(model, sites, layers)
-    groups, labels = position_groups(model, clean, corrupted, sites, positions)
+    groups = position_groups(model, clean, corrupted, sites, positions)
     windows = {
         site: [window_layers(model, site, centre, window) for centre in centres] for site in sites
     }
@@ -126,7 +128,7 @@ def causal_trace(
     known[:] = [run]
     put_back = restore(run.cache)
     cells = {
-        (site, number, centre): [Intervention(site, layers, group, put_back)]
+        (site, number, centre): [Intervention(site, layers, part, put_back) for part in group.parts]
         for site in sites
         for number, group in enumerate(groups)
         for centre, layers in zip(centres, windows[site], strict=True)
@@ -152,8 +154,8 @@ def causal_trace(
         sites=tuple(sites),
         layers=tuple(centres),
         window=window,
-        groups=tuple(tuple(group.tolist()) for group in groups),
-        group_labels=tuple(labels),
+        groups=tuple(group.numbers for group in groups),
+        group_labels=tuple(group.label for group in groups),
         answer=target.text,
         answer_tokens=tuple(target.tokens.tolist()),
         method=method,
@@ -162,7 +164,8 @@ def causal_trace(
             "str_tokens": clean.labels(),
             "samples": 1 if corrupted.noise is None else len(corrupted.noise),
             "seconds": round(time.perf_counter() - began, 3),
-        },
+        }
+        | tiles_of(groups),
         metric=name_of(metric),
         contrast="" if measure.contrast is None else measure.contrast.text,
     )

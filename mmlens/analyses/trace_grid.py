@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from mmlens.inputs.common_prefix import common_prefix
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.position_labels import region_label
+from mmlens.interventions.in_tile import InTile, check_has_tiles
 from mmlens.interventions.intervention import n_layers_of, site_of, window
 from mmlens.model.components.packed_images import grids_of, places
 
@@ -19,7 +21,36 @@ if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
 
 SITES = ("resid_post", "attn_out", "mlp_out")
-Group = int | Sequence[int] | Int[Tensor, " _"]
+Group = int | Sequence[int] | Int[Tensor, " _"] | InTile | Sequence[InTile]
+"""Positions; or those of one tile of the tower, or of several tiles, each with its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class TracedGroup:
+    """A group of positions that are restored together."""
+
+    parts: tuple[Int[Tensor, " _"] | InTile, ...]
+    """As interventions take them."""
+    label: str
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All positions, one part after the other."""
+        return tuple(number for part in self.parts for number in numbers_of(part))
+
+    @property
+    def tiles(self) -> tuple[int | None, ...]:
+        """The tile of each position; None stands for every tile."""
+        return tuple(
+            part.tile if isinstance(part, InTile) else None
+            for part in self.parts
+            for _ in numbers_of(part)
+        )
+
+
+def numbers_of(part: Int[Tensor, " _"] | InTile) -> list[int]:
+    """The positions of one part."""
+    return list(part.positions) if isinstance(part, InTile) else part.tolist()
 
 
 def check_pair(clean: MultimodalInputs, corrupted: MultimodalInputs) -> None:
@@ -56,34 +87,89 @@ def position_groups(
     corrupted: MultimodalInputs,
     sites: Sequence[str],
     positions: Sequence[Group] | None,
-) -> tuple[list[Int[Tensor, " _"]], list[str]]:
-    """The groups of positions as LongTensors, and a label for each."""
+) -> list[TracedGroup]:
+    """The groups of positions, each with a label."""
     first = first_difference(clean, corrupted)
-    labels = labels_at(model, clean, sites[0])
     if positions is None:
         if site_of(sites[0]).positions != "tokens":
             raise ValueError(f"site {sites[0]!r} has positions of its own: give them")
         positions = list(range(first, clean.n_pos))
-    groups = [torch.as_tensor(group, dtype=torch.long).flatten().cpu() for group in positions]
+    groups = [parts_of(group) for group in positions]
     if not groups:
         raise ValueError("no positions to trace; positions=None takes all that can matter")
-    for group in groups:
-        if not len(group) or int(group.min()) < 0 or int(group.max()) >= len(labels):
-            raise ValueError(
-                f"positions {group.tolist()} are not among 0 ... {len(labels) - 1}; each group "
-                "needs at least one"
-            )
-    return groups, [group_label(group.tolist(), labels) for group in groups]
+    known = {
+        tile: labels_at(model, clean, sites[0], tile)
+        for tile in {tile_of(part) for parts in groups for part in parts}
+    }
+    for parts in groups:
+        for part in parts or (torch.tensor([], dtype=torch.long),):
+            numbers, n_labels = numbers_of(part), len(known[tile_of(part)])
+            if not numbers or min(numbers) < 0 or max(numbers) >= n_labels:
+                raise ValueError(
+                    f"positions {numbers} are not among 0 ... {n_labels - 1}; each group needs at "
+                    "least one"
+                )
+    return [
+        TracedGroup(
+            parts,
+            group_label([known[tile_of(part)][n] for part in parts for n in numbers_of(part)]),
+        )
+        for parts in groups
+    ]
 
 
-def labels_at(model: HookedMultimodalTransformer, clean: MultimodalInputs, site: str) -> list[str]:
+def tiles_of(groups: Sequence[TracedGroup]) -> dict[str, list[list[int | None]]]:
+    """What a result says of the tiles of its groups' positions; nothing where none names one."""
+    tiles = [list(group.tiles) for group in groups]
+    return {"tiles": tiles} if any(tile is not None for each in tiles for tile in each) else {}
+
+
+def parts_of(group: Group) -> tuple[Int[Tensor, " _"] | InTile, ...]:
+    """A group as interventions take it: positions, or those of one tile after the other."""
+    if isinstance(group, InTile):
+        return (group,)
+    if isinstance(group, Sequence) and any(isinstance(part, InTile) for part in group):
+        if not all(isinstance(part, InTile) for part in group):
+            raise ValueError(f"a group is positions or `InTile`s, not both: {list(group)}")
+        return tuple(part for part in group if isinstance(part, InTile))
+    return (torch.as_tensor(group, dtype=torch.long).flatten().cpu(),)
+
+
+def tile_of(part: Int[Tensor, " _"] | InTile) -> int | None:
+    """The tile of positions that are of one; None for every tile."""
+    return part.tile if isinstance(part, InTile) else None
+
+
+def labels_at(
+    model: HookedMultimodalTransformer,
+    clean: MultimodalInputs,
+    site: str,
+    tile: int | None = None,
+) -> list[str]:
     """A label for each position of a site: tokens, or what stands for the image's patches.
 
-    Positions of the tower are those of one tile, and an edit there acts on all tiles alike: where
-    it sees several, labels are `<patch *:row,column>`, and `<img *:row,column>` of what the
-    connector puts together. Where the tower packs patches, its positions are those of all images.
+    Positions of the tower are those of one tile. Where it sees several, an edit there acts on all
+    of them alike, and labels are `<patch *:row,column>`; those of one of them (`InTile`) are
+    `<patch 2:row,column>`. What the connector puts together is `<img ...>` instead. Where the tower
+    packs patches, its positions are those of all images, `<patch1 row,column>`.
+
+    Args:
+        tile: one of several; None for every one.
+
+    Raises:
+        ValueError: there is no such tile, or the site's rows are no tiles.
     """
     place, vision = site_of(site), model.cfg.vision
+    if tile is not None:
+        check_has_tiles(site, place)
+        n_tiles = 0 if clean.pixel_values is None else len(clean.pixel_values)
+        if vision is not None and vision.packed:
+            raise ValueError(
+                "this model's tower has all patches in one row, so that a number says which image "
+                "is meant, too: give positions without a tile"
+            )
+        if tile >= n_tiles:
+            raise ValueError(f"tile {tile}, but the tower sees {n_tiles}, counted from 0")
     if place.positions == "tokens" or vision is None:
         return clean.labels()
     axis, projector = place.axes[place.position_axis], model.cfg.projector
@@ -94,7 +180,7 @@ def labels_at(model: HookedMultimodalTransformer, clean: MultimodalInputs, site:
     if vision.packed:
         grids = [] if clean.visual is None else grids_of(clean.visual)
         return [
-            f"<patch {image}:{row},{column}>" if len(grids) > 1 else f"<patch {row},{column}>"
+            f"<patch{image if len(grids) > 1 else ''} {row},{column}>"
             for image, row, column in places(grids).tolist()
         ]
     rows, columns = vision.grid
@@ -102,25 +188,28 @@ def labels_at(model: HookedMultimodalTransformer, clean: MultimodalInputs, site:
         height, width = clean.pixel_values.shape[-2:]
         rows, columns = height // vision.patch_size, width // vision.patch_size
     several = clean.pixel_values is not None and len(clean.pixel_values) > 1
-    tile = "*:" if several else ""
+    which = "*" if tile is None else str(tile)
+    before = f"{which}:" if several else ""
     if merged and projector is not None and projector.merged > 1:
         rows, columns = (side // projector.merged for side in (rows, columns))
-        return [f"<img {tile}{row},{column}>" for row in range(rows) for column in range(columns)]
-    patches = [f"<patch {tile}{row},{column}>" for row in range(rows) for column in range(columns)]
+        return [f"<img {before}{row},{column}>" for row in range(rows) for column in range(columns)]
+    patches = [
+        f"<patch {before}{row},{column}>" for row in range(rows) for column in range(columns)
+    ]
     if place.positions == "patches":
         return patches
-    labels = ["<cls>"] * vision.class_token + patches
+    labels = [f"<cls {which}>" if several else "<cls>"] * vision.class_token + patches
     dropped = place.positions == "features" and vision.select == "default"
     return labels[1:] if dropped else labels
 
 
-def group_label(group: list[int], labels: list[str]) -> str:
+def group_label(labels: Sequence[str]) -> str:
     """The tokens of a group, shortened where there are many; a region of an image as such."""
-    if region := region_label([labels[position] for position in group]):
+    if region := region_label(labels):
         return region
-    if len(group) > 6:
-        return f"{labels[group[0]]} ... {labels[group[-1]]} ({len(group)})"
-    return "".join(labels[position] for position in group)
+    if len(labels) > 6:
+        return f"{labels[0]} ... {labels[-1]} ({len(labels)})"
+    return "".join(labels)
 
 
 def layer_centres(

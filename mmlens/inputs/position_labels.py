@@ -6,6 +6,8 @@
     <img 3-4,5-8>     a rectangle of patches
     <patch 3,5>       the same in the vision tower
     <patch *:3,5>     the same of every tile, where the tower sees several
+    <patch 2:3,5>     of tile 2 alone
+    <patch1 3,5>      of the second image, where the tower has all patches in one row
 
 Public names: `VisualLabel`, `position_labels`, `region_label`, `visual_label`.
 """
@@ -22,7 +24,7 @@ __all__ = ["PAD_LABEL", "VisualLabel", "position_labels", "region_label", "visua
 
 PAD_LABEL = "<pad>"
 # What begins with numbers and a sign between them is a region.
-LABEL = re.compile(r"<(img(\d*)|patch) (?:(?:(\d+|\*):)?(\d+),(\d+)|((?!\d+[-,:]|\*:)[^<>]+))>")
+LABEL = re.compile(r"<((?:img|patch)(\d*)) (?:(?:(\d+|\*):)?(\d+),(\d+)|((?!\d+[-,:]|\*:)[^<>]+))>")
 
 
 class VisualLabel(NamedTuple):
@@ -31,7 +33,8 @@ class VisualLabel(NamedTuple):
     stem: str
     """What it begins with: "img", "img1", "patch"."""
     view: int | Literal["*"] | None
-    """"*" for all of several; None where there is one, and where the position is no patch."""
+    """Of "patch" it is the tile. "*" for all of several; None where there is one, and where the
+    position is no patch."""
     row: int
     column: int
     """-1 where the position is no patch."""
@@ -41,7 +44,7 @@ class VisualLabel(NamedTuple):
     @property
     def image(self) -> int:
         """Which image of the row."""
-        return int(self.stem[3:] or 0) if self.stem.startswith("img") else 0
+        return int(self.stem.removeprefix("img").removeprefix("patch") or 0)
 
 
 def visual_label(label: str) -> VisualLabel | None:

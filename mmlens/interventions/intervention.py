@@ -20,6 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmlens.interventions.hook_function import HookFunction, stretch, takes_branches
+from mmlens.interventions.in_tile import InTile, check_has_tiles, in_tile
 from mmlens.model.hook_points import HookPoint, check_replacement
 from mmlens.model.run_positions import PassPositions, Positions, current_pass, takes_positions
 from mmlens.model.sites import Site, split_site
@@ -142,10 +143,11 @@ class Intervention:
             the whole text: a pass that computes only what comes after a key-value cache, as each
             step of `generate` is, edits those that it computes, and a position that has not been
             generated yet is edited when it comes. In a batch, padding counts. "generated" is every
-            position that `generate` adds. For the vision tower they are its own patches. In a
-            branch of a recording, None makes the branch compute the whole prompt, visual tokens
-            included, since position 0 is among them: `range(first, inputs.n_pos)` costs the
-            positions from `first` on, and gives the same where nothing earlier changes.
+            position that `generate` adds. For the vision tower they are its own patches, in every
+            tile alike; `InTile(2, positions)` are those of one tile. In a branch of a recording,
+            None makes the branch compute the whole prompt, visual tokens included, since position 0
+            is among them: `range(first, inputs.n_pos)` costs the positions from `first` on, and
+            gives the same where nothing earlier changes.
         hook: a function of `mmlens.interventions.functions` or your own `f(slice, hook)`. It sees
             only the slice at `positions`, in their order; it returns what takes the slice's place,
             or None to leave it (an edit in place counts). With a parameter `positions` it is told
@@ -153,7 +155,8 @@ class Intervention:
 
     Raises:
         ValueError: no such site, layers missing or too many, negative positions; "generated" for a
-            site of the vision tower or the connector, which see the prompt alone.
+            site of the vision tower or the connector, which see the prompt alone; one tile of a
+            site that has none.
         TypeError: positions that are no integers, such as a mask.
 
     Example:
@@ -169,13 +172,15 @@ class Intervention:
     """Ascending."""
     positions: Int[Tensor, " n"] | Literal["generated"] | None
     """On the CPU, each once."""
+    tile: int | None
+    """Where the positions are those of one tile alone; else None."""
     hook: HookFunction
 
     def __init__(
         self,
         site: str,
         layers: Iterable[int] | int | None,
-        positions: Tensor | Sequence[int] | int | Literal["generated"] | None,
+        positions: Tensor | Sequence[int] | int | InTile | Literal["generated"] | None,
         hook: HookFunction,
     ) -> None:
         layers = [layers] if isinstance(layers, int) else layers
@@ -184,10 +189,16 @@ class Intervention:
         object.__setattr__(self, "site", name)
         object.__setattr__(self, "units", units)
         object.__setattr__(self, "layers", None if layers is None else tuple(sorted(set(layers))))
+        tile = None
+        if isinstance(positions, InTile):
+            tile, positions = positions.tile, positions.positions
         object.__setattr__(self, "positions", as_positions(positions))
+        object.__setattr__(self, "tile", tile)
         object.__setattr__(self, "hook", hook)
         # A wrong site or a missing layer is an error here, not in the run.
         hook_name(name, None if layers is None else 0)
+        if tile is not None:
+            check_has_tiles(site, self.where)
         if isinstance(self.positions, str) and self.where.stack != "decoder":
             raise ValueError(
                 f"positions='generated' are tokens; the positions of {site!r} are "
@@ -304,8 +315,15 @@ class Intervention:
         inside = self._given[(self._given >= begin) & (self._given < end)]
         return inside, stretch(inside)
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether it edits only some units or one tile of the slice that its function sees."""
+        return self.units is not None or self.tile is not None
+
     def with_units(self, slice: Tensor, edited: Tensor, hook: HookPoint) -> Tensor:
-        """Return the slice with the declared units of what it became."""
+        """Return the slice with the declared units, and tile, of what it became."""
+        if self.tile is not None:
+            edited = in_tile(self.tile, slice, edited.to(slice), str(hook.name))
         if self.units is None:
             return edited.to(slice)
         axis, n = hook.site.unit_axis, slice.shape[hook.site.unit_axis]
@@ -356,8 +374,8 @@ def called(acting: Sequence[tuple[int, Intervention, Cut]], hook: HookPoint) -> 
         options = {"branches": torch.tensor(branches)}
         whole = positions[0] is None
         told = None if whole else torch.stack([each for each in positions if each is not None])
-    else:  # an edit in place must not reach the other units
-        given = cuts[0].slice if parts[0].units is None else cuts[0].slice.clone()
+    else:  # an edit in place must not reach the other units and tiles
+        given = cuts[0].slice.clone() if parts[0].is_partial else cuts[0].slice
         told = positions[0]
     if takes_positions(function):
         options["positions"] = told

@@ -121,7 +121,8 @@ def what(tokens: Sequence[VisualLabel]) -> str:
         return f"{shorten(visible(first.mark), MAX_LABEL)} ({len(tokens)})"
     if first.view is None:
         return f"row {first.row}"
-    return f"{'every tile' if first.view == '*' else f'view {first.view}'} row {first.row}"
+    view = "tile" if first.stem.startswith("patch") else "view"
+    return f"{'every tile' if first.view == '*' else f'{view} {first.view}'} row {first.row}"
 
 
 def folding_index(all_foldings: Sequence[Folding], visual: Visual) -> int:

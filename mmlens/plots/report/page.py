@@ -15,6 +15,7 @@ from jaxtyping import Float
 from markupsafe import Markup
 
 from mmlens.inputs.image_tokens import Box, Grid
+from mmlens.interventions.intervention import site_of
 from mmlens.plots.folding import foldings
 from mmlens.plots.image_mesh import ImageMesh
 from mmlens.plots.labels import metric_in_words, visible
@@ -211,8 +212,8 @@ def contribution_data(contribution: AttentionContribution) -> list[dict[str, Any
 
 
 def trace_maps(trace: CausalTrace) -> list[dict[str, Any]]:
-    """Return a map for each site, where positions were restored one at a time."""
-    if any(len(group) > 1 for group in trace.groups):
+    """Return a map for each site, where positions of the prompt were restored one at a time."""
+    if any(len(group) > 1 for group in trace.groups) or not is_of_tokens(trace):
         return []
     effects = trace.indirect_effect.float().cpu().numpy()
     return [
@@ -226,10 +227,16 @@ def trace_maps(trace: CausalTrace) -> list[dict[str, Any]]:
     ]
 
 
+def is_of_tokens(trace: CausalTrace) -> bool:
+    """Return whether positions are those of the prompt, not patches in the tower."""
+    return site_of(trace.sites[0]).positions == "tokens"
+
+
 def trace_data(trace: CausalTrace) -> dict[str, Any]:
     """Return [site][row][layer], with visual tokens in one row and in the image's rows."""
     effects = trace.indirect_effect.float().cpu().numpy()
     shown: list[dict[str, Any]] = []
+    at = trace.groups if is_of_tokens(trace) else ((),) * len(trace.groups)
     for view in foldings(trace.group_labels):
         if view.name == "tokens" and shown:
             continue  # what every patch does is shown on the image
@@ -237,7 +244,7 @@ def trace_data(trace: CausalTrace) -> dict[str, Any]:
         rows = [
             {
                 "label": row.label,
-                "at": [position for member in row.members for position in trace.groups[member]],
+                "at": [position for member in row.members for position in at[member]],
             }
             for row in view.rows
         ]

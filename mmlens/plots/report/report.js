@@ -267,7 +267,7 @@
     document.addEventListener("pointerover", (event) => {
       const element = event.target.closest(".spot");
       pointAt(element, event.clientX, event.clientY);
-      if (!element?.closest(".bars")) drawLayers(element ? spots.get(element).at : null);
+      if (!element?.closest(".bars")) drawLayers(element && spots.get(element).at.length ? spots.get(element).at : null);
     });
     document.addEventListener("focusin", (event) => {
       const box = event.target.getBoundingClientRect();
