@@ -66,7 +66,7 @@ for receivers in ("v", "k", "q"):
 
 # %%
 free = path_patch(model, clean, corrupted, senders, [("v", 23, image)], freeze=(), **pair)
-free.to_dataframe()
+free.to_dataframe().round(2)
 
 # %%
 from mmlens.plots import heatmap
