@@ -54,6 +54,15 @@ def test_every_option_is_described(name: str) -> None:
     assert [each.name for each in command.params if not getattr(each, "help", None)] == []
 
 
+def test_every_command_that_takes_images_takes_bounds_on_their_pixels() -> None:
+    """`verify` asks a random prompt of its own."""
+    commands = get_command(app).commands.items()  # type: ignore[attr-defined]
+    options = {name: {each.name for each in command.params} for name, command in commands}
+    opening = {name for name, own in options.items() if "model" in own} - {"verify"}
+    bounded = {name for name, own in options.items() if {"min_pixels", "max_pixels"} <= own}
+    assert bounded == opening
+
+
 def test_what_is_given_arrives(seed: int) -> None:
     got: dict[str, Any] = {}
 

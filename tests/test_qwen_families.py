@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mmlens import Intervention
+from mmlens.checkpoints.errors import CheckpointError
 from mmlens.interventions.functions import scale
 from mmlens.model.components import KeyValueCache
 from mmlens.model.transformer import HookedMultimodalTransformer
@@ -72,6 +75,30 @@ def test_logits_and_every_hook_equal_hugging_face(
     ours = {name: compared(name, x) for name, x in ours.items()}
     assert expected["logits"].std() > 0.1
     assert_same(ours, expected, lambda: theirs(rounded_otherwise(hf)))
+
+
+def test_more_deepstack_than_layers_is_refused(seed: int, tmp_path: Path) -> None:
+    """What the last of them brings could be added nowhere; as many as there are layers can."""
+    chance = random.Random(seed)
+    n_deepstack = 0
+    while n_deepstack < 2:
+        hf = random_qwen("qwen3", chance)
+        n_deepstack = len(hf.config.vision_config.deepstack_visual_indexes)
+    del hf.model.language_model.layers[n_deepstack:]
+    hf.config.text_config.num_hidden_layers = n_deepstack
+    processor = write("qwen3", tmp_path, hf, least=4)
+    model = opened(tmp_path)
+    _, cache = model.run_with_cache(inputs_of(model, random_batch(processor, [1], chance)))
+    assert float(cache["deepstack", n_deepstack - 1].abs().max()) > 0
+    file, n_layers = tmp_path / "config.json", n_deepstack - 1
+    config = json.loads(file.read_text())
+    config["text_config"]["num_hidden_layers"] = n_layers
+    file.write_text(json.dumps(config))
+    says = f"{n_deepstack} layers of the tower, but the decoder has {n_layers}"
+    with pytest.raises(CheckpointError, match=f"deepstack_visual_indexes.*{says}"):
+        opened(tmp_path)
+    with pytest.raises(ValueError, match=f"n_deepstack={n_deepstack}, but .*n_layers={n_layers}"):
+        replace(model.cfg, n_layers=n_layers)
 
 
 @EVERY

@@ -42,7 +42,6 @@ from mmlens import (
     sweep,
 )
 from mmlens.checkpoints.errors import CheckpointError
-from mmlens.cli import main
 from mmlens.data import VisualQuestion
 from mmlens.editing import fine_tune, lora
 from mmlens.inputs.processor import Processor
@@ -50,7 +49,6 @@ from mmlens.interventions.functions import knockout
 from mmlens.model.transformer import HookedMultimodalTransformer
 from mmlens.plots import overlay
 from mmlens.reproduce import FIGURES, Settings, Study
-from mmlens.sweeps import OtherSettings
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 QUESTION, CONSTRAINT = "What is the capital of this country?", "this country"
@@ -350,39 +348,6 @@ def test_sweeps_over_images_of_other_sizes(task: str, case: Any, tmp_path: Path)
     assert together.n_done == apart.n_done == len(questions)
     assert together.failures().empty and apart.failures().empty
     pd.testing.assert_frame_equal(in_order(together), in_order(apart), rtol=1e-5, atol=1e-5)
-
-
-def test_bounds_on_the_command_line(
-    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Commands and sweeps take them, and a sweep's folder is of one pair of them."""
-    model, inputs, folder = case
-    monkeypatch.setenv("COLUMNS", "200")
-    image, most = tmp_path / "image.png", (inputs.images[0].image.width // 6) ** 2 * 12
-    inputs.images[0].image.save(image)
-    expected = model.prepare(QUESTION, image, max_pixels=most)
-    assert 0 < len(expected.span("image")) <= 12 < len(inputs.span("image"))
-    options = ["--model", str(folder), "--max-pixels", str(most), "--device", "cpu"]
-    for command in (
-        ["contributions", "--to", "last"],
-        ["knockout", "--layers", "1"],
-        ["trace", "--constraint", CONSTRAINT, "--sites", "mlp_out"],
-    ):
-        name, *more = command
-        where = tmp_path / name
-        with pytest.raises(SystemExit) as end:
-            main([name, str(image), QUESTION, *more, *options, "--out", str(where)])
-        assert end.value.code in (0, None), capsys.readouterr()
-    table = pd.read_csv(tmp_path / "contributions" / "contributions.csv")
-    assert table["source"].nunique() == len(expected.span("image"))
-    question = VisualQuestion(QUESTION, image, visual_constraint=CONSTRAINT)
-    given: dict[str, Any] = {**SETTINGS, "device": "cpu", "max_pixels": most}
-    found = sweep("trace", str(folder), [question], tmp_path / "sweep", **given)
-    assert found.n_done == 1
-    with pytest.raises(OtherSettings):
-        sweep("trace", str(folder), [question], tmp_path / "sweep", **given | {"max_pixels": 99})
-    with pytest.raises(ValueError, match="set them where yours is loaded"):
-        sweep("trace", model, [question], tmp_path / "other", **given)
 
 
 def test_the_papers_figures_are_traces(case: Any, seed: int, tmp_path: Path) -> None:

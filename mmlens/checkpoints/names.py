@@ -137,7 +137,10 @@ def rows_of(cfg: TransformerConfig) -> dict[str, tuple[int, int]]:
 
 
 def parameter_names(cfg: MultimodalConfig | VisionConfig) -> list[str]:
-    """Return the parameters of a model with one layer of each stack; the others are like it."""
+    """Return the parameters of a model with one layer of each stack; the others are like it.
+
+    Of the decoder there are as many as deepstack needs.
+    """
     vision = cfg if isinstance(cfg, VisionConfig) else cfg.vision
     if vision is not None:
         layers = (0,) * len(vision.feature_layers)
@@ -145,8 +148,9 @@ def parameter_names(cfg: MultimodalConfig | VisionConfig) -> list[str]:
     with torch.device("meta"):
         model: nn.Module
         if isinstance(cfg, MultimodalConfig):
-            one = replace(cfg, n_layers=1, attn_types=None, vision=vision)
-            model = HookedMultimodalTransformer(one)
+            few = max(1, cfg.n_deepstack)
+            small = replace(cfg, n_layers=few, attn_types=None, vision=vision)
+            model = HookedMultimodalTransformer(small)
         else:
             assert vision is not None
             model = nn.ModuleDict({"vision": HookedVisionTransformer(vision)})

@@ -81,6 +81,8 @@ def edit(
     settings: MethodSettings = None,
     model: options.Model = "demo",
     template: options.Template = "auto",
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     out: Annotated[Path, typer.Option(help=f"A folder for {FILE}.")] = Path("mmlens-edit"),
@@ -108,7 +110,7 @@ def edit(
     if method == "multedit":
         chosen = {"references": named(references), "subject": subject, **chosen}
 
-    loaded = open_model(model, device, dtype)
+    loaded = open_model(model, device, dtype, (min_pixels, max_pixels))
     from mmlens.edit_bench.settings import called, default_layer
     from mmlens.editing import MultEditSettings
 

@@ -65,7 +65,8 @@ def edit_bench(
         for name in names:
             Variant.parsed(name, [0])
         cases = open_cases(chosen.data, chosen.images, seed=chosen.seed)
-    loaded = open_model(chosen.model, device, dtype)
+    bounds = (chosen.min_pixels, chosen.max_pixels)
+    loaded = open_model(chosen.model, device, dtype, bounds)
     with explained():
         bench = EditBench(chosen, loaded, cases)
         _, counts = bench.chosen

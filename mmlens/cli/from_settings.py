@@ -29,7 +29,12 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "tuple[tuple[str, str], ...]": options.pair_list,
 }
 """What makes a field of the text and the name of an option."""
-DECLARED: dict[str, Any] = {"model": options.Model, "template": options.Template}
+DECLARED: dict[str, Any] = {
+    "model": options.Model,
+    "template": options.Template,
+    "min_pixels": options.MinPixels,
+    "max_pixels": options.MaxPixels,
+}
 """Types of options that are the same in every command."""
 BY_NAME: dict[str, Callable[[str, str], Any]] = {
     "layers": lambda text, _: tuple(options.layer_list(text) or ()),

@@ -54,6 +54,8 @@ def steer(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 32,
     model: options.Model = "demo",
     template: options.Template = "auto",
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
@@ -66,7 +68,7 @@ def steer(
     if not vector.is_file():
         raise UserError(f"--vector: no such file: {vector}")
     options.check_device(device)
-    loaded = open_model(model, device, dtype)
+    loaded = open_model(model, device, dtype, (min_pixels, max_pixels))
     from mmlens.analyses.steering_vector import SteeringVector
 
     with explained("--vector: "):

@@ -115,16 +115,23 @@ def check_sites(sites: tuple[str, ...]) -> None:
 
 
 def open_model(
-    name: str, device: str | None = None, dtype: str | None = None
+    name: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    bounds: tuple[int | None, int | None] = (None, None),
 ) -> HookedMultimodalTransformer:
-    """Load the model that ``--model`` names."""
+    """Load the model that ``--model`` names, with ``--min-pixels`` and ``--max-pixels``."""
     with waiting("loading mmlens ..."):
         import torch
 
         from mmlens import HookedMultimodalTransformer
     with explained(), waiting(f"loading {name} ..."):
         return HookedMultimodalTransformer.from_pretrained(
-            name, device=device, dtype=getattr(torch, dtype) if dtype else None
+            name,
+            device=device,
+            dtype=getattr(torch, dtype) if dtype else None,
+            min_pixels=bounds[0],
+            max_pixels=bounds[1],
         )
 
 
@@ -139,15 +146,13 @@ def open_prompt(
     bounds: tuple[int | None, int | None],
 ) -> tuple[HookedMultimodalTransformer, MultimodalInputs]:
     """Return the model and the prompt, with the phrases as spans, and the image within bounds."""
-    loaded = open_model(model, device, dtype)
+    loaded = open_model(model, device, dtype, bounds)
     with explained():
         inputs = loaded.prepare(
             question,
             str(image),
             spans=phrases,
             template=options.template_of(template),
-            min_pixels=bounds[0],
-            max_pixels=bounds[1],
         )
     return loaded, inputs
 

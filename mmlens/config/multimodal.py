@@ -95,6 +95,11 @@ class MultimodalConfig(TransformerConfig):
             raise ValueError(
                 f"attention_blocks={self.attention_blocks!r}; it can be 'image', 'prompt' or None"
             )
+        if self.n_deepstack > self.n_layers:
+            raise ValueError(
+                f"n_deepstack={self.n_deepstack}, but the decoder has n_layers={self.n_layers}: "
+                "each of its first layers adds one, so there can be no more of them than layers"
+            )
         for rope in (self.rope_parameters, self.local_rope_parameters or self.rope_parameters):
             theta: Any = rope.get("rope_theta")
             if not (is_finite(theta) and theta > 0):

@@ -86,7 +86,11 @@ class EditBench:
     @classmethod
     def open(cls, settings: BenchSettings, **options: Any) -> EditBench:
         """With the model that the settings name, loaded with `options` of `from_pretrained`."""
-        model = HookedMultimodalTransformer.from_pretrained(settings.model, **options)
+        bounds: dict[str, Any] = {
+            "min_pixels": settings.min_pixels,
+            "max_pixels": settings.max_pixels,
+        }
+        model = HookedMultimodalTransformer.from_pretrained(settings.model, **options, **bounds)
         return cls(settings, model)
 
     def _check(self, variant: Variant) -> None:

@@ -75,6 +75,11 @@ class BenchSettings:
     texts: str | None = None
     """A file of text, a paragraph per line, for the covariance of keys that ROME and MEMIT need."""
     template: str | None = "auto"
+    min_pixels: int | None = None
+    """The least pixels of an image, scaled: of models whose images have as many visual tokens as
+    they ask for (see `Processor.bounded`). A model that is given has its own bounds."""
+    max_pixels: int | None = None
+    """The most; it decides what an image costs."""
     sequential: bool = False
     """Edit one case after the other instead, without taking the edits back."""
     at: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)

@@ -20,6 +20,11 @@ class Settings:
     annotations: tuple[str, str] | None = None
     """OK-VQA's questions and annotations (two files), with the answers to okvqa.csv."""
     template: str | None = "auto"
+    min_pixels: int | None = None
+    """The least pixels of an image, scaled: of models whose images have as many visual tokens as
+    they ask for (see `Processor.bounded`). A model that is given has its own bounds."""
+    max_pixels: int | None = None
+    """The most; it decides what an image costs."""
     limit: int = 60
     """Questions that are traced, after filtering."""
     asked: int = 180

@@ -122,9 +122,12 @@ class Study:
         """Load models (with `options` of `from_pretrained`) and questions."""
         chosen = settings.data, settings.images, settings.annotations
         questions = open_questions(*chosen, seed=settings.seed)
-        names = [settings.model, *([settings.language_model] if settings.language_model else [])]
+        bounds = {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
+        chosen_models = [(settings.model, bounds)]
+        if settings.language_model:  # it is told the name in words, and sees no image
+            chosen_models.append((settings.language_model, {}))
         load = HookedMultimodalTransformer.from_pretrained
-        models = [load(name, **options) for name in names]  # type: ignore[arg-type]
+        models = [load(name, **options, **own) for name, own in chosen_models]  # type: ignore[arg-type]
         return cls(settings, models[0], questions, *models[1:])
 
     @property

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from mmlens.checkpoints.decoders import DECODERS, decoder_fields
+from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Format
 from mmlens.checkpoints.hf_configs import generation_ends
 from mmlens.checkpoints.names import Names, under
@@ -35,9 +36,17 @@ def config(folder: Path, architecture: str) -> MultimodalConfig:
     """Return the configuration in our terms.
 
     Raises:
-        CheckpointError: sizes or sections that do not fit together.
+        CheckpointError: sizes or sections that do not fit together, or more deepstack layers than
+            the decoder has layers.
     """
     hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    deepstack = list(getattr(hf.vision_config, "deepstack_visual_indexes", ()))
+    if len(deepstack) > hf.text_config.num_hidden_layers:
+        raise CheckpointError(
+            f"deepstack_visual_indexes are {deepstack}, {len(deepstack)} layers of the tower, but "
+            f"the decoder has {hf.text_config.num_hidden_layers} (num_hidden_layers): each is "
+            "added in a layer of its own"
+        )
     fields = decoder_fields(hf.text_config) | {"tie_word_embeddings": hf.tie_word_embeddings}
     fields["eos_token_ids"] = generation_ends(folder, fields["eos_token_ids"])
     vision = tower_config(hf.vision_config)
