@@ -20,7 +20,8 @@ from importlib.util import find_spec
 import torch
 from measuring import machine, megabytes, seconds, table, write
 from plotly import graph_objects as go
-from shapes import SHAPES, Case, build
+from random_case import Case
+from shapes import SHAPES, build
 
 from mmlens.analyses.targets import given_answer, with_answer
 from mmlens.edit_bench.settings import default_layer

@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 from measuring import machine, seconds, table, write
-from shapes import SHAPES, Case, build
+from random_case import Case
+from shapes import SHAPES, build
 from torch import Tensor
 
 from mmlens import Intervention, ablation_scan, patch, path_patch

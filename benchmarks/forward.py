@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from measuring import machine, median_seconds, megabytes, seconds, table, write
-from shapes import SHAPES, Case, build
+from random_case import Case
+from shapes import SHAPES, build
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -17,7 +17,8 @@ import torch
 from measuring import machine, seconds, table, write
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
-from shapes import Case, random_case, smollm2_config, stand_in_tower
+from random_case import Case, random_case
+from shapes import smollm2_config, stand_in_tower
 
 from mmlens import causal_trace
 

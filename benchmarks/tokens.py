@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from measuring import machine, megabytes, table, write
-from shapes import SHAPES, Case, build
+from random_case import Case
+from shapes import SHAPES, build
 from tracers import ByHand, Cell
 
 from mmlens import CausalTrace, causal_trace

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from measuring import machine, megabytes, seconds, table, write
 from plotly import graph_objects as go
-from shapes import SHAPES, Case, build
+from random_case import Case
+from shapes import SHAPES, build
 from tracers import Batched, Branch, Bridge, ByHand, Cell, Naive, NNsightTracer, Released
 
 from mmlens.utils.memory import peak_memory

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from shapes import Case
+from random_case import Case
 from torch import Tensor
 
 from mmlens import Intervention, causal_trace, hook_name
