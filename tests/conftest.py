@@ -27,6 +27,11 @@ import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
+# What these assert is shown as what a test asserts: with both sides.
+pytest.register_assert_rewrite(
+    "cell_checks", "checkpoint_checks", "checkpoint_folders", "half_precision", "rounding"
+)
+
 TYPECHECK = os.environ.get("MMLENS_TYPECHECK", "first")
 CHECKED_CALLS = float("inf") if TYPECHECK == "all" else 5
 """Of each function in each test."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from rounding import assert_same, rounded_otherwise
+from checkpoint_checks import check_logits_and_hooks, check_same_images
+from checkpoint_folders import load
 from tiled_models import (
     CHAT_TEMPLATE,
     FAMILIES,
@@ -22,13 +23,8 @@ from tiled_models import (
 )
 
 from mmlens.inputs.processor import Processor
-from mmlens.model.transformer import HookedMultimodalTransformer
 
 EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-
-
-def opened(folder: Path) -> HookedMultimodalTransformer:
-    return HookedMultimodalTransformer.from_pretrained(folder, device="cpu")
 
 
 def same_batch(inputs: Any, batch: Any) -> None:
@@ -39,17 +35,6 @@ def same_batch(inputs: Any, batch: Any) -> None:
     assert torch.equal(inputs.visual["pixel_values"], batch["pixel_values"][real])
     masks = batch["pixel_attention_mask"][real]
     assert torch.equal(inputs.visual["pixel_attention_mask"], masks.bool())
-
-
-def same_inputs(inputs: Any, others: Any) -> None:
-    """Whatever both have: those from tokens know no text and no images."""
-    assert torch.equal(inputs.tokens, others.tokens)
-    for name, tensor in inputs.visual.items():
-        assert torch.equal(tensor, others.visual[name])
-    assert inputs.visual.counts == others.visual.counts
-    for one, other in zip(inputs.images, others.images, strict=True):
-        assert (one.row, one.start, one.grids) == (other.row, other.start, other.grids)
-        assert torch.equal(one.cells, other.cells)
 
 
 @pytest.mark.parametrize("splitting", [True, False], ids=["tiles", "whole"])
@@ -67,7 +52,7 @@ def test_prompts_of_one_image_equal_transformers(
         inputs = ours(text, image, template=None)
         same_batch(inputs, batch)
         ids = batch.pop("input_ids")
-        same_inputs(inputs, ours.from_tokens(ids, **batch))
+        check_same_images(inputs, ours.from_tokens(ids, **batch))
         assert (len(inputs.images[0].grids) > 1) <= splitting
 
 
@@ -91,7 +76,7 @@ def test_batches_of_several_images_equal_transformers(
         same_batch(inputs, batch)
         assert inputs.n_images == tuple(counts)
         ids = batch.pop("input_ids")
-        same_inputs(inputs, ours.from_tokens(ids, **batch))
+        check_same_images(inputs, ours.from_tokens(ids, **batch))
 
 
 @EVERY
@@ -117,30 +102,11 @@ def test_logits_and_every_hook_equal_hugging_face(
 ) -> None:
     hf = random_idefics(family, tie_word_embeddings=random.Random(seed).random() < 0.3)
     batch = random_batch(write(family, tmp_path, hf), images, random.Random(seed))
-    model = opened(tmp_path)
-    real = batch["attention_mask"].bool()
 
-    def compared(name: str, x: torch.Tensor) -> torch.Tensor:
-        """What is compared: no padding, nothing hidden, and one row of positions for all tiles."""
-        if name == "vision.hook_pos_embed":
-            return x[:1]
-        if name.startswith(("vision.", "projector.")):
-            return x
-        if not name.endswith(("hook_attn_scores", "hook_pattern")):
-            return x[real]
-        n_pos = real.shape[1]
-        visible = torch.ones(n_pos, n_pos, dtype=torch.bool).tril() & real[:, None]
-        return x.masked_fill(~visible[:, None], 0.0).transpose(1, 2)[real]
+    def of_images(name: str, x: torch.Tensor) -> torch.Tensor:
+        """One row of positions for all tiles."""
+        return x[:1] if name == "vision.hook_pos_embed" else x
 
-    def theirs(hf: Any) -> dict[str, torch.Tensor]:
-        output, found = tiled_activations(hf, batch)
-        found = {**found, "logits": output.logits, "fused logits": output.logits}
-        return {name: compared(name, x) for name, x in found.items()}
-
-    expected = theirs(hf)
-    with torch.no_grad():
-        logits, cache = model.run_with_cache(**batch)
-        ours = {**cache, "logits": logits, "fused logits": model(**batch)}
-    ours = {name: compared(name, x) for name, x in ours.items()}
-    assert expected["logits"].std() > 0.1
-    assert_same(ours, expected, lambda: theirs(rounded_otherwise(hf)))
+    check_logits_and_hooks(
+        load(tmp_path), hf, batch, lambda hf: tiled_activations(hf, batch), of_images=of_images
+    )

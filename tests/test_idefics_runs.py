@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from cell_checks import check_cells
+from checkpoint_checks import (
+    check_branches,
+    check_greedy_generation,
+    check_saved,
+    check_shared_images,
+    check_traces_over_tiles,
+    inputs_of,
+    positioned,
+)
+from checkpoint_folders import load, merge_config, refused
+from half_precision import check_half_precision, error_ratios
 from PIL import Image
 from random_models import in_dtype
 from rounding import assert_same, rounded_otherwise
-from test_branching import assert_equal_to_plain_runs
-from test_branching_families import any_edit
-from test_model_parity import rms_error
 from tiled_models import (
     FAMILIES,
     Family,
@@ -27,24 +34,15 @@ from tiled_models import (
     write,
 )
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
-from mmlens import Intervention, causal_trace, swap_image
-from mmlens.checkpoints.errors import CheckpointError
-from mmlens.inputs.image_tokens import Box
+from mmlens import Intervention
 from mmlens.inputs.processor import Processor
-from mmlens.inputs.visual import Visual
 from mmlens.interventions.functions import scale
 from mmlens.model.components.tower_positions import nearest_positions
-from mmlens.model.transformer import HookedMultimodalTransformer
 
 EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-
-
-def opened(folder: Path, **options: Any) -> HookedMultimodalTransformer:
-    return HookedMultimodalTransformer.from_pretrained(folder, device="cpu", **options)
 
 
 def padded_masks(batch: dict[str, Any], patch: int, chance: random.Random) -> Tensor:
@@ -91,9 +89,9 @@ def test_masked_pixels_equal_hugging_face(family: Family, seed: int, tmp_path: P
     hf = random_idefics(family)
     batch = random_batch(write(family, tmp_path, hf), [1, 2], chance)
     real = batch["attention_mask"].bool()
-    whole = opened(tmp_path)(**batch)
+    whole = load(tmp_path)(**batch)
     batch["pixel_attention_mask"] = padded_masks(batch, family.patch, chance)
-    model = opened(tmp_path)
+    model = load(tmp_path)
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
 
     def theirs(hf: Any) -> Tensor:
@@ -115,7 +113,7 @@ def test_a_cache_of_some_rows_has_the_positions_of_their_tiles(
     chance = random.Random(seed)
     batch = random_batch(write(family, tmp_path, random_idefics(family)), [1, 0, 2], chance)
     batch["pixel_attention_mask"] = padded_masks(batch, family.patch, chance)
-    model = opened(tmp_path)
+    model = load(tmp_path)
     inputs = model.inputs_from_tokens(batch.pop("input_ids"), **batch)
     cache = model.run_with_cache(inputs)[1]
     for rows in ([0], [2], [2, 0]):
@@ -134,30 +132,13 @@ def test_a_cache_of_some_rows_has_the_positions_of_their_tiles(
 def test_greedy_generation_equals_hugging_face(family: Family, seed: int, tmp_path: Path) -> None:
     hf = random_idefics(family)
     batch = random_batch(write(family, tmp_path, hf), [1, 0, 2], random.Random(seed))
-    hf.generation_config = GenerationConfig()
-    model = opened(tmp_path)
-    model.generation_config = GenerationConfig()
-    suppressed = [model.cfg.image_token_id]
-    n_new = 9
-    theirs = hf.generate(
-        **batch,
-        max_new_tokens=n_new,
-        min_new_tokens=n_new,
-        do_sample=False,
-        suppress_tokens=suppressed,
-        pad_token_id=0,
-    )
-    of_batch = model.generate(**batch, max_new_tokens=n_new, stop_at_eos=False)
-    assert torch.equal(of_batch, theirs)
-    inputs = model.inputs_from_tokens(batch.pop("input_ids"), **batch)
-    ours = model.generate(inputs, n_new, return_type="tokens", stop_at_eos=False)
-    assert torch.equal(ours, theirs)
+    check_greedy_generation(load(tmp_path), hf, batch, 9)
 
 
 @EVERY
 def test_every_hook_is_alive(family: Family, seed: int, tmp_path: Path) -> None:
     write(family, tmp_path, random_idefics(family))
-    model = opened(tmp_path)
+    model = load(tmp_path)
     image = random_image((2 * family.side, family.side), seed)
     model.image_processor.size = {"longest_edge": 2 * family.side}  # two tiles
     assert model.verify_hooks(model.prepare("Which?", image)) == []
@@ -166,72 +147,34 @@ def test_every_hook_is_alive(family: Family, seed: int, tmp_path: Path) -> None:
 
 @EVERY
 @pytest.mark.parametrize("masked", [False, True], ids=["whole tiles", "padded tiles"])
-@torch.no_grad()
 def test_branches_equal_plain_runs(family: Family, masked: bool, seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     batch = random_batch(write(family, tmp_path, random_idefics(family)), [1, 2], chance)
     if masked:
         batch["pixel_attention_mask"] = padded_masks(batch, family.patch, chance)
-    model = opened(tmp_path)
-    inputs = model.inputs_from_tokens(batch.pop("input_ids"), **batch)
-    branches = [
-        [any_edit(model, inputs, chance) for _ in range(chance.choice([1, 1, 2]))] for _ in range(8)
+    model = load(tmp_path)
+    own = [
+        Intervention("vision.pos_embed", None, [2], scale(1.4)),
+        Intervention("vision.ln_final.scale", None, [2], scale(1.4)),
+        Intervention("vision.mlp_out", chance.randrange(3), [1, 2], scale(1.4)),
     ]
-    visual = inputs.images[0].positions[-2:].tolist()
-    layer = chance.randrange(3)
-    branches += [
-        [Intervention("mlp_out", layer, visual, scale(1.7))],
-        [Intervention("resid_post", layer, [inputs.n_pos - 1], scale(1.3))],
-        [Intervention("projector.in", None, [0, 3], scale(1.4))],
-        [Intervention("projector.out", None, [1], scale(1.4))],
-        [Intervention("vision.pos_embed", None, [2], scale(1.4))],
-        [Intervention("vision.ln_final.scale", None, [2], scale(1.4))],
-        [Intervention("vision.mlp_out", layer, [1, 2], scale(1.4))],
-    ]
-    assert_equal_to_plain_runs(model, inputs, branches, chance, batch_rows=chance.choice([None, 3]))
+    check_branches(model, inputs_of(model, batch), own, chance)
 
 
 @EVERY
-@torch.no_grad()
 def test_traces_over_images_in_tiles(family: Family, seed: int, tmp_path: Path) -> None:
-    chance = random.Random(seed)
     write(family, tmp_path, random_idefics(family))
-    model = opened(tmp_path)
+    model = load(tmp_path)
     model.image_processor.size = {"longest_edge": 2 * family.side}  # two tiles
     image, other = random_image((40, 20), seed), random_image((20, 60), seed + 1)
-    clean = model.prepare("Which country?", image)
-    with pytest.raises(ValueError, match="give one of the same size, or fit=True"):
-        swap_image(model, clean, other)
-    corrupted = swap_image(model, clean, other, fit=True)
-    fitted = model.prepare("Which country?", other.resize((40, 20), Image.Resampling.BICUBIC))
-    assert torch.equal(corrupted.visual["pixel_values"], fitted.visual["pixel_values"])
-    whole, tile = (clean.images[0].block((0, 0, 1, 1), view=view) for view in (0, 2))
-    for site, positions in (
-        ("resid_post", [whole, tile, clean.span("last"), clean.patches((0, 0, 20, 20))]),
-        ("vision.mlp_out", [[0], [3, 5]]),
-        ("projector.out", [[0], [2]]),
-    ):
-        layers = None if site == "projector.out" else [chance.randrange(3)]
-        given = {"sites": (site,), "positions": positions, "layers": layers, "window": 1}
-        found, expected = (
-            causal_trace(model, clean, corrupted, method=method, **given)
-            for method in ("branch", "naive")
-        )
-        assert float((found.restored - expected.restored).abs().max()) < 1e-5
-        assert float((expected.restored - expected.corrupted).abs().max()) > 0
+    check_traces_over_tiles(model, image, other, ["projector.out"], seed % 3)
 
 
 @EVERY
-@torch.no_grad()
 def test_prompts_on_one_image_share_it(family: Family, seed: int, tmp_path: Path) -> None:
     write(family, tmp_path, random_idefics(family))
-    model = opened(tmp_path)
-    image = random_image((30, 50), seed)
-    asked = [model.prepare(text, image) for text in ("Which country?", "Which flag is it?")]
-    asked.append(model.prepare("Which country?", random_image((30, 50), seed + 1)))
-    for inputs, recording in zip(asked, model.record_many(asked), strict=True):
-        plain = model(inputs)[:, -1]
-        assert float((recording.logits()[:, -1] - plain).abs().max()) < 1e-4
+    images = [random_image((30, 50), seed + number) for number in range(2)]
+    check_shared_images(load(tmp_path), images)
 
 
 @EVERY
@@ -239,137 +182,55 @@ def test_prompts_on_one_image_share_it(family: Family, seed: int, tmp_path: Path
 def test_a_saved_model_opens_in_transformers(family: Family, seed: int, tmp_path: Path) -> None:
     hf = random_idefics(family, tie_word_embeddings=random.Random(seed).random() < 0.5)
     batch = random_batch(write(family, tmp_path / "a", hf), [2, 1], random.Random(seed))
-    model = opened(tmp_path / "a")
-    model.blocks[1].mlp.W_out[2:5].mul_(-2.0)
-    model.vision.blocks[0].attn.W_V[0].mul_(3.0)
+    model = load(tmp_path / "a")
     model.vision.ln_final.w.mul_(1.5)
     model.projector.linear_1.weight.add_(torch.randn_like(model.projector.linear_1.weight) / 9)
-    model.save_pretrained(tmp_path / "b")
-    reread = type(hf).from_pretrained(tmp_path / "b")
-    real = batch["attention_mask"].bool()
-    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-
-    def theirs(hf: Any) -> Tensor:
-        return hf(**batch, position_ids=positions).logits[real]
-
-    ours = model(**batch)[real]
-    assert_same(ours, theirs(reread), lambda: theirs(rounded_otherwise(reread)))
-    assert float((ours - theirs(hf)).abs().max()) > 1e-2
-    again = opened(tmp_path / "b")
-    assert torch.equal(again(**batch)[real], ours)
+    check_saved(model, hf, batch, positioned(batch), tmp_path / "b")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("listening", [False, True], ids=["fused", "all hooks listen"])
 @pytest.mark.slow
-@torch.no_grad()
 def test_half_precision_is_as_exact_as_hugging_face(
     dtype: torch.dtype, listening: bool, seed: int, tmp_path: Path
 ) -> None:
-    """As in test_model_parity: the geometric mean of ratios of root mean square errors.
-
-    Texts of one tag a token reach position 160, tags in many tokens position 700.
-    """
-    ratios: dict[str, list[float]] = {"logits": [], "visual tokens": []}
+    """Texts of one tag a token reach position 160, tags in many tokens position 700."""
+    ratios = []
     families = list(FAMILIES.values())
     for index in range(36):
-        family = families[index % len(families)]
-        folder = tmp_path / str(index)
+        family, folder = families[index % len(families)], tmp_path / str(index)
         hf = in_dtype(random_idefics(family), dtype)
         batch = random_batch(write(family, folder, hf), [1, 2], random.Random(seed + index))
-        model = opened(folder)
-        assert model.cfg.dtype == dtype and model.W_E.dtype == dtype
-        hf.set_attn_implementation("eager" if listening else "sdpa")
-        names = None if listening else ["projector.hook_out"]
-        logits, cache = model.run_with_cache(**batch, names_filter=names)
-        seen = {"logits": logits, "visual tokens": cache["projector.hook_out"][0]}
-        theirs = both(hf, batch)
-        rounded = batch["pixel_values"].to(dtype).double()  # both towers begin with this
-        hf = in_dtype(hf, torch.float64)
-        hf.set_attn_implementation("sdpa")  # eager attention takes its softmax in float32
-        exact = both(hf, {**batch, "pixel_values": rounded})
-        real = batch["attention_mask"].bool()
-        for name, found in seen.items():
-            ours, other, right = (
-                each[real] if name == "logits" else each
-                for each in (found, theirs[name], exact[name])
+        ratios.append(
+            error_ratios(
+                load(folder),
+                hf,
+                batch,
+                positioned(batch),
+                listening=listening,
+                visual_tokens=lambda output: torch.cat(output.image_outputs.pooler_output),
             )
-            ratios[name].append(rms_error(ours, right) / rms_error(other, right))
-    for name, found in ratios.items():
-        ratio = float(torch.tensor(found).log().mean().exp())
-        print(f"{name}: error / Hugging Face's: {ratio:.3f}, single models to {max(found):.2f}")
-        assert ratio <= 1.1
-
-
-def both(hf: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Transformers' logits and visual tokens."""
-    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    output = hf(**batch, position_ids=positions)
-    return {"logits": output.logits, "visual tokens": torch.cat(output.image_outputs.pooler_output)}
+        )
+    for name in ("logits", "visual tokens"):
+        check_half_precision([each[name] for each in ratios], name)
 
 
 # Geometry
 
 
-@torch.no_grad()
-def without_attention(model: HookedMultimodalTransformer) -> None:
-    """Each feature then depends on the pixels of its own patch alone."""
-    for block in model.vision.blocks:
-        block.attn.W_O.zero_()
-
-
 @EVERY
 @pytest.mark.parametrize("size", [(2, 1), (1, 2), (4, 3)], ids=str)
-@torch.no_grad()
 def test_a_cell_covers_the_pixels_that_its_token_depends_on(
     family: Family, size: tuple[int, int], seed: int, tmp_path: Path
 ) -> None:
-    """Of squares all over the image, each changed alone, the one that moves a token most lies in
-    its cell, in every view."""
     chance = random.Random(seed)
     write(family, tmp_path, random_idefics(family))
-    model = opened(tmp_path)
-    without_attention(model)
-    assert model.projector is not None
+    model = load(tmp_path)
     unit = family.side * (2 if max(size) > 2 else 4)
     width, height = (side * unit + chance.randrange(9) for side in size)
-    plain = np.full((height, width, 3), 128, dtype=np.uint8)
-    (tokens,) = model.prepare("Which?", Image.fromarray(plain)).images
-    tiles = tokens.views[1:]
-    assert len(tiles) in (8, 12, 16)
-    squares = [
-        view.cell_box(row, col)
-        for view in tiles
-        for row in range(view.grid[0])
-        for col in range(view.grid[1])
-    ]
-    images = [Image.fromarray(plain)]
-    for box in squares:
-        changed = plain.copy()
-        middle = (box.top + box.bottom) / 2, (box.left + box.right) / 2
-        y, x = (slice(int(at - unit / 40), int(at + unit / 40) + 1) for at in middle)
-        changed[y, x] = chance.choice([0, 255])
-        images.append(Image.fromarray(changed))
-    processed = model.processor.layout.processed(model.image_processor, model.tokenizer, images)
-    visual = Visual.joined([Visual.of_one(one.visual) for one in processed])
-    assert visual is not None
-    found = model.projector(model.vision.of_images(visual), visual)[0]
-    found = found.unflatten(0, (len(images), -1))
-    moved = (found[1:] - found[:1]).norm(dim=-1)  # [square, token]
-    cells = tokens.cells[tokens.is_visual].tolist()
-    assert len(cells) == moved.shape[1] == family.n_tokens * len(tokens.views)
-    for (view, row, col), most in zip(cells, moved.argmax(dim=0).tolist(), strict=True):
-        box, square = tokens.views[view].cell_box(row, col), squares[most]
-        assert box == square if view else near(box, square), (view, row, col)
-
-
-def near(box: Box, square: Box) -> bool:
-    """Whether the middle of a square lies in a box, or a tenth of its side beyond."""
-    x, y = (square.left + square.right) / 2, (square.top + square.bottom) / 2
-    width, height = 0.1 * (box.right - box.left), 0.1 * (box.bottom - box.top)
-    return (
-        box.left - width <= x <= box.right + width and box.top - height <= y <= box.bottom + height
-    )
+    (tokens,) = model.prepare("Which?", Image.new("RGB", (width, height))).images
+    assert len(tokens.views) - 1 in (8, 12, 16)
+    check_cells(model, (width, height), unit, family.n_tokens, chance)
 
 
 # What is no prompt of an image
@@ -436,7 +297,7 @@ def test_tiles_in_another_order_are_refused(family: Family, seed: int, tmp_path:
 def test_a_tile_without_text_before_it_is_a_whole_image(seed: int, tmp_path: Path) -> None:
     family = FAMILIES["smolvlm"]
     write(family, tmp_path, random_idefics(family))
-    model = opened(tmp_path)
+    model = load(tmp_path)
     block = [model.cfg.image_token_id] * family.n_tokens
     tokens = torch.tensor([[1, 9, *block, 11, *block, *block, 5]])
     pixels = torch.randn(3, 3, family.side, family.side)
@@ -452,7 +313,7 @@ def test_a_tile_without_text_before_it_is_a_whole_image(seed: int, tmp_path: Pat
 def test_videos_are_refused(seed: int, tmp_path: Path) -> None:
     family = FAMILIES["smolvlm"]
     write(family, tmp_path, random_idefics(family))
-    model = opened(tmp_path)
+    model = load(tmp_path)
     with pytest.raises(ValueError, match=r"pixel_values_videos \(this model takes no videos\)"):
         model(torch.tensor([[1, 2]]), pixel_values_videos=torch.zeros(1, 2, 3, 4, 4))
     video = tmp_path / "clip.mp4"
@@ -475,9 +336,5 @@ def test_a_configuration_that_is_not_built_is_refused(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write(FAMILIES["idefics3"], tmp_path, random_idefics(FAMILIES["idefics3"]))
-    config = json.loads((tmp_path / "config.json").read_text())
-    for name, value in change.items():
-        config[name] = config[name] | value if isinstance(value, dict) else value
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=re.escape(message)):
-        opened(tmp_path)
+    merge_config(tmp_path, change)
+    refused(tmp_path, message)

@@ -17,8 +17,8 @@ import llava_code_checkpoints as published
 import numpy as np
 import pytest
 import torch
-from checkpoint_folders import edit_config
-from llava_code_checkpoints import Parts, load, parts, write
+from checkpoint_folders import edit_config, load
+from llava_code_checkpoints import Parts, parts, write
 from PIL import Image
 from rounding import assert_same
 from safetensors.torch import load_file

@@ -14,7 +14,8 @@ import llava_code_checkpoints as published
 import open_clip
 import pytest
 import torch
-from llava_code_checkpoints import Checkpoint, Parts, load, parts, some_images, write, write_tower
+from checkpoint_folders import load, refused, same
+from llava_code_checkpoints import Checkpoint, Parts, parts, some_images, write, write_tower
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from rounding import assert_same
@@ -27,7 +28,6 @@ from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.formats.llava_phi_msft import phi_config
 from mmlens.checkpoints.load import format_of
 from mmlens.inputs.images import as_image_processor
-from mmlens.model.transformer import HookedMultimodalTransformer
 
 Writer = Callable[[Parts], Checkpoint]
 CASES: dict[str, tuple[Writer, str, dict]] = {
@@ -74,11 +74,6 @@ def made(case: str) -> tuple[Parts, Checkpoint]:
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest, seed: int) -> str:
     return request.param
-
-
-def same(a: HookedMultimodalTransformer, b: HookedMultimodalTransformer) -> bool:
-    mine, other = a.state_dict(), b.state_dict()
-    return mine.keys() == other.keys() and all(torch.equal(mine[n], other[n]) for n in mine)
 
 
 # What they compute
@@ -365,13 +360,6 @@ def test_a_given_tower_replaces_the_checkpoints_own(name: str, seed: int, tmp_pa
 
 
 # What goes wrong
-
-
-def refused(folder: Path, *said: str, **options: object) -> None:
-    with pytest.raises(CheckpointError) as error:
-        load(folder, **options)
-    for text in said:
-        assert text in str(error.value)
 
 
 @pytest.mark.parametrize(

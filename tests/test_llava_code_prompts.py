@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from llava_code_checkpoints import Parts, load, parts, write
+from checkpoint_folders import load
+from llava_code_checkpoints import Parts, parts, write
 from PIL import Image
 from random_models import Prompts
 from rounding import assert_same

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_folders import load
 from cli_cases import right_answers
 from qwen_models import FAMILIES, random_qwen, write
 from sweep_cases import SETTINGS
-from test_qwen_families import opened
 from tiled_models import random_image
 
 from mmlens import SteeringVector, sweep
@@ -107,7 +107,7 @@ def test_commands_that_ask_about_images_take_them(
 ) -> None:
     """And every image has as few visual tokens as they allow."""
     monkeypatch.setenv("COLUMNS", "200")
-    model = opened(place.folder)
+    model = load(place.folder)
     expected = model.prepare(QUESTION, place.image, max_pixels=place.most).images[0].length
     assert 0 < expected <= 12
     asked, constraint = (place.image, QUESTION), ("--constraint", CONSTRAINT)
@@ -151,4 +151,4 @@ def test_a_sweeps_folder_is_of_one_pair_of_them(place: Place, tmp_path: Path) ->
         other = given | {"max_pixels": 99}
         sweep("trace", str(place.folder), [question], tmp_path / "sweep", **other)
     with pytest.raises(ValueError, match="set them where yours is loaded"):
-        sweep("trace", opened(place.folder), [question], tmp_path / "other", **given)
+        sweep("trace", load(place.folder), [question], tmp_path / "other", **given)

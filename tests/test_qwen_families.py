@@ -10,36 +10,30 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_checks import (
+    check_branches,
+    check_greedy_generation,
+    check_logits_and_hooks,
+    check_saved,
+    inputs_of,
+)
+from checkpoint_folders import load
 from qwen_models import FAMILIES, positioned, qwen_activations, random_batch, random_qwen, write
-from rounding import assert_same, rounded_otherwise
-from test_branching import assert_equal_to_plain_runs
-from test_branching_families import any_edit
 from torch import Tensor
-from transformers import GenerationConfig
 
 from mmlens import Intervention
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.interventions.functions import scale
 from mmlens.model.components import KeyValueCache
-from mmlens.model.transformer import HookedMultimodalTransformer
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 N_NEW = 7
-
-
-def opened(folder: Path, **options: Any) -> HookedMultimodalTransformer:
-    return HookedMultimodalTransformer.from_pretrained(folder, device="cpu", **options)
 
 
 def checkpoint(family: str, folder: Path, chance: random.Random, **bounds: int) -> Any:
     """Transformers' model and processor, written to a folder."""
     hf = random_qwen(family, chance)
     return hf, write(family, folder, hf, **bounds)
-
-
-def inputs_of(model: Any, batch: dict[str, Any]) -> Any:
-    rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
-    return model.inputs_from_tokens(batch["input_ids"], **rest)
 
 
 @EVERY
@@ -50,31 +44,18 @@ def test_logits_and_every_hook_equal_hugging_face(
     chance = random.Random(seed)
     hf, processor = checkpoint(family, tmp_path, chance)
     batch = random_batch(processor, images, chance)
-    model = opened(tmp_path)
-    real = batch["attention_mask"].bool()
 
-    def compared(name: str, x: Tensor) -> Tensor:
-        """What is compared: no padding, and nothing hidden."""
-        if name.startswith(("vision.", "projector.")):
-            return x.masked_fill(x == -torch.inf, 0.0)
-        if not name.endswith(("hook_attn_scores", "hook_pattern")):
-            return x[real]
-        n_pos = real.shape[1]
-        visible = torch.ones(n_pos, n_pos, dtype=torch.bool).tril() & real[:, None]
-        return x.masked_fill(~visible[:, None], 0.0).transpose(1, 2)[real]
+    def of_images(name: str, x: Tensor) -> Tensor:
+        """Without the scores of patches that do not attend to each other."""
+        return x.masked_fill(x == -torch.inf, 0.0)
 
-    def theirs(hf: Any) -> dict[str, Tensor]:
-        output, found = qwen_activations(family, hf, batch)
-        found = {**found, "logits": output.logits, "fused logits": output.logits}
-        return {name: compared(name, x) for name, x in found.items()}
-
-    expected = theirs(hf)
-    with torch.no_grad():
-        logits, cache = model.run_with_cache(**batch)
-        ours = {**cache, "logits": logits, "fused logits": model(**batch)}
-    ours = {name: compared(name, x) for name, x in ours.items()}
-    assert expected["logits"].std() > 0.1
-    assert_same(ours, expected, lambda: theirs(rounded_otherwise(hf)))
+    check_logits_and_hooks(
+        load(tmp_path),
+        hf,
+        batch,
+        lambda hf: qwen_activations(family, hf, batch),
+        of_images=of_images,
+    )
 
 
 def test_more_deepstack_than_layers_is_refused(seed: int, tmp_path: Path) -> None:
@@ -87,7 +68,7 @@ def test_more_deepstack_than_layers_is_refused(seed: int, tmp_path: Path) -> Non
     del hf.model.language_model.layers[n_deepstack:]
     hf.config.text_config.num_hidden_layers = n_deepstack
     processor = write("qwen3", tmp_path, hf, least=4)
-    model = opened(tmp_path)
+    model = load(tmp_path)
     _, cache = model.run_with_cache(inputs_of(model, random_batch(processor, [1], chance)))
     assert float(cache["deepstack", n_deepstack - 1].abs().max()) > 0
     file, n_layers = tmp_path / "config.json", n_deepstack - 1
@@ -96,7 +77,7 @@ def test_more_deepstack_than_layers_is_refused(seed: int, tmp_path: Path) -> Non
     file.write_text(json.dumps(config))
     says = f"{n_deepstack} layers of the tower, but the decoder has {n_layers}"
     with pytest.raises(CheckpointError, match=f"deepstack_visual_indexes.*{says}"):
-        opened(tmp_path)
+        load(tmp_path)
     with pytest.raises(ValueError, match=f"n_deepstack={n_deepstack}, but .*n_layers={n_layers}"):
         replace(model.cfg, n_layers=n_layers)
 
@@ -106,7 +87,7 @@ def test_rotary_positions_equal_hugging_face(family: str, seed: int, tmp_path: P
     """Of several images of different grids, one-row images among them, in padded batches."""
     chance = random.Random(seed)
     hf, processor = checkpoint(family, tmp_path, chance)
-    model = opened(tmp_path)
+    model = load(tmp_path)
     for images in ([1], [3], [1, 0, 2], [0, 4, 1]):
         batch = random_batch(processor, images, chance)
         inputs = inputs_of(model, batch)
@@ -131,22 +112,8 @@ def test_greedy_generation_equals_hugging_face(
     chance = random.Random(seed)
     hf, processor = checkpoint(family, tmp_path, chance)
     batch = random_batch(processor, [1, 0, 2], chance)
-    hf.double().generation_config = GenerationConfig()
     batch["pixel_values"] = batch["pixel_values"].double()
-    model = opened(tmp_path).double()
-    model.generation_config = GenerationConfig()
-    theirs = hf.generate(
-        **batch,
-        max_new_tokens=N_NEW,
-        min_new_tokens=N_NEW,
-        do_sample=False,
-        suppress_tokens=[model.cfg.image_token_id],
-        pad_token_id=0,
-    )
-    ours = model.generate(
-        **batch, max_new_tokens=N_NEW, stop_at_eos=False, use_past_kv_cache=cached
-    )
-    assert torch.equal(ours, theirs)
+    check_greedy_generation(load(tmp_path).double(), hf.double(), batch, 7, cached=[cached])
 
 
 @EVERY
@@ -155,7 +122,7 @@ def test_an_image_after_a_cache_goes_on_counting(family: str, seed: int, tmp_pat
     """A prompt in pieces, with an image in each, is the prompt."""
     chance = random.Random(seed)
     _, processor = checkpoint(family, tmp_path, chance)
-    model = opened(tmp_path).double()
+    model = load(tmp_path).double()
     inputs = inputs_of(model, random_batch(processor, [3], chance))
     expected, cache = model(inputs), KeyValueCache(model.cfg.n_layers)
     cuts = [image.start - 1 for image in inputs.images[1:]]
@@ -182,45 +149,37 @@ def test_an_image_after_a_cache_goes_on_counting(family: str, seed: int, tmp_pat
 def test_every_hook_is_alive(family: str, seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     _, processor = checkpoint(family, tmp_path, chance, least=4)
-    model = opened(tmp_path)
+    model = load(tmp_path)
     assert model.verify_hooks(inputs_of(model, random_batch(processor, [2], chance))) == []
 
 
 @EVERY
-@torch.no_grad()
 def test_branches_equal_plain_runs(family: str, seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     _, processor = checkpoint(family, tmp_path, chance, least=4)
-    model = opened(tmp_path)
+    model = load(tmp_path)
     inputs = inputs_of(model, random_batch(processor, [1, 2], chance))
-    branches = [
-        [any_edit(model, inputs, chance) for _ in range(chance.choice([1, 1, 2]))] for _ in range(8)
-    ]
     visual = inputs.images[0].positions[-2:].tolist()
     layer = chance.randrange(3)
-    branches += [
-        [Intervention("mlp_out", layer, visual, scale(1.7))],
-        [Intervention("resid_post", layer, [inputs.n_pos - 1], scale(1.3))],
-        [Intervention("projector.in", None, [0, 3], scale(1.4))],
-        [Intervention("projector.out", None, [1], scale(1.4))],
-        [Intervention("vision.mlp_out", layer, [1, 2], scale(1.4))],
-        [Intervention("vision.pattern", layer, [0, 3], scale(0.3))],
-        [Intervention("vision.rot_q", layer, None, scale(0.5))],
+    own = [
+        Intervention("vision.mlp_out", layer, [1, 2], scale(1.4)),
+        Intervention("vision.pattern", layer, [0, 3], scale(0.3)),
+        Intervention("vision.rot_q", layer, None, scale(0.5)),
     ]
     if model.cfg.qk_norm:
         last = [inputs.n_pos - 1, visual[0]]
-        branches += [
-            [Intervention(f"{norm}.{site}", layer, last, scale(1.6))]
+        own += [
+            Intervention(f"{norm}.{site}", layer, last, scale(1.6))
             for norm in ("q_norm", "k_norm")
             for site in ("scale", "normalized")
         ]
     for deep in range(model.cfg.n_deepstack):
-        branches += [
-            [Intervention("deepstack", deep, visual, scale(2.5))],
-            [Intervention("deepstack", deep, None, scale(0.0))],
-            [Intervention("projector.deepstack.out", deep, [0, 1], scale(1.5))],
+        own += [
+            Intervention("deepstack", deep, visual, scale(2.5)),
+            Intervention("deepstack", deep, None, scale(0.0)),
+            Intervention("projector.deepstack.out", deep, [0, 1], scale(1.5)),
         ]
-    assert_equal_to_plain_runs(model, inputs, branches, chance, batch_rows=chance.choice([None, 3]))
+    check_branches(model, inputs, own, chance)
 
 
 @EVERY
@@ -229,7 +188,7 @@ def test_the_stream_is_the_sum_of_what_is_added(family: str, seed: int, tmp_path
     """`resid_post` of a block is `resid_pre` of the next; all that is added sums to the end."""
     chance = random.Random(seed)
     _, processor = checkpoint(family, tmp_path, chance)
-    model = opened(tmp_path).double()
+    model = load(tmp_path).double()
     _, cache = model.run_with_cache(inputs_of(model, random_batch(processor, [1, 2], chance)))
     n_layers = model.cfg.n_layers
     for layer in range(1, n_layers):
@@ -251,7 +210,7 @@ def test_prompts_share_images_of_the_same_grid(family: str, seed: int, tmp_path:
     """Recorded keys hold up to the first image that differs, in its patches or in its grid."""
     chance = random.Random(seed)
     _, processor = checkpoint(family, tmp_path, chance, least=6, most=6)
-    model = opened(tmp_path).double()
+    model = load(tmp_path).double()
     first = inputs_of(model, random_batch(processor, [2], chance))
     grids = first.visual["image_grid_thw"]
     turned = {"image_grid_thw": grids[:, [0, 2, 1]], "pixel_values": first.visual["pixel_values"]}
@@ -280,18 +239,6 @@ def test_a_saved_model_opens_in_transformers(family: str, seed: int, tmp_path: P
     chance = random.Random(seed)
     hf, processor = checkpoint(family, tmp_path / "a", chance)
     batch = random_batch(processor, [2, 1], chance)
-    model = opened(tmp_path / "a")
-    model.blocks[1].mlp.W_out[2:5].mul_(-2.0)
-    model.vision.blocks[0].attn.W_V[0].mul_(3.0)
+    model = load(tmp_path / "a")
     model.projector.linear_1.weight.add_(torch.randn_like(model.projector.linear_1.weight) / 9)
-    model.save_pretrained(tmp_path / "b")
-    reread = type(hf).from_pretrained(tmp_path / "b")
-    real = batch["attention_mask"].bool()
-
-    def theirs(hf: Any) -> Tensor:
-        return hf(**positioned(batch)).logits[real]
-
-    ours = model(**batch)[real]
-    assert_same(ours, theirs(reread), lambda: theirs(rounded_otherwise(reread)))
-    assert float((ours - theirs(hf)).abs().max()) > 1e-2
-    assert torch.equal(opened(tmp_path / "b")(**batch)[real], ours)
+    check_saved(model, hf, batch, positioned(batch), tmp_path / "b")

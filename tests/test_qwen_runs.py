@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from checkpoint_folders import load
+from half_precision import check_half_precision, error_ratios
 from qwen_models import (
     CHAT_TEMPLATE,
     FAMILIES,
@@ -22,8 +24,6 @@ from qwen_models import (
 )
 from random_models import in_dtype
 from sweep_cases import SETTINGS, in_order
-from test_model_parity import rms_error
-from test_qwen_families import opened
 from tiled_models import random_image
 
 from mmlens import (
@@ -134,7 +134,7 @@ def test_the_chat_template_and_the_bounds(seed: int, tmp_path: Path) -> None:
         ours(QUESTION, images, min_pixels=least, max_pixels=most),
         ours.bounded(least, most)(QUESTION, images),
         Processor.from_pretrained(tmp_path, min_pixels=least, max_pixels=most)(QUESTION, images),
-        opened(tmp_path, min_pixels=least, max_pixels=most).prepare(QUESTION, images),
+        load(tmp_path, min_pixels=least, max_pixels=most).prepare(QUESTION, images),
     ):
         same_batch(bounded, batch)
     assert len(inputs.span("image")) > len(bounded.span("image"))
@@ -143,7 +143,7 @@ def test_the_chat_template_and_the_bounds(seed: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="whole numbers above 0"):
         ours.bounded(max_pixels=0)
     # Another image in its place has the same bounds.
-    model = opened(tmp_path)
+    model = load(tmp_path)
     inputs = model.prepare(QUESTION, images[0], min_pixels=least, max_pixels=most)
     other = swap_image(model, inputs, images[1], fit=True)
     fitted = ours.bounded(least, most)(QUESTION, images[1].resize(images[0].size, 3))
@@ -153,7 +153,7 @@ def test_the_chat_template_and_the_bounds(seed: int, tmp_path: Path) -> None:
 def test_what_is_not_taken_is_refused_by_name(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     processor = write("qwen2.5", tmp_path, random_qwen("qwen2.5", chance))
-    model = opened(tmp_path)
+    model = load(tmp_path)
     batch = random_batch(processor, [1], chance)
     ids, grids = batch["input_ids"], batch["image_grid_thw"]
     pixels = batch["pixel_values"]
@@ -181,12 +181,12 @@ def test_what_is_not_taken_is_refused_by_name(seed: int, tmp_path: Path) -> None
     ):
         file.write_text(json.dumps(config | changed))
         with pytest.raises(CheckpointError, match=says):
-            opened(tmp_path)
+            load(tmp_path)
     text = config["text_config"]
     rope = text["rope_parameters"] | {"mrope_section": [1, 2]}
     file.write_text(json.dumps(config | {"text_config": text | {"rope_parameters": rope}}))
     with pytest.raises(CheckpointError, match=r"mrope_section is \[1, 2\]"):
-        opened(tmp_path)
+        load(tmp_path)
 
 
 # Everything that is done with a model
@@ -198,7 +198,7 @@ def case(seed: int, tmp_path: Path) -> tuple[HookedMultimodalTransformer, Any, P
     chance = random.Random(seed)
     hf = random_qwen("qwen2.5", chance)
     write("qwen2.5", tmp_path, hf, least=4, most=40)
-    model = opened(tmp_path).double()
+    model = load(tmp_path).double()
     side = hf.config.vision_config.patch_size * hf.config.vision_config.spatial_merge_size
     image = random_image((6 * side, 4 * side), seed)
     inputs = model.prepare(QUESTION, image, spans={"constraint": CONSTRAINT})
@@ -319,9 +319,9 @@ def test_edits_change_the_answer_and_are_undone(case: Any, seed: int) -> None:
                 model.double()
         assert float(after[target]) > float(before[target]), method.__name__
         if method is multedit:
-            again = opened(folder / "edited").double()(inputs)[0, -1].softmax(-1)
+            again = load(folder / "edited").double()(inputs)[0, -1].softmax(-1)
             assert float((again - after).abs().max()) < 1e-4
-            model = opened(folder).double()  # rounded while it was saved
+            model = load(folder).double()  # rounded while it was saved
         torch.testing.assert_close(model(inputs)[0, -1].softmax(-1), before, rtol=0, atol=1e-9)
 
 
@@ -381,28 +381,15 @@ def test_the_papers_figures_are_traces(case: Any, seed: int, tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("listening", [False, True], ids=["fused", "all hooks listen"])
 @pytest.mark.slow
-@torch.no_grad()
 def test_half_precision_is_as_exact_as_hugging_face(
     dtype: torch.dtype, listening: bool, seed: int, tmp_path: Path
 ) -> None:
-    """As in test_model_parity: the geometric mean of ratios of root mean square errors."""
     ratios = []
     for index in range(36):
         family, chance = FAMILIES[index % 3], random.Random(seed + index)
         folder = tmp_path / str(index)
         hf = in_dtype(random_qwen(family, chance), dtype)
         batch = random_batch(write(family, folder, hf), [1, 2], chance)
-        model = opened(folder)
-        assert model.cfg.dtype == dtype
-        hf.set_attn_implementation("eager" if listening else "sdpa")
-        names = None if listening else ["projector.hook_out"]
-        ours = model.run_with_cache(**batch, names_filter=names)[0]
-        theirs = hf(**batch).logits
-        rounded = {**batch, "pixel_values": batch["pixel_values"].to(dtype).double()}
-        hf = in_dtype(hf, torch.float64)
-        hf.set_attn_implementation("sdpa")  # eager attention takes its softmax in float32
-        exact, real = hf(**rounded).logits, batch["attention_mask"].bool()
-        ratios.append(rms_error(ours[real], exact[real]) / rms_error(theirs[real], exact[real]))
-    ratio = float(torch.tensor(ratios).log().mean().exp())
-    print(f"error / Hugging Face's: {ratio:.3f}, single models to {max(ratios):.2f}")
-    assert ratio <= 1.1
+        found = error_ratios(load(folder), hf, batch, batch, listening=listening)
+        ratios.append(found["logits"])
+    check_half_precision(ratios)

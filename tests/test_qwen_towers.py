@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from half_precision import check_half_precision, rms_error
 from qwen_towers import (
     SOURCES,
     as_visual,
@@ -21,7 +22,6 @@ from qwen_towers import (
 from rounding import assert_same, rounded_otherwise
 from test_branching import assert_equal_to_plain_runs
 from test_branching_families import any_edit
-from test_model_parity import rms_error
 from torch import Tensor
 
 from mmlens import Intervention, direct_logit_attribution, mean_image, noise_span
@@ -330,9 +330,7 @@ def test_half_precision_is_as_exact_as_transformers(
         tower.double().set_attn_implementation("sdpa")
         exact = tower(batch["pixel_values"].double(), batch["image_grid_thw"]).pooler_output
         ratios.append(rms_error(ours, exact) / rms_error(theirs, exact))
-    ratio = float(torch.tensor(ratios).log().mean().exp())
-    print(f"error / transformers': {ratio:.3f}, single models to {max(ratios):.2f}")
-    assert ratio <= 1.1
+    check_half_precision(ratios)
 
 
 # What is no tower, and no image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,16 @@ def edit_config(folder: Path, **fields: Any) -> None:
         else:
             config[name] = value
     path.write_text(json.dumps(config))
+
+
+def merge_config(folder: Path, change: Mapping[str, Any]) -> None:
+    """Set fields of `config.json`; in a field that holds fields, only those that are given."""
+    config = json.loads((folder / "config.json").read_text())
+    merged = {
+        name: config[name] | value if isinstance(value, dict) else value
+        for name, value in change.items()
+    }
+    (folder / "config.json").write_text(json.dumps(config | merged))
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
@@ -100,8 +110,9 @@ def third_layout(name: str) -> str:
 LAYOUTS = [first_layout, second_layout, third_layout]
 
 
-def refused(folder: Path | str, *said: str) -> None:
+def refused(folder: Path | str, *said: str, **options: Any) -> None:
+    """Assert that a folder is refused, with all that must be said."""
     with pytest.raises(CheckpointError) as error:
-        load(folder)  # type: ignore[arg-type]
+        load(folder, **options)  # type: ignore[arg-type]
     for text in said:
         assert text in str(error.value)

@@ -21,7 +21,7 @@ from hf_reference import (
 )
 from random_models import Shape, enliven, text_config
 from small_tokenizers import small_tokenizer
-from tiled_models import SIZES, random_image
+from tiled_models import random_texts
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -174,24 +174,11 @@ def write(family: Family, folder: Path, hf: Any = None) -> InternVLProcessor:
     return processor
 
 
-def random_texts(counts: list[int], chance: random.Random) -> tuple[list[str], list[list[Any]]]:
-    """Texts with `<IMG_CONTEXT>` for so many images each, and the images."""
-    texts, images = [], []
-    for n in counts:
-        words = chance.choice(["What is the capital", " of this country?", "The flag", "Paris\n"])
-        pieces = [*["<IMG_CONTEXT>"] * n, words, " is red"]
-        chance.shuffle(pieces)
-        texts.append("".join(pieces) + " Answer:")
-        sizes = [chance.choice(SIZES) for _ in range(n)]
-        images.append([random_image(size, chance.randrange(2**31)) for size in sizes])
-    return texts, images
-
-
 def random_batch(
     processor: InternVLProcessor, counts: list[int], chance: random.Random
 ) -> dict[str, Any]:
     """Transformers' batch with this many images in each row, padded on the left."""
-    texts, images = random_texts(counts, chance)
+    texts, images = random_texts(counts, "<IMG_CONTEXT>", chance)
     given = {"text": texts, "padding": True, "return_tensors": "pt"}
     flat = [image for row in images for image in row]
     return dict(processor(images=flat, **given) if flat else processor(**given))

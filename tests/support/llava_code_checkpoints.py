@@ -374,10 +374,6 @@ def write_tower(folder: Path, made: Parts) -> Path:
     return folder
 
 
-def load(folder: Path, **options: Any) -> HookedMultimodalTransformer:
-    return HookedMultimodalTransformer.from_pretrained(folder, **{"device": "cpu", **options})
-
-
 def inputs(model: HookedMultimodalTransformer, prompts: Prompts) -> MultimodalInputs:
     return prompts.for_mmlens(model)
 

@@ -18,7 +18,7 @@ from hf_reference import (
 from qwen_towers import SOURCES, hf_tower_activations, random_tower
 from random_models import enliven
 from small_tokenizers import small_tokenizer
-from tiled_models import random_image
+from tiled_models import random_texts
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import (
@@ -171,19 +171,12 @@ SIZES = [
 """Widths and heights."""
 
 
-def random_batch(processor: Any, images: list[int], chance: random.Random) -> dict[str, Any]:
+def random_batch(processor: Any, counts: list[int], chance: random.Random) -> dict[str, Any]:
     """Transformers' batch with this many images in each row, padded on the left."""
-    texts, pictures = [], []
-    for n_images in images:
-        words = chance.choice(["What is the capital", " of this country?", "The flag", "Paris\n"])
-        pieces = [*[IMAGE] * n_images, words, " is red"]
-        chance.shuffle(pieces)
-        texts.append("".join(pieces) + " Answer:")
-        pictures += [
-            random_image(chance.choice(SIZES), chance.randrange(2**31)) for _ in range(n_images)
-        ]
+    texts, images = random_texts(counts, IMAGE, chance, SIZES)
     given = {"text": texts, "padding": True, "return_tensors": "pt"}
-    return dict(processor(images=pictures, **given) if pictures else processor(**given))
+    flat = [image for row in images for image in row]
+    return dict(processor(images=flat, **given) if flat else processor(**given))
 
 
 def positioned(batch: dict[str, Any]) -> dict[str, Any]:

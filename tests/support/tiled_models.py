@@ -193,19 +193,26 @@ def random_image(size: tuple[int, int], seed: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def random_batch(processor: Any, images: list[int], chance: random.Random) -> dict[str, Any]:
-    """Transformers' batch with this many images in each row, padded on the left."""
-    texts, pictures = [], []
-    for n_images in images:
+def random_texts(
+    counts: list[int], word: str, chance: random.Random, sizes: list[tuple[int, int]] = SIZES
+) -> tuple[list[str], list[list[Image.Image]]]:
+    """A text for each count, with so many of an image's word somewhere in it, and its images."""
+    texts, images = [], []
+    for n_images in counts:
         words = chance.choice(["What is the capital", " of this country?", "The flag", "Paris\n"])
-        pieces = [*["<image>"] * n_images, words, " is red"]
+        pieces = [*[word] * n_images, words, " is red"]
         chance.shuffle(pieces)
         texts.append("".join(pieces) + " Answer:")
-        sizes = [chance.choice(SIZES) for _ in range(n_images)]
-        pictures.append([random_image(size, chance.randrange(2**31)) for size in sizes])
+        chosen = [chance.choice(sizes) for _ in range(n_images)]
+        images.append([random_image(size, chance.randrange(2**31)) for size in chosen])
+    return texts, images
+
+
+def random_batch(processor: Any, counts: list[int], chance: random.Random) -> dict[str, Any]:
+    """Transformers' batch with this many images in each row, padded on the left."""
+    texts, images = random_texts(counts, "<image>", chance)
     given = {"text": texts, "padding": True, "return_tensors": "pt"}
-    batch = processor(images=pictures, **given) if sum(images) else processor(**given)
-    return dict(batch)
+    return dict(processor(images=images, **given) if sum(counts) else processor(**given))
 
 
 def tiled_activations(hf: nn.Module, batch: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
