@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_folders import load, refused
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter
+from gguf_writing import NAMES, write_gguf
 from random_models import enliven
 from rounding import assert_same, rounded_otherwise
-from test_gguf import NAMES, WORDS
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -47,49 +47,19 @@ def random_gemma(kind: str, n_layers: int) -> Any:
     return enliven(Gemma3ForCausalLM(Gemma3TextConfig(**sizes)))
 
 
-def write_gguf(hf: Any, kind: str, path: Path, **more: Any) -> Path:
+def write_gemma(hf: Any, kind: str, path: Path, **more: Any) -> Path:
     """As llama.cpp writes it: norms are 1 + w."""
-    config = hf.config
-    rope = config.rope_parameters
-    writer = GGUFWriter(str(path), kind)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_sliding_window(config.sliding_window)
-    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    for name, value in more.items():
-        writer.add_float32(f"{kind}.{name}", value)
-    words = WORDS + [f"▁word{i}" for i in range(config.vocab_size - len(WORDS))]
-    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(words)
-    writer.add_token_scores([-float(i) for i in range(len(words))])
-    writer.add_token_types(kinds + [TokenType.NORMAL] * (len(words) - len(kinds)))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    for name, tensor in hf.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        stem = name.removesuffix(".weight")
-        ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
-        if stem not in ends:
-            _, _, layer, part = stem.split(".", 3)
-            ends[stem] = f"blk.{layer}.{SANDWICH[part]}"
-        stored = tensor + 1 if "norm" in name else tensor
-        writer.add_tensor(f"{ends[stem]}.weight", stored.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+
+    def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 1 if "norm" in name else tensor
+
+    def fields(writer: GGUFWriter) -> None:
+        writer.add_value_length(hf.config.head_dim)
+        writer.add_sliding_window(hf.config.sliding_window)
+        for name, value in more.items():
+            writer.add_float32(f"{kind}.{name}", value)
+
+    return write_gguf(path, kind, hf, stored, SANDWICH, fields)
 
 
 @pytest.mark.parametrize(("kind", "n_layers"), [("gemma2", 3), ("gemma3", 7)])
@@ -98,7 +68,7 @@ def test_it_equals_transformers_own_reading(
     kind: str, n_layers: int, seed: int, tmp_path: Path
 ) -> None:
     hf = random_gemma(kind, n_layers)
-    path = write_gguf(hf, kind, tmp_path / "tiny.gguf")
+    path = write_gemma(hf, kind, tmp_path / "tiny.gguf")
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32
     )
@@ -127,5 +97,5 @@ def test_it_equals_transformers_own_reading(
 def test_what_transformers_would_read_as_another_model(
     kind: str, n_layers: int, more: dict[str, float], said: str, seed: int, tmp_path: Path
 ) -> None:
-    path = write_gguf(random_gemma(kind, n_layers), kind, tmp_path / "tiny.gguf", **more)
+    path = write_gemma(random_gemma(kind, n_layers), kind, tmp_path / "tiny.gguf", **more)
     refused(path, str(path), said)

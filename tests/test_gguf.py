@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import load, refused
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter
+from gguf_writing import finished, write_gguf
 from limits import time_limit
 from random_models import Shape, random_llama
 from rounding import assert_same, rounded_otherwise
@@ -19,29 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.formats import gguf as gguf_files
 
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-WORDS = ["<unk>", "<s>", "</s>", "▁the", "▁capital", "▁of", "▁country", "▁is", "▁Paris", "▁"]
-
-
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor of transformers' Llama."""
-    ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    stem = name.removesuffix(".weight")
-    if stem in ends:
-        return f"{ends[stem]}.weight"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{NAMES[part]}.weight"
-
 
 def interleaved(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
     """Rows of queries and keys in llama.cpp's order: rotated pairs side by side."""
@@ -49,48 +27,25 @@ def interleaved(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(
+def write_llama(
     hf: LlamaForCausalLM, path: Path, half: bool = False, chat_template: str = ""
 ) -> Path:
-    """The model with a small tokenizer, in 16 bits (all but norms) or 32."""
+    """The model in 16 bits (all but norms) or 32."""
     config = hf.config
-    writer = GGUFWriter(str(path), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    words = WORDS + [f"▁word{i}" for i in range(config.vocab_size - len(WORDS))]
-    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(words)
-    writer.add_token_scores([-float(i) for i in range(len(words))])
-    writer.add_token_types(kinds + [TokenType.NORMAL] * (len(words) - len(kinds)))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    if chat_template:
-        writer.add_chat_template(chat_template)
-    for name, tensor in hf.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
+
+    def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if "q_proj" in name:
             tensor = interleaved(tensor, config.num_attention_heads)
         if "k_proj" in name:
             tensor = interleaved(tensor, config.num_key_value_heads)
-        stored = tensor.half() if half and tensor.ndim > 1 else tensor
-        writer.add_tensor(gguf_name(name), stored.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+        return tensor.half() if half and tensor.ndim > 1 else tensor
+
+    def fields(writer: GGUFWriter) -> None:
+        writer.add_rope_dimension_count(config.head_dim)
+        if chat_template:
+            writer.add_chat_template(chat_template)
+
+    return write_gguf(path, "llama", hf, stored, fields=fields)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["F32", "F16"])
@@ -100,7 +55,7 @@ def test_it_equals_transformers_own_reading(
     tied: bool, half: bool, seed: int, tmp_path: Path
 ) -> None:
     hf = random_llama(Shape(d_head=8, d_model=48, tied=tied))
-    path = write_gguf(hf, tmp_path / "tiny.gguf", half)
+    path = write_llama(hf, tmp_path / "tiny.gguf", half)
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32
     )
@@ -125,7 +80,7 @@ def test_it_equals_transformers_own_reading(
 
 
 def test_a_damaged_file(seed: int, tmp_path: Path) -> None:
-    path = write_gguf(random_llama(Shape(d_head=8, d_model=48)), tmp_path / "tiny.gguf")
+    path = write_llama(random_llama(Shape(d_head=8, d_model=48)), tmp_path / "tiny.gguf")
     content = path.read_bytes()
     for share in (0.0, 0.001, 0.5, 0.9):
         path.write_bytes(content[: int(share * len(content))])
@@ -146,7 +101,7 @@ CHAT = (
 
 def test_the_chat_template_in_the_file_is_the_models(seed: int, tmp_path: Path) -> None:
     hf = random_llama(Shape(d_head=8, d_model=48))
-    path = write_gguf(hf, tmp_path / "tiny.gguf", chat_template=CHAT)
+    path = write_llama(hf, tmp_path / "tiny.gguf", chat_template=CHAT)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     turn = [{"role": "user", "content": "the capital of the country"}]
     ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)
@@ -156,7 +111,7 @@ def test_the_chat_template_in_the_file_is_the_models(seed: int, tmp_path: Path) 
 
 
 def test_tensors_that_are_missing_are_not_made_up(seed: int, tmp_path: Path) -> None:
-    path = write_gguf(random_llama(Shape(d_head=8, d_model=48)), tmp_path / "tiny.gguf")
+    path = write_llama(random_llama(Shape(d_head=8, d_model=48)), tmp_path / "tiny.gguf")
     path.write_bytes(path.read_bytes().replace(b"blk.1.attn_q", b"blk.1.attn_x"))
     refused(path, str(path), "lacks", "model.layers.1.self_attn.q_proj.weight")
 
@@ -189,10 +144,7 @@ def test_counts_are_compared_with_the_file_first(
     writer.add_array("general.list", [7] * 99)
     for name in ("token_embd.weight", "output.weight", "more.weight"):
         writer.add_tensor(name, np.full((99, 8), 0.5, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finished(writer, path)
     content = bytearray(path.read_bytes())
     if "list" in fields:
         at = content.index(np.full(99, 7, np.int32).tobytes()) - 8
