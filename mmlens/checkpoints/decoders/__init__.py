@@ -7,6 +7,7 @@ of a language model alone, of Hugging Face's LLaVA, of TinyLLaVA and of GGUF fil
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -19,11 +20,18 @@ from mmlens.checkpoints.decoders.phi import PHI
 from mmlens.checkpoints.decoders.qwen_vl import QWEN_VL
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Decoder
-from mmlens.checkpoints.hf_configs import known_activation
+from mmlens.checkpoints.hf_configs import generation_ends, known_activation
 from mmlens.checkpoints.names import under
 from mmlens.config import MultimodalConfig
 
-__all__ = ["DECODERS", "Decoder", "decoder_fields", "decoder_names"]
+__all__ = [
+    "DECODERS",
+    "Decoder",
+    "decoder_fields",
+    "decoder_fields_in",
+    "decoder_names",
+    "inner_names",
+]
 
 DECODERS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
@@ -66,7 +74,38 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
     } | decoder.choices(config)
 
 
+def decoder_fields_in(
+    folder: Path, decoder: PreTrainedConfig, whole: PreTrainedConfig | None = None
+) -> dict[str, Any]:
+    """Return `decoder_fields`, and what other files and fields of a checkpoint say of them.
+
+    Args:
+        folder: of the checkpoint; its generation_config.json may name more end tokens.
+        decoder: transformers' configuration of the decoder.
+        whole: that of a model with images, which then says whether embeddings are tied.
+    """
+    fields = decoder_fields(decoder)
+    if whole is not None:
+        fields["tie_word_embeddings"] = whole.tie_word_embeddings
+    return fields | {"eos_token_ids": generation_ends(folder, fields["eos_token_ids"])}
+
+
 def decoder_names(cfg: MultimodalConfig, outer: str = "") -> dict[str, str]:
     """Return the name table of a configuration's decoder, whose names begin with `outer`."""
     decoder = DECODERS[cfg.decoder_type]
-    return under(outer + decoder.prefix, decoder.names) | {outer + decoder.head: "unembed"}
+    return inner_names(cfg, outer + decoder.prefix, outer + decoder.head)
+
+
+def inner_names(
+    cfg: MultimodalConfig,
+    base: str = "language_model.model.",
+    head: str = "language_model.lm_head",
+) -> dict[str, str]:
+    """Return the name table of a decoder inside of a model with images.
+
+    Args:
+        cfg: of the whole model.
+        base: stands before the names of the decoder's base model.
+        head: the output layer.
+    """
+    return under(base, DECODERS[cfg.decoder_type].names) | {head: "unembed"}

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from mmlens.checkpoints.decoders.layer_types import attn_types
 from mmlens.checkpoints.decoders.llama import NAMES as LLAMA_NAMES
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Decoder
@@ -53,13 +54,7 @@ def gemma_2(config: PreTrainedConfig) -> dict[str, Any]:
 
 def sandwich(config: PreTrainedConfig) -> dict[str, Any]:
     """Return what Gemma 2 and 3 have in common beyond Gemma."""
-    types = tuple(
-        "local" if kind == "sliding_attention" else "global" for kind in config.layer_types
-    )
-    if unknown := set(config.layer_types) - {"sliding_attention", "full_attention"}:
-        raise CheckpointError(
-            f"layer_types has {', '.join(sorted(unknown))}, which is not supported"
-        )
+    types = attn_types(config.layer_types)
     if "local" in types and not config.sliding_window:
         raise CheckpointError("layer_types has sliding_attention, but there is no sliding_window")
     if not config.query_pre_attn_scalar > 0:

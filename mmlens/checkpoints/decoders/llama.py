@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from mmlens.checkpoints.decoders.layer_types import attn_types
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Decoder
 
@@ -49,7 +50,7 @@ def choices(config: PreTrainedConfig) -> dict[str, Any]:
         listed = getattr(config, "layer_types", None) or ["sliding_attention"] * (
             config.num_hidden_layers
         )
-        types = tuple("local" if kind == "sliding_attention" else "global" for kind in listed)
+        types = attn_types(listed)
     return {
         "normalization_type": "RMS",
         "eps": config.rms_norm_eps,

@@ -20,11 +20,11 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mmlens.checkpoints.decoders import DECODERS, decoder_fields
+from mmlens.checkpoints.decoders import decoder_fields_in, inner_names
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Format
 from mmlens.checkpoints.formats import hf_llava
-from mmlens.checkpoints.hf_configs import generation_ends, vision_config
+from mmlens.checkpoints.hf_configs import vision_config
 from mmlens.checkpoints.names import TOWER, under
 from mmlens.checkpoints.towers.named_towers import Tower
 from mmlens.config import MultimodalConfig, ProjectorConfig
@@ -59,10 +59,8 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
             f"final_logit_softcapping is {text.final_logit_softcapping}; transformers' Gemma 3 "
             "with images caps no logits"
         )
-    fields = decoder_fields(text) | {"tie_word_embeddings": hf.tie_word_embeddings}
-    fields["eos_token_ids"] = generation_ends(folder, fields["eos_token_ids"])
     return MultimodalConfig(
-        **fields,
+        **decoder_fields_in(folder, text, hf),
         attention_blocks="image",
         image_token_id=hf.image_token_id,
         image_placeholder=BEGIN,
@@ -93,14 +91,12 @@ def normed_tower(vision: Any) -> Any:
 
 def names(cfg: MultimodalConfig) -> dict[str, str]:
     """Return the name table: the decoder's, the tower's and the connector's."""
-    decoder = under("language_model.model.", DECODERS[cfg.decoder_type].names)
     connector = {
         "mm_soft_emb_norm": "projector.ln",
         "mm_input_projection_weight": "projector.linear_1.weight[T]",
     }
     return (
-        decoder
-        | {"language_model.lm_head": "unembed"}
+        inner_names(cfg)
         | under("vision_tower.", NORMED_TOWER)
         | under("multi_modal_projector.", connector)
     )

@@ -21,9 +21,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from mmlens.checkpoints.decoders import DECODERS, decoder_fields
+from mmlens.checkpoints.decoders import decoder_fields_in, inner_names
 from mmlens.checkpoints.format import Format
-from mmlens.checkpoints.hf_configs import generation_ends, known_activation, vision_config
+from mmlens.checkpoints.hf_configs import known_activation, vision_config
 from mmlens.checkpoints.names import HF_PROJECTOR, TOWER, under
 from mmlens.checkpoints.towers.named_towers import Tower, unused
 from mmlens.checkpoints.weight_files import has_tensor
@@ -65,7 +65,7 @@ def model_config(
     hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     text, vision = hf.text_config, hf.vision_config
     taken = vision_config(vision, hf.vision_feature_layer, hf.vision_feature_select_strategy)
-    fields = decoder_fields(text) | {"tie_word_embeddings": hf.tie_word_embeddings}
+    fields = decoder_fields_in(folder, text, hf)
     projector = ProjectorConfig(
         d_in=vision.hidden_size * len(taken.feature_layers),
         d_hidden=text.hidden_size,
@@ -76,7 +76,6 @@ def model_config(
         # Granite scales whatever comes in, visual tokens too; Gemma its own embeddings alone.
         out_scale=fields["embed_scale"] if text.model_type == "granite" else 1.0,
     )
-    fields["eos_token_ids"] = generation_ends(folder, fields["eos_token_ids"])
     # transformers' LLaVA caps and scales no logits, whatever its decoder does.
     fields |= {"logits_softcap": None, "logits_scale": 1.0}
     # Phi's output layer has a bias; transformers' LLaVA kept it in its first two layouts only.
@@ -104,9 +103,7 @@ def rename(name: str) -> str:
 
 def names(cfg: MultimodalConfig) -> dict[str, str]:
     """Return the name table: the decoder's, the tower's and the projector's."""
-    decoder = under("language_model.model.", DECODERS[cfg.decoder_type].names)
-    head = {"language_model.lm_head": "unembed"}
-    return decoder | head | under("vision_tower.", TOWER) | HF_PROJECTOR
+    return inner_names(cfg) | under("vision_tower.", TOWER) | HF_PROJECTOR
 
 
 FORMAT = Format("Hugging Face LLaVA", recognises, config, names, ignored=IGNORED, rename=rename)

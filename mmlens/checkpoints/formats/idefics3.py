@@ -20,10 +20,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mmlens.checkpoints.decoders import DECODERS, decoder_fields
+from mmlens.checkpoints.decoders import decoder_fields_in, inner_names
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Format
-from mmlens.checkpoints.hf_configs import generation_ends, tower_fields
+from mmlens.checkpoints.hf_configs import tower_fields
 from mmlens.checkpoints.names import TOWER, under
 from mmlens.checkpoints.towers.named_towers import Tower
 from mmlens.config import MultimodalConfig, ProjectorConfig, VisionConfig
@@ -59,10 +59,8 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
             f"scale_factor is {factor}, but a tile has {side} x {side} patches, which must be cut "
             "into squares of that side"
         )
-    fields = decoder_fields(text) | {"tie_word_embeddings": hf.tie_word_embeddings}
-    fields["eos_token_ids"] = generation_ends(folder, fields["eos_token_ids"])
     return MultimodalConfig(
-        **fields,
+        **decoder_fields_in(folder, text, hf),
         image_token_id=hf.image_token_id,
         image_layout="row_col",
         vision=VisionConfig(
@@ -90,10 +88,10 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
 
 def names(cfg: MultimodalConfig) -> dict[str, str]:
     """Return the name table: the decoder's, the tower's and the connector's."""
-    decoder = under("model.text_model.", DECODERS[cfg.decoder_type].names)
+    decoder = inner_names(cfg, "model.text_model.", "lm_head")
     tower = TOWER | {"post_layernorm": "vision.ln_final"}
     connector = {"model.connector.modality_projection.proj": "projector.linear_1"}
-    return decoder | {"lm_head": "unembed"} | under("model.vision_model.", tower) | connector
+    return decoder | under("model.vision_model.", tower) | connector
 
 
 FORMAT = Format("Idefics3 and SmolVLM", recognises, config, names, ignored=IGNORED)

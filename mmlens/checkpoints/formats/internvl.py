@@ -20,11 +20,11 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from mmlens.checkpoints.decoders import DECODERS, decoder_fields
+from mmlens.checkpoints.decoders import decoder_fields_in, inner_names
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Format
 from mmlens.checkpoints.formats import hf_llava
-from mmlens.checkpoints.hf_configs import feature_layers, generation_ends, known_activation
+from mmlens.checkpoints.hf_configs import feature_layers, known_activation
 from mmlens.checkpoints.json_files import read_json
 from mmlens.checkpoints.names import HF_PROJECTOR, under
 from mmlens.checkpoints.towers.named_towers import Tower
@@ -89,10 +89,8 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
             f"downsample_ratio is {hf.downsample_ratio}, but a tile has {vision.grid[0]} x "
             f"{vision.grid[1]} patches, which must be cut into squares of 1 / downsample_ratio"
         )
-    fields = decoder_fields(text) | {"tie_word_embeddings": hf.tie_word_embeddings}
-    fields["eos_token_ids"] = generation_ends(folder, fields["eos_token_ids"])
     return MultimodalConfig(
-        **fields,
+        **decoder_fields_in(folder, text, hf),
         image_token_id=hf.image_token_id,
         image_layout="thumbnail",
         image_placeholder="<IMG_CONTEXT>",
@@ -170,10 +168,8 @@ def tower_config(hf: PreTrainedConfig) -> VisionConfig:
 
 def names(cfg: MultimodalConfig) -> dict[str, str]:
     """Return the name table: the decoder's, the tower's and the connector's."""
-    decoder = under("language_model.model.", DECODERS[cfg.decoder_type].names)
-    head = {"language_model.lm_head": "unembed"}
     norm = {"multi_modal_projector.layer_norm": "projector.ln"}
-    return decoder | head | under("vision_tower.", TOWER) | HF_PROJECTOR | norm
+    return inner_names(cfg) | under("vision_tower.", TOWER) | HF_PROJECTOR | norm
 
 
 FORMAT = Format("InternVL", recognises, config, names, ignored=IGNORED, rename=hf_llava.rename)

@@ -16,9 +16,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mmlens.checkpoints.decoders import DECODERS, decoder_fields, decoder_names
+from mmlens.checkpoints.decoders import DECODERS, decoder_fields_in, decoder_names
 from mmlens.checkpoints.format import Format
-from mmlens.checkpoints.hf_configs import generation_ends
 from mmlens.checkpoints.towers.named_towers import Tower
 from mmlens.config import MultimodalConfig
 
@@ -31,9 +30,8 @@ def recognises(config: Mapping[str, Any]) -> bool:
 def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
     """Return the configuration in our terms."""
     hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    fields = decoder_fields(hf)
-    fields["eos_token_ids"] = generation_ends(folder, fields["eos_token_ids"])
-    return MultimodalConfig(**fields, original_architecture=(hf.architectures or [""])[0])
+    architecture = (hf.architectures or [""])[0]
+    return MultimodalConfig(**decoder_fields_in(folder, hf), original_architecture=architecture)
 
 
 FORMAT = Format(

@@ -21,9 +21,9 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from mmlens.checkpoints.decoders import decoder_fields
+from mmlens.checkpoints.decoders import decoder_fields_in
 from mmlens.checkpoints.errors import CheckpointError
-from mmlens.checkpoints.hf_configs import anyres_config, generation_ends
+from mmlens.checkpoints.hf_configs import anyres_config
 from mmlens.checkpoints.json_files import read_json
 from mmlens.checkpoints.names import TOWER, Names, sequential, under
 from mmlens.checkpoints.towers.named_towers import Tower, find_tower
@@ -151,8 +151,8 @@ def llava_config(
     assert tower is not None  # the formats of LLaVA's code have `Format.tower`
     llava = fields(read_config(folder))
     kind = decoder or llava["model_type"]
-    text = decoder_fields(CONFIG_MAPPING[kind].from_dict(llava | {"model_type": kind}))
-    text["eos_token_ids"] = generation_ends(folder, text["eos_token_ids"])
+    decoder = CONFIG_MAPPING[kind].from_dict(llava | {"model_type": kind})
+    text = decoder_fields_in(folder, decoder)
     vision = features(llava, tower)
     projector = projector_config(
         llava.get("mm_projector_type", "linear"), vision.d_model, text["d_model"]

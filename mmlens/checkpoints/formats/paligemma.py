@@ -20,12 +20,11 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mmlens.checkpoints.decoders import DECODERS, decoder_fields
+from mmlens.checkpoints.decoders import decoder_fields_in, inner_names
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Format
 from mmlens.checkpoints.formats import hf_llava
 from mmlens.checkpoints.formats.gemma3 import IGNORED, NORMED_TOWER, normed_tower
-from mmlens.checkpoints.hf_configs import generation_ends
 from mmlens.checkpoints.names import under
 from mmlens.checkpoints.towers.named_towers import Tower
 from mmlens.config import MultimodalConfig, ProjectorConfig
@@ -50,10 +49,8 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
             f"projection_dim is {vision.projection_dim}, but the decoder's hidden_size is "
             f"{text.hidden_size}; visual tokens must be as wide"
         )
-    fields = decoder_fields(text) | {"tie_word_embeddings": hf.tie_word_embeddings}
-    fields["eos_token_ids"] = generation_ends(folder, fields["eos_token_ids"])
     return MultimodalConfig(
-        **fields,
+        **decoder_fields_in(folder, text, hf),
         attention_blocks="prompt",
         first_rope_position=1,
         image_token_id=hf.image_token_id,
@@ -72,10 +69,8 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
 
 def names(cfg: MultimodalConfig) -> dict[str, str]:
     """Return the name table: the decoder's, the tower's and the connector's."""
-    decoder = under("language_model.model.", DECODERS[cfg.decoder_type].names)
     return (
-        decoder
-        | {"language_model.lm_head": "unembed"}
+        inner_names(cfg)
         | under("vision_tower.", NORMED_TOWER)
         | {"multi_modal_projector.linear": "projector.linear_1"}
     )

@@ -17,10 +17,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mmlens.checkpoints.decoders import DECODERS, decoder_fields
+from mmlens.checkpoints.decoders import decoder_fields_in, inner_names
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Format
-from mmlens.checkpoints.hf_configs import generation_ends
 from mmlens.checkpoints.names import Names, under
 from mmlens.checkpoints.towers.qwen_vl import merger_config, tower_config
 from mmlens.config import MultimodalConfig
@@ -47,11 +46,9 @@ def config(folder: Path, architecture: str) -> MultimodalConfig:
             f"the decoder has {hf.text_config.num_hidden_layers} (num_hidden_layers): each is "
             "added in a layer of its own"
         )
-    fields = decoder_fields(hf.text_config) | {"tie_word_embeddings": hf.tie_word_embeddings}
-    fields["eos_token_ids"] = generation_ends(folder, fields["eos_token_ids"])
     vision = tower_config(hf.vision_config)
     return MultimodalConfig(
-        **fields,
+        **decoder_fields_in(folder, hf.text_config, hf),
         image_token_id=hf.image_token_id,
         image_placeholder=IMAGE,
         image_layout="any_grid",
@@ -88,8 +85,8 @@ def qwen_format(
 
     def names(cfg: MultimodalConfig) -> Names:
         """Return the name table."""
-        decoder = under("model.language_model.", DECODERS[cfg.decoder_type].names)
-        return decoder | {"lm_head": "unembed"} | under("model.visual.", tower(cfg))
+        decoder = inner_names(cfg, "model.language_model.", "lm_head")
+        return decoder | under("model.visual.", tower(cfg))
 
     return Format(
         name,
