@@ -21,8 +21,9 @@ from mmlens.branching.reads import Read
 from mmlens.branching.schedule import Schedule, Start
 from mmlens.branching.shared_past import SharedPast
 from mmlens.branching.state import RecordedRun
+from mmlens.interventions.cut import edit_together
 from mmlens.interventions.functions import HookFunction
-from mmlens.interventions.intervention import Intervention, edit_together, hook_name
+from mmlens.interventions.intervention import Intervention, hook_name
 from mmlens.model.hook_points import HookPoint, has_listeners, reading
 from mmlens.model.sites import Site
 from mmlens.utils.tensors import to_device
