@@ -5,9 +5,9 @@
 "What is the capital of this country ?" is asked about an image with one coloured patch. Six layers
 have random weights of small size, and three parts that do something:
 
-- layer 1, attention: the word "country" looks at patches with a colour, and takes the colour;
+- layer 1, attention: the word "country" attends to patches with a colour, and takes the colour;
 - layer 3, MLP, at "country": the colour becomes a capital. This is where the fact is stored;
-- layer 4, attention: the last word looks at nouns, and takes the capital. It is said.
+- layer 4, attention: the last word attends to nouns, and takes the capital. It is said.
 
 The trace replaces "country" by "Paris", puts the clean run's activations back one at a time, and
 finds these parts. Read every block from the left: the residual stream matters at "country" until

@@ -55,7 +55,7 @@ def test_prompts_equal_transformers(family: Family, seed: int, tmp_path: Path) -
         ("<image>Which country?", [image]),
         ("<image> and \n<image>\n what", [image, other]),
     ):
-        if family.kind != "gemma3":  # the processor puts BOS behind the last image
+        if family.kind != "gemma3":  # the processor puts BOS after the last image
             text = "<image>" * len(images) + "Which country? "
         batch = theirs(
             text=text.replace("<image>", family.word), images=[images], return_tensors="pt"

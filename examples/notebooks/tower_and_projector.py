@@ -32,7 +32,7 @@ names = [name for name in model.hook_dict if name.startswith(("vision.", "projec
 print(len(names), "hook points, for example", names[:3], names[-2:])
 
 # %% [markdown]
-# ## What the tower looks at
+# ## What the tower attends to
 #
 # Attention of the class token in its last block, averaged over heads, over the image.
 
@@ -40,8 +40,8 @@ print(len(names), "hook points, for example", names[:3], names[-2:])
 _, cache = model.run_with_cache(clean, names_filter=lambda name: "vision" in name or "proj" in name)
 last = model.cfg.vision.n_layers - 1
 rows, columns = clean.images[0].grids[0]
-looked_at = cache[f"vision.blocks.{last}.attn.hook_pattern"][0, :, 0, 1:].mean(0)
-overlay(looked_at, clean, value_title="attention")
+attended_to = cache[f"vision.blocks.{last}.attn.hook_pattern"][0, :, 0, 1:].mean(0)
+overlay(attended_to, clean, value_title="attention")
 
 # %% [markdown]
 # ## The visual tokens as words

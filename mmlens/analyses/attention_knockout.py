@@ -1,4 +1,4 @@
-"""Attention knockout: what is left of the answer when some positions cannot look at others.
+"""Attention knockout: what is left of the answer when some positions cannot attend to others.
 
 Geva et al. 2023 (arXiv 2304.14767, section 4): within a window of layers the attention from the
 destinations to the sources is cut before the softmax, and the change of the answer's probability
@@ -111,13 +111,13 @@ def attention_knockout(
     batch_rows: int | None = None,
     progress: Progress | None = None,
 ) -> AttentionKnockout:
-    """Keep destinations from looking at sources, window by window.
+    """Keep destinations from attending to sources, window by window.
 
     Args:
         inputs: one prompt (samples of noise are averaged over).
-        source: a span or positions that are not looked at: "image".
-        destination: a span or positions that do not look: "question", "last". The tokens of an
-            answer of several tokens are not among them unless their positions are given.
+        source: a span or positions that are not attended to: "image".
+        destination: a span or positions that do not attend to them: "question", "last". The tokens
+            of an answer of several tokens are not among them unless their positions are given.
         layers: centres of the windows; all layers by default.
         window: layers cut together around each centre, see `mmlens.window`. A window as wide as
             twice the model cuts everywhere.

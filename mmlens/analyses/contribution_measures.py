@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 PART = 16
-"""The last and the largest 1 / PART of the visual tokens are looked at."""
+"""The last and the largest 1 / PART of the visual tokens are counted."""
 MEASURES = ("total", "late share", "largest share", "tokens for half", "layer's part")
 
 

@@ -131,7 +131,7 @@ class SharedPast:
         return torch.lerp(z.to(weight.dtype), past_z.to(weight.dtype), weight).to(q.dtype)
 
     def mask(self, rule: AttentionRule, device: torch.device) -> Bool[Tensor, "rows 1 kept pos"]:
-        """Where every packed query may look, over all positions."""
+        """What every packed query may attend to, over all positions."""
         before, own = self.run.masks(rule, device)
         if before is None:
             before = own.new_ones(1, 1, self.run.origin)

@@ -53,7 +53,7 @@ SEEING = ("vision_tower", "multi_modal_projector", "vision_model", "connector", 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """One thing that was compared."""
 
     name: str
     passed: bool | None

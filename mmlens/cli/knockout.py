@@ -1,4 +1,4 @@
-"""`mmlens knockout`: what is left of the answer when positions cannot look at others."""
+"""`mmlens knockout`: what is left of the answer when positions cannot attend to others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def knockout(
     dtype: options.Dtype = None,
     out: options.Out = None,
 ) -> None:
-    """What is left of the answer when the words of --to cannot look at those of --from?
+    """What is left of the answer when the words of --to cannot attend to those of --from?
 
     Attention between them is cut before the softmax, in a window of layers around each layer.
     """

@@ -61,13 +61,14 @@ OutOrReport = Annotated[
 Source = Annotated[
     str,
     typer.Option(
-        "--from", help="What is looked at: image, constraint, question, or words of the question."
+        "--from", help="What is attended to: image, constraint, question, or words of the question."
     ),
 ]
 Destination = Annotated[
     str,
     typer.Option(
-        "--to", help="What looks: constraint, question, last (token), or words of the question."
+        "--to",
+        help="What attends to it: constraint, question, last (token), or words of the question.",
     ),
 ]
 Layers = Annotated[

@@ -47,7 +47,7 @@ class TransformerConfig(SameForAll):
     norm_offset: float = 0.0
     """What norms add to their weights: 1 where the checkpoint has weights around 0 (Gemma)."""
     window_size: int | None = None
-    """How many positions a query of a "local" layer looks back at, its own included."""
+    """How many positions a query of a "local" layer attends to, its own included."""
     attn_types: tuple[Literal["global", "local"], ...] | None = None
     """Per layer; None means every layer is "global"."""
     attn_scale: float = 0.0
@@ -118,7 +118,7 @@ class TransformerConfig(SameForAll):
 
     @property
     def use_local_attn(self) -> bool:
-        """Whether some layers look back a few positions only."""
+        """Whether some layers attend to a few positions back only."""
         return "local" in (self.attn_types or ())
 
     @property

@@ -104,7 +104,7 @@ def key_covariance(
         n_tokens += int(wanted.sum())
         add_moments(model, inputs, wanted, chosen, moments)
     if not n_tokens:
-        raise ValueError("the texts have no tokens but the first: there are no keys to look at")
+        raise ValueError("the texts have no tokens but the first: there are no keys to average")
     moments /= n_tokens
     found = KeyCovariance(moments, tuple(chosen), n_tokens, source, fingerprint(moments))
     if cache is not None:

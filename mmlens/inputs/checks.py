@@ -75,7 +75,7 @@ def standard_spans(
             named |= {f"image_{i}": positions for i, positions in enumerate(each)}
             visual[named["image"]] = True
         text = (real & ~visual).nonzero().flatten()
-        # PaliGemma's stands behind the images.
+        # PaliGemma's stands after the images.
         if bos_token_id is not None and len(text) and row[text[0]] == bos_token_id:
             named["bos"], text = text[:1], text[1:]
         named["text"] = text

@@ -137,7 +137,7 @@ def noise(std: float, seed: int = 0) -> HookFunction:
 
 
 def knockout(sources: Positions | Sequence[int] | int) -> HookFunction:
-    """Keep queries from looking at the keys at `sources` (attention knockout, Geva et al. 2023).
+    """Keep queries from attending to the keys at `sources` (attention knockout, Geva et al. 2023).
 
     For `attn_scores`, before the softmax: the others' weights grow to one. For `pattern`, after it:
     they stay as they are.

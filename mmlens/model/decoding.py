@@ -231,7 +231,7 @@ def decoding(
     config = copy.deepcopy(config)
     if never is not None:
         ids = within(ids, d_vocab, never)
-    if not ids.shape[1]:  # one row, whose last token transformers does not look at
+    if not ids.shape[1]:  # one row, whose last token transformers does not read
         ids, attention_mask = ids[:1], torch.ones_like(attention_mask[:1, :1])
     processors, criteria = LogitsProcessorList(), StoppingCriteriaList()
     if freq_penalty < 0:

@@ -59,7 +59,7 @@ class GreedyContinuations:
         logits = [prompt.logits[None] for prompt in self.prompts]
         if rows := [row for row, told in enumerate(tokens) if told]:
             width = max(map(len, tokens))
-            # What fills up the shorter ones comes after them, where they do not look.
+            # What fills up the shorter ones comes after them, which they do not attend to.
             filler = int(self.model.cfg.image_token_id == 0)
             filled = [[*tokens[row], *[filler] * (width - len(tokens[row]))] for row in rows]
             ids = torch.tensor(filled)

@@ -168,7 +168,7 @@ class Study:
 
         Args:
             kinds: every question is asked in each of these ways, and must pass in each.
-            suits: other questions are not looked at.
+            suits: other questions are not considered.
             limit: how many; by default the settings'.
             corruptions: spans that are swapped together; each must take `minimum_gap` from the
                 answer's probability.

@@ -188,7 +188,7 @@ def decoder_activations(hf: nn.Module, prefix: str, seen: dict[str, Tensor]) -> 
 def sandwich_activations(
     seen: dict[str, Tensor], there: str, here: str, block: Any
 ) -> dict[str, Tensor]:
-    """Of a block whose attention and MLP each have a norm behind them."""
+    """Of a block whose attention and MLP each have a norm after them."""
     after, mlp_after = "post_attention_layernorm", "post_feedforward_layernorm"
     mid = seen[f"{there}.pre_feedforward_layernorm:in"]
     found = {

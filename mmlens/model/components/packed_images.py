@@ -114,7 +114,7 @@ class Segments:
 
     @cached_property
     def mask(self) -> Bool[Tensor, "1 1 query key"] | None:
-        """True where a query may look; None where that is everywhere."""
+        """True at what a query may attend to; None where that is everything."""
         return None if self.is_one else (self.member[:, None] == self.member)[None, None]
 
 

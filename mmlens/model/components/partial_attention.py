@@ -78,7 +78,7 @@ def attend_part(
 ) -> tuple[Queries, Float[Tensor, "batch query head"]]:
     """Softmax attention to these keys, and the logarithm of its normaliser.
 
-    A query that may look at none of them has a normaliser of (almost) zero.
+    A query that may attend to none of them has a normaliser of (almost) zero.
 
     On two CPU cores torch's flash kernel takes 11 ms for 1320 queries of 9 heads over 576 shared
     keys, and 2.3 ms for 22 keys of their own; products with the scores written down take 45 and

@@ -25,8 +25,8 @@ Keys = Float[Tensor, "row new kv_head d_head"]
 Scores = Float[Tensor, "row head query key"]
 Mask = Bool[Tensor, "rows 1 query key"]
 Weigh = Callable[[Scores, Mask | None], Scores | None]
-"""Makes attention weights of scores, which it may overwrite, and of where queries may look (None:
-everywhere). It returns None where nothing but softmax was done to them."""
+"""Makes attention weights of scores, which it may overwrite, and of what queries may attend to
+(None: everything). It returns None where nothing but softmax was done to them."""
 
 
 @runtime_checkable  # for the shapes that tests check
