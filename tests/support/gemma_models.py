@@ -13,12 +13,11 @@ import torch
 from hf_reference import (
     SOURCES,
     attention_activations,
-    block_activations,
     decoder_activations,
-    heads,
     norm_activations,
     recorded,
     recorded_attention,
+    siglip_activations,
 )
 from random_models import THETA, enliven
 from small_tokenizers import small_tokenizer
@@ -236,31 +235,14 @@ def tower_and_connector(
     hf: Any, seen: dict[str, Tensor], attended: list[tuple[Tensor, ...]]
 ) -> dict[str, Tensor]:
     """Activations of the vision tower and the connector."""
-    prefix = "model.vision_tower"
-    tower: Any = hf.get_submodule(prefix)
-    by_head = heads(tower.config.hidden_size // tower.config.num_attention_heads)
-    patches = seen[f"{prefix}.embeddings.patch_embedding:out"]
-    connector = "model.multi_modal_projector"
-    found = {
-        "vision.hook_patch_embed": patches.flatten(2).transpose(1, 2),
-        "vision.hook_pos_embed": tower.embeddings.position_embedding.weight[None],
-        "vision.hook_embed": seen[f"{prefix}.embeddings:out"],
-        "vision.hook_out": seen[f"{prefix}.post_layernorm:out"],
+    prefix, connector = "model.vision_tower", "model.multi_modal_projector"
+    positions = hf.get_submodule(f"{prefix}.embeddings.position_embedding")
+    found = siglip_activations(hf, prefix, seen, attended) | {
+        "vision.hook_pos_embed": positions.weight[None],
         "projector.hook_in": seen[f"{connector}:in"],
         "projector.hook_out": seen[f"{connector}:out"].flatten(0, 1)[None],
-        **norm_activations(
-            "vision.ln_final", tower.post_layernorm, seen[f"{prefix}.post_layernorm:in"]
-        ),
     }
     if f"{connector}.mm_soft_emb_norm:in" in seen:
         norm = hf.get_submodule(connector).mm_soft_emb_norm
         found |= norm_activations("projector.ln", norm, seen[f"{connector}.mm_soft_emb_norm:in"])
-    for layer, block in enumerate(tower.encoder.layers):
-        there, here = f"{prefix}.encoder.layers.{layer}", f"vision.blocks.{layer}"
-        mid = seen[f"{there}.layer_norm2:in"]
-        found |= norm_activations(f"{here}.ln1", block.layer_norm1, seen[f"{there}:in"])
-        found |= norm_activations(f"{here}.ln2", block.layer_norm2, mid)
-        found[f"{here}.hook_resid_mid"] = mid
-        found |= block_activations(seen, there, here, by_head, ("out_proj", "fc1", "fc2"))
-        found |= attention_activations(f"{here}.attn", *attended[layer], rotary=False)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -300,3 +300,35 @@ def hf_activations(hf: nn.Module, prompts: Prompts, tower_layers: int) -> tuple[
             prefix = f"vision.blocks.{layer}.attn"
             found |= attention_activations(prefix, *attended, rotary=False)
     return output, found
+
+
+def siglip_activations(
+    hf: Any, prefix: str, seen: dict[str, Tensor], attended: Sequence[tuple[Tensor, ...]]
+) -> dict[str, Tensor]:
+    """Those of a SigLIP tower with its last norm, but for the learnt positions.
+
+    Args:
+        hf: transformers' whole model.
+        prefix: of the tower in it.
+        seen: what `recorded` has recorded.
+        attended: what `recorded_attention` has of the tower's layers.
+    """
+    tower = hf.get_submodule(prefix)
+    by_head = heads(tower.config.hidden_size // tower.config.num_attention_heads)
+    patches = seen[f"{prefix}.embeddings.patch_embedding:out"]
+    norm = f"{prefix}.post_layernorm"
+    found = {
+        "vision.hook_patch_embed": patches.flatten(2).transpose(1, 2),
+        "vision.hook_embed": seen[f"{prefix}.embeddings:out"],
+        "vision.hook_out": seen[f"{norm}:out"],
+        **norm_activations("vision.ln_final", tower.post_layernorm, seen[f"{norm}:in"]),
+    }
+    for layer, block in enumerate(tower.encoder.layers):
+        there, here = f"{prefix}.encoder.layers.{layer}", f"vision.blocks.{layer}"
+        mid = seen[f"{there}.layer_norm2:in"]
+        found |= norm_activations(f"{here}.ln1", block.layer_norm1, seen[f"{there}:in"])
+        found |= norm_activations(f"{here}.ln2", block.layer_norm2, mid)
+        found[f"{here}.hook_resid_mid"] = mid
+        found |= block_activations(seen, there, here, by_head, ("out_proj", "fc1", "fc2"))
+        found |= attention_activations(f"{here}.attn", *attended[layer], rotary=False)
+    return found

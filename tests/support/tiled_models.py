@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from hf_reference import (
     attention_activations,
-    block_activations,
     decoder_activations,
-    heads,
-    norm_activations,
     recorded,
     recorded_attention,
+    siglip_activations,
 )
 from PIL import Image
 from random_models import enliven
@@ -234,26 +232,9 @@ def tiled_activations(hf: nn.Module, batch: dict[str, Any]) -> tuple[Any, dict[s
     if "pixel_values" not in batch:
         return output, found
     prefix = "model.vision_model"
-    tower: Any = hf.get_submodule(prefix)
-    by_head = heads(tower.config.hidden_size // tower.config.num_attention_heads)
-    patches = seen[f"{prefix}.embeddings.patch_embedding:out"]
-    found |= {
-        "vision.hook_patch_embed": patches.flatten(2).transpose(1, 2),
+    found |= siglip_activations(hf, prefix, seen, in_tower) | {
         "vision.hook_pos_embed": seen[f"{prefix}.embeddings.position_embedding:out"],
-        "vision.hook_embed": seen[f"{prefix}.embeddings:out"],
-        "vision.hook_out": seen[f"{prefix}.post_layernorm:out"],
         "projector.hook_in": seen["model.connector:in"],
         "projector.hook_out": seen["model.connector:out"].flatten(0, 1)[None],
-        **norm_activations(
-            "vision.ln_final", tower.post_layernorm, seen[f"{prefix}.post_layernorm:in"]
-        ),
     }
-    for layer, block in enumerate(tower.encoder.layers):
-        there, here = f"{prefix}.encoder.layers.{layer}", f"vision.blocks.{layer}"
-        mid = seen[f"{there}.layer_norm2:in"]
-        found |= norm_activations(f"{here}.ln1", block.layer_norm1, seen[f"{there}:in"])
-        found |= norm_activations(f"{here}.ln2", block.layer_norm2, mid)
-        found[f"{here}.hook_resid_mid"] = mid
-        found |= block_activations(seen, there, here, by_head, ("out_proj", "fc1", "fc2"))
-        found |= attention_activations(f"{here}.attn", *in_tower[layer], rotary=False)
     return output, found
