@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,85 @@ def test_answers_are_those_asked_by_hand(model: Any, vector: Path, tmp_path: Pat
     assert torch.equal(again.n, scores.n) and again.scales == SCALES
     with pytest.raises(ValueError, match="no chair_i of POPE"):
         scores.of("POPE", "chair_i")
+
+
+def extremes(measure: Any, rows: list[Any]) -> tuple[float, float, float]:
+    """A measure of all rows, and the ends of its interval where two images are drawn from.
+
+    A resample is one image twice (with a chance of 1/4 each), or both; 1 in 40 are beyond an end.
+    Resamples in which the measure is not defined do not count.
+    """
+    images = sorted({row["cluster"] for row in rows})
+    assert len(images) == 2
+    drawn = [[row for row in rows if row["cluster"] == each] for each in images]
+    found = [measure(each) for each in (rows, *drawn)]
+    return found[0], float(np.nanmin(found)), float(np.nanmax(found))
+
+
+def test_intervals_draw_images(seed: int) -> None:
+    """Of yes and no, and of captions, against sklearn's measures of each resample."""
+    chance = random.Random(seed)
+    place = {"layer": 3, "scale": 0.0}
+    rows = [
+        {"kind": "yes or no", "cluster": image, "says_yes": yes, "is_yes": wanted} | place
+        for image, wanted in zip("aabbab", (True, False) * 3, strict=True)
+        for yes in [chance.random() < 0.5]
+    ]
+    rows[0]["says_yes"] = True  # precision is defined of all together, and perhaps of one alone
+    chance.shuffle(rows)
+    scores = steering_scores(pd.DataFrame(rows))
+    measures = {
+        "accuracy": accuracy_score,
+        "precision": partial(precision_score, zero_division=np.nan),
+        "recall": partial(recall_score, zero_division=np.nan),
+        "f1": partial(f1_score, zero_division=np.nan),
+        "yes_rate": lambda wanted, says: np.mean(says),
+    }
+    for at, name in enumerate(scores.measures):
+
+        def of_rows(some: list[Any], name: str = name) -> float:
+            return measures[name](
+                [row["is_yes"] for row in some], [row["says_yes"] for row in some]
+            )
+
+        found = [float(each[at, 0, 0]) for each in (scores.values, scores.low, scores.high)]
+        assert found == pytest.approx(extremes(of_rows, rows), abs=1e-12), name
+
+    objects = {"a": ("dog", "couch"), "b": ("cat",)}
+    said = ["A dog.", "A cat and a dog.", "Nothing.", "A cat on a couch."]
+    captions = [
+        scored(VisualQuestion("What?", None, extra={"objects": objects[image]}), text)
+        | {"cluster": image, "said": text}
+        | place
+        for image, text in zip("aabb", chance.sample(said, 4), strict=True)
+    ]
+    scores = steering_scores({"COCO": pd.DataFrame(captions)})
+    for name in ("chair_i", "chair_s", "recall"):
+
+        def of_captions(some: list[Any], name: str = name) -> float:
+            there = [objects[row["cluster"]] for row in some]
+            return getattr(chair_scores([row["said"] for row in some], there), name)
+
+        at = scores.measures.index(name)
+        found = [float(each[at, 0, 0]) for each in (scores.values, scores.low, scores.high)]
+        assert found == pytest.approx(extremes(of_captions, captions), abs=1e-12), name
+    assert {"low", "high"} <= set(scores.to_dataframe().columns)
+    assert len(scores.plot().data[0].error_y.array) == 1
+    # One image alone says nothing about others.
+    alone = steering_scores(pd.DataFrame([row | {"cluster": "a"} for row in rows]))
+    assert bool(alone.low.isnan().all())
+    assert torch.equal(alone.values[0], scores_of(rows, "accuracy"))
+
+
+def scores_of(rows: list[Any], measure: str) -> Any:
+    """A measure of rows without images: each question is drawn by itself."""
+    table = pd.DataFrame(rows).drop(columns="cluster")
+    scores = steering_scores(table)
+    low, value, high = (
+        each[scores.measures.index(measure)] for each in (scores.low, scores.values, scores.high)
+    )
+    assert bool((low <= value).all()) and bool((value <= high).all())
+    return value
 
 
 def test_a_sweep_goes_on_and_knows_its_vector(model: Any, vector: Path, tmp_path: Path) -> None:

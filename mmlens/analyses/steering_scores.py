@@ -9,19 +9,21 @@ Each answer is scored by itself (`scored`), as a sweep goes; `steering_scores` p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmlens.analyses.result import SavedResult
 from mmlens.data import VisualQuestion
-from mmlens.data.chair import ChairCounts, chair_counts, pooled
-from mmlens.data.metrics import says_yes, soft_accuracy, yes_no_scores
+from mmlens.data.chair import chair_counts
+from mmlens.data.metrics import says_yes, soft_accuracy
 from mmlens.data.pope import YES_NO
+from mmlens.utils.statistics import MeanInterval, bootstrap_ratio
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +44,7 @@ class SteeringScores(SavedResult):
 
     Example:
         >>> scores.of("POPE", "f1")[0]           # of the first layer, by scale
+        >>> scores.low[0], scores.high[0]        # of the first measure, [layer, scale]
         >>> scores.to_dataframe().pivot_table("value", ["data", "measure"], ["layer", "scale"])
     """
 
@@ -65,6 +68,12 @@ class SteeringScores(SavedResult):
     scales: tuple[float, ...]
     """Ascending; 0 is the model as it is."""
     metadata: dict[str, Any] = field(default_factory=dict)
+    low: Float[Tensor, "measure layer scale"] | None = None
+    """Lower ends of the intervals: a bootstrap over images (or subjects), whose questions are drawn
+    together. NaN where there is one of them only."""
+    high: Float[Tensor, "measure layer scale"] | None = None
+    level: float = 0.95
+    """Of the intervals."""
 
     def of(self, data: str, measure: str) -> Float[Tensor, "layer scale"]:
         """Return one measure of a data set.
@@ -78,13 +87,17 @@ class SteeringScores(SavedResult):
         return self.values[pairs.index((data, measure))]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per data set, measure, layer and scale: the value, and of how many questions."""
+        """One row per data set, measure, layer and scale: value, low, high, how many questions."""
         import pandas as pd
 
+        columns = {"value": self.values}
+        if self.low is not None and self.high is not None:
+            columns |= {"low": self.low, "high": self.high}
         return pd.DataFrame(
             [
                 {"data": data, "measure": measure, "layer": layer, "scale": scale}
-                | {"value": float(self.values[m, i, s]), "n": int(self.n[m, i, s])}
+                | {name: float(each[m, i, s]) for name, each in columns.items()}
+                | {"n": int(self.n[m, i, s])}
                 for m, (data, measure) in enumerate(zip(self.data, self.measures, strict=True))
                 for i, layer in enumerate(self.layers)
                 for s, scale in enumerate(self.scales)
@@ -125,11 +138,23 @@ def scored(question: VisualQuestion, said: str) -> dict[str, Any]:
     return {"kind": kind, "score": float(question.is_right(said))}
 
 
-def steering_scores(rows: pd.DataFrame | Mapping[str, pd.DataFrame]) -> SteeringScores:
+def steering_scores(
+    rows: pd.DataFrame | Mapping[str, pd.DataFrame],
+    *,
+    samples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> SteeringScores:
     """Put the results of sweeps `steer` together: every measure, by layer and scale.
+
+    The intervals are of a bootstrap over the rows' column `cluster`, in which questions about one
+    image (or subject) are drawn together; without that column each question is drawn by itself.
 
     Args:
         rows: `Sweep.results()`, or several of them by the name of their data set.
+        samples: resamples.
+        level: of the intervals.
+        seed: of the resampling.
 
     Raises:
         ValueError: no rows, or rows of another task.
@@ -146,20 +171,29 @@ def steering_scores(rows: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Steering
             raise ValueError(f"{name}: no rows of a sweep of the task steer")
     every = pd.concat(tables.values())
     layers, scales = sorted(set(every["layer"])), sorted(set(every["scale"]))
+    options: dict[str, Any] = {"samples": samples, "level": level, "seed": seed}
     found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     for name, table in tables.items():
         cells = dict(list(table.groupby(["layer", "scale"], observed=True)))
         for kind in sorted(set(table["kind"])):
             for measure in MEASURES[kind]:
-                empty = torch.full((len(layers), len(scales)), torch.nan, dtype=torch.float64)
-                found[name, measure] = empty, torch.zeros_like(empty, dtype=torch.long)
+                empty = torch.full((3, len(layers), len(scales)), torch.nan, dtype=torch.float64)
+                found[name, measure] = empty, torch.zeros_like(empty[0], dtype=torch.long)
             for (layer, scale), cell in cells.items():
                 at = layers.index(layer), scales.index(scale)
                 of_kind = cell[cell["kind"] == kind]
-                for measure, value in measured(kind, of_kind).items() if len(of_kind) else ():
-                    found[name, measure][0][at], found[name, measure][1][at] = value, len(of_kind)
+                if not len(of_kind):
+                    continue
+                intervals = torch.stack(measured(kind, of_kind, **options))
+                for measure, values in zip(MEASURES[kind], intervals.T, strict=True):
+                    found[name, measure][0][:, *at] = values
+                    found[name, measure][1][at] = len(of_kind)
+    values, low, high = torch.stack([each for each, _ in found.values()], dim=1)
     return SteeringScores(
-        values=torch.stack([values for values, _ in found.values()]),
+        values=values,
+        low=low,
+        high=high,
+        level=level,
         n=torch.stack([n for _, n in found.values()]),
         data=tuple(name for name, _ in found),
         measures=tuple(measure for _, measure in found),
@@ -168,24 +202,35 @@ def steering_scores(rows: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Steering
     )
 
 
-def measured(kind: str, rows: pd.DataFrame) -> dict[str, float]:
-    """Return the measures of the answers in one cell, see `MEASURES`."""
+def measured(kind: str, rows: pd.DataFrame, **options: Any) -> MeanInterval:
+    """Return the measures of the answers in one cell, see `MEASURES`, and their intervals."""
+    above, below = (
+        torch.from_numpy(np.stack(each, axis=1).astype(float))
+        for each in zip(*terms(kind, rows).values(), strict=True)
+    )
+    clusters = rows["cluster"].tolist() if "cluster" in rows else None
+    return bootstrap_ratio(above, below, clusters, **options)
+
+
+def terms(kind: str, rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return what each measure is a ratio of, for every answer: sums of the one by the other's."""
+    one = np.ones(len(rows))
     if kind == "yes or no":
-        said, wanted = (
-            ["yes" if yes else "no" for yes in rows[name]] for name in ("says_yes", "is_yes")
-        )
-        scores = yes_no_scores(said, wanted)
-        return {name: getattr(scores, name) for name in MEASURES[kind]}
-    if kind == "caption":
-        counts: Sequence[ChairCounts] = [
-            ChairCounts(*map(int, row)) for row in rows[list(COUNTS)].itertuples(index=False)
-        ]
-        chair = pooled(counts)
-        objects = chair.n_named / chair.n
+        says, wanted = (rows[name].to_numpy(dtype=float) for name in ("says_yes", "is_yes"))
+        both = says * wanted
         return {
-            "chair_i": chair.chair_i,
-            "chair_s": chair.chair_s,
-            "recall": chair.recall,
-            "objects": objects,
+            "accuracy": (says == wanted, one),
+            "precision": (both, says),
+            "recall": (both, wanted),
+            "f1": (2 * both, says + wanted),
+            "yes_rate": (says, one),
         }
-    return {"accuracy": float(rows["score"].mean())}
+    if kind == "caption":
+        named, hallucinated, there, found = (rows[name].to_numpy(dtype=float) for name in COUNTS)
+        return {
+            "chair_i": (hallucinated, named),
+            "chair_s": (hallucinated > 0, one),
+            "recall": (found, there),
+            "objects": (named, one),
+        }
+    return {"accuracy": (rows["score"].to_numpy(dtype=float), one)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
@@ -78,8 +78,19 @@ MEASURE_TITLES = {
 }
 
 
+def interval_bars(scores: SteeringScores, measure: int, layer: int) -> dict[str, Any] | None:
+    """Return the error bars of a line; None where the scores have no intervals."""
+    if scores.low is None or scores.high is None:
+        return None
+    values, low, high = (each[measure, layer] for each in (scores.values, scores.low, scores.high))
+    ends = {"array": (high - values).tolist(), "arrayminus": (values - low).tolist()}
+    return {"type": "data", "symmetric": False, "thickness": 1, "width": 3, **ends}
+
+
 def plot_steering_scores(scores: SteeringScores, *, title: str | None = None) -> Figure:
-    """Draw each measure by scale, a line per layer; scale 0 is the model as it is.
+    """Draw each measure by scale, a line per layer, with the ends of the bootstrap intervals.
+
+    Scale 0 is the model as it is.
 
     Args:
         scores: the result of `mmlens.analyses.steering_scores.steering_scores`.
@@ -113,6 +124,7 @@ def plot_steering_scores(scores: SteeringScores, *, title: str | None = None) ->
                 showlegend=m == 0,
                 line={"color": style.color, "dash": style.dash},
                 marker={"symbol": style.symbol, "size": 6},
+                error_y=interval_bars(scores, m, at),
                 hovertemplate="scale %{x}<br>%{y:.4f} of %{customdata} questions<extra></extra>",
             )
     figure = Figure(panels)

@@ -24,7 +24,7 @@ Clusters = Sequence[Hashable] | np.ndarray | Tensor
 
 
 class MeanInterval(NamedTuple):
-    """Means, and the ends of their intervals, in float64; see `bootstrap_mean`."""
+    """Means (or ratios), and the ends of their intervals, in float64; see `bootstrap_mean`."""
 
     mean: Float[Tensor, "*cell"]
     low: Float[Tensor, "*cell"]
@@ -57,6 +57,38 @@ def bootstrap_mean(
         low, high = found.confidence_interval
     shape = values.shape[1:]
     return MeanInterval(*(torch.from_numpy(np.array(x)).reshape(shape) for x in (mean, low, high)))
+
+
+def bootstrap_ratio(
+    above: Float[Tensor, "question cell"],
+    below: Float[Tensor, "question cell"],
+    clusters: Clusters | None = None,
+    *,
+    samples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> MeanInterval:
+    """Return ratios of sums over questions, and percentile intervals of a bootstrap over clusters.
+
+    A precision is such a ratio: right answers yes, of all answers yes. It is NaN where nothing is
+    below. Resamples in which nothing is do not count. The interval is NaN where there is one
+    cluster only.
+
+    Example:
+        >>> precision, low, high = bootstrap_ratio(says * wanted, says, images)
+    """
+    sums, totals = (per_cluster(each, clusters)[0] for each in (above, below))
+    ratio = ratio_of_sums(sums, totals, axis=0)
+    low, high = np.full((2, len(ratio)), np.nan)
+    there = ~np.isnan(ratio)
+    if len(sums) > 1 and there.any():
+        data = (sums[:, there].T, totals[:, there].T)
+        batch = max(1, CELLS_AT_ONCE // data[0].size)
+        options: dict[str, Any] = {"paired": True, "batch": batch}
+        found = bootstrap(data, ratio_of_sums, samples, level, seed, **options)
+        ends = [(1 - level) / 2, (1 + level) / 2]
+        low[there], high[there] = np.nanquantile(found.bootstrap_distribution, ends, axis=-1)
+    return MeanInterval(*map(torch.from_numpy, (ratio, low, high)))
 
 
 def known_values(
@@ -147,7 +179,7 @@ def sign_flip_test(
 
 
 def ratio_of_sums(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
-    """Return the mean over all questions of the clusters."""
+    """Return the mean over all questions of the clusters, or another ratio."""
     with np.errstate(invalid="ignore"):
         return sums.sum(axis=axis) / counts.sum(axis=axis)
 
