@@ -9,123 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gemma_models
 import pytest
-import qwen_models
 import torch
-from anyres_checkpoints import random_image, written
-from random_models import SHAPES, hooked, random_llava, random_prompts
-from test_gemma_families import in_dtype, without_labels
-from test_generation import in_double
-from tiled_models import FAMILIES, random_batch, random_idefics, write
+from made_families import MADE, Made, without_ids
 from torch import Tensor
-from transformers import GenerationConfig
 
 from mmlens import SteeringVector
-from mmlens.model.transformer import HookedMultimodalTransformer
 
 NEW = 32
 TIE = 1e-4
-
-
-@dataclass(frozen=True)
-class Made:
-    """A model as transformers and as mmlens have it, and a batch with padding and images."""
-
-    hf: Any
-    model: HookedMultimodalTransformer
-    batch: dict[str, Any]
-
-    def decoder_layers(self) -> Any:
-        """Transformers' blocks of the language model."""
-        inner = self.hf.model
-        for name in ("language_model", "text_model"):
-            if hasattr(inner, name):
-                return getattr(inner, name).layers
-        raise AttributeError("no decoder")
-
-
-def llava(name: str) -> Callable[[int, Path], Made]:
-    def make(seed: int, folder: Path) -> Made:
-        hf = random_llava(SHAPES[name]).double()
-        prompts = in_double(random_prompts(hf.config, [1, 2, 0]))
-        given = prompts.for_hf()
-        del given["position_ids"]
-        return Made(hf, hooked(hf, folder), given)
-
-    return make
-
-
-def anyres(name: str) -> Callable[[int, Path], Made]:
-    def make(seed: int, folder: Path) -> Made:
-        made = written(name, folder)
-        images = [[random_image(31, 52)], [random_image(40, 19), random_image(8, 8)]]
-        texts = ["what is <image> this", "<image> is the capital of <image> this country here"]
-        return Made(made.hf.double(), made.model.double(), double(made.batch(texts, images)))
-
-    return make
-
-
-def idefics(name: str) -> Callable[[int, Path], Made]:
-    def make(seed: int, folder: Path) -> Made:
-        family = FAMILIES[name]
-        hf = random_idefics(family)
-        batch = random_batch(write(family, folder, hf), [1, 0, 2], random.Random(seed))
-        model = HookedMultimodalTransformer.from_pretrained(folder, device="cpu")
-        hf.generation_config = model.generation_config = GenerationConfig()
-        return Made(hf.double(), model.double(), double(batch))
-
-    return make
-
-
-def qwen(family: str) -> Callable[[int, Path], Made]:
-    def make(seed: int, folder: Path) -> Made:
-        chance = random.Random(seed)
-        hf = qwen_models.random_qwen(family, chance)
-        processor = qwen_models.write(family, folder, hf)
-        batch = qwen_models.random_batch(processor, [1, 0, 2], chance)
-        model = HookedMultimodalTransformer.from_pretrained(folder, device="cpu")
-        hf.generation_config = model.generation_config = GenerationConfig()
-        return Made(hf.double(), model.double(), double(batch))
-
-    return make
-
-
-def gemma(name: str) -> Callable[[int, Path], Made]:
-    def make(seed: int, folder: Path) -> Made:
-        # Tied embeddings would let each token be followed by itself.
-        family = replace(gemma_models.FAMILIES[name], tied=False)
-        hf = gemma_models.random_gemma(family)
-        processor = gemma_models.write(family, folder, hf)
-        batch = gemma_models.random_batch(family, processor, [1, 2], random.Random(seed))
-        model = HookedMultimodalTransformer.from_pretrained(folder, device="cpu").double()
-        hf = in_dtype(hf, torch.float64)
-        hf.set_attn_implementation("sdpa")  # eager attention of padding is NaN in float64
-        return Made(hf, model, double(without_labels(batch)))
-
-    return make
-
-
-def double(batch: Any) -> dict[str, Any]:
-    return {key: x.double() if x.is_floating_point() else x for key, x in batch.items()}
-
-
-MADE = {
-    "LLaVA": llava("grouped queries"),
-    "LLaVA, Mistral with windows": llava("mistral, window"),
-    "LLaVA-NeXT": anyres("NeXT"),
-    "LLaVA-OneVision": anyres("OneVision"),
-    "Idefics3": idefics("idefics3"),
-    "SmolVLM": idefics("smolvlm"),
-    "Qwen2-VL": qwen("qwen2"),
-    "Qwen2.5-VL": qwen("qwen2.5"),
-    "Gemma 3": gemma("gemma3"),
-    "PaliGemma": gemma("paligemma"),
-}
 
 
 class Adding:
@@ -247,7 +142,3 @@ def assert_same(
         assert torch.equal(tokens[together, step], expected[together, step])
         if not together.any():
             return
-
-
-def without_ids(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: each for name, each in batch.items() if name != "input_ids"}

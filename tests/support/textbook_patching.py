@@ -92,7 +92,8 @@ class PlainHooks:
     d_head: int
 
     def module(self, layer: int, name: str) -> Any:
-        return self.hf.get_submodule(f"{self.decoder}.layers.{layer}.{name}")
+        """A module of a block; without a name the block itself."""
+        return self.hf.get_submodule(f"{self.decoder}.layers.{layer}.{name}".rstrip("."))
 
     def run(
         self, batch: dict[str, Any], edits: Sequence[tuple[int, str, bool, Callable[[Tensor], Any]]]
