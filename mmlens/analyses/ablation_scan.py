@@ -25,7 +25,7 @@ from mmlens.branching.recording import Recording
 from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import HookFunction, mean, resample, zero
-from mmlens.interventions.intervention import Intervention, SiteLayers, site_of
+from mmlens.interventions.intervention import Intervention, SiteLayers, site_of, stack_config
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.progress import Progress
 from mmlens.utils.threads import on_free_cores
@@ -67,11 +67,11 @@ class Ablation:
 
     def parts(self) -> dict[tuple[Coordinate, ...], list[tuple[str, int]]]:
         """Return the sites, with layers, of each part but the image's, by its coordinates."""
-        cfg, layers = self.model.cfg, self.layers
+        layers = self.layers
         if self.over == "layers":
             return {(layer,): [(site, layer) for site in self.sites] for layer in layers}
         [site] = self.sites
-        axis = site_of(site).axes[site_of(site).unit_axis]
+        cfg, axis = stack_config(site, self.model), site_of(site).axes[site_of(site).unit_axis]
         if self.over == "heads":
             n = cfg.n_kv_heads if axis == "kv_head" else cfg.n_heads
             return {(i, head): [(f"{site}[{head}]", i)] for i in layers for head in range(n)}
@@ -174,11 +174,13 @@ def ablation_scan(
     check(prompts, over, by)
     if over == "regions":
         check_one_prompt(len(prompts), "a scan over regions")
+    sites = SITES[over] if site is None else (site,)
+    check_sites(sites, over, positions)
     ablation = Ablation(
         model,
         over,
-        SITES[over] if site is None else (site,),
-        layers_of(model, layers),
+        sites,
+        layers_of(model, layers, *sites),
         size,
         zero() if isinstance(by, str) else by,
     )
@@ -231,6 +233,22 @@ def check(prompts: Sequence[MultimodalInputs], over: str, by: Any) -> None:
         raise ValueError(f"over={over!r}; it is {', '.join(map(repr, get_args(Over)))}")
     if isinstance(by, str) and by not in get_args(By):
         raise ValueError(f"by={by!r}; it is {', '.join(map(repr, get_args(By)))} or a function")
+
+
+def check_sites(sites: Sequence[str], over: Over, positions: Places | None) -> None:
+    """Raise a ValueError for sites that do not have the parts or the positions that are meant."""
+    for name in sites:
+        site = site_of(name)
+        is_heads = site.units == "heads"
+        if over == "heads" and not is_heads:
+            raise ValueError(f"site={name!r} has {site.units}, and no heads")
+        if over == "neurons" and is_heads:
+            raise ValueError(f"site={name!r} has heads: scan them with over='heads'")
+        if site.stack != "decoder" and (over == "regions" or positions is not None):
+            raise ValueError(
+                f"positions and regions are those of the prompt, but site={name!r} has "
+                f"{site.positions} of the {site.stack}: scan all of them, without positions"
+            )
 
 
 def each_of(given: Any, n: int) -> list[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmlens.analyses.targets import given_answer, record_with_answer
 from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.interventions.intervention import n_layers_of, site_of
 
 if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
@@ -36,15 +37,22 @@ def positions_of(inputs: MultimodalInputs, where: Where | None) -> Int[Tensor, "
     return positions
 
 
-def layers_of(model: HookedMultimodalTransformer, layers: Iterable[int] | None) -> list[int]:
-    """The decoder's layers that are asked for, in the order given; all by default."""
-    n_layers = model.cfg.n_layers
+def layers_of(
+    model: HookedMultimodalTransformer, layers: Iterable[int] | None, *sites: str
+) -> list[int]:
+    """The layers that are asked for, in the order given; all by default.
+
+    Args:
+        sites: those are meant that have them; without any, the decoder's.
+    """
+    layered = [site for site in sites if site_of(site).is_layered]
+    n_layers = min([n_layers_of(site, model) for site in layered] or [model.cfg.n_layers])
     chosen = list(range(n_layers) if layers is None else layers)
     outside = [layer for layer in chosen if not 0 <= layer < n_layers]
     if outside or not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(
             f"layers {outside or chosen}: they must be among 0 ... {n_layers - 1}, each once, and "
-            "at least one"
+            "at least one" + (f" ({', '.join(layered)})" if layered else "")
         )
     return chosen
 

@@ -214,7 +214,7 @@ def residual_hooks(
         )
     if not where.is_layered and layers is not None:
         raise ValueError(f"site {site!r} has no layers; leave them out")
-    chosen = layers_of(model, layers) if where.is_layered else [0]
+    chosen = layers_of(model, layers, site) if where.is_layered else [0]
     names = hook_names(site, chosen if where.is_layered else None)
     if missing := [name for name in names if name not in model.hook_dict]:
         raise ValueError(f"site={site!r}: this model has no {missing[0]}")

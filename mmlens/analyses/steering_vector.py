@@ -145,7 +145,7 @@ class SteeringVector(SavedResult):
         Raises:
             ValueError: it has not.
         """
-        layers_of(model, self.layers)
+        layers_of(model, self.layers, self.site)
         cfg, axes = model.cfg, site_of(self.site).axes[2:]
         sizes = {
             "d_model": cfg.d_model,
@@ -247,8 +247,8 @@ def steering_vector(
         )
     if layer is not None and layers is not None:
         raise ValueError("give layer or layers, not both")
-    chosen = layers_of(model, layers if layer is None else [layer])
     check_site(site)
+    chosen = layers_of(model, layers if layer is None else [layer], site)
     sides = [
         torch.stack([mean_activations(model, each, site, chosen, positions) for each in prompts])
         for prompts in (positive, negative)

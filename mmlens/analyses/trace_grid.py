@@ -215,7 +215,10 @@ def group_label(labels: Sequence[str]) -> str:
 def layer_centres(
     model: HookedMultimodalTransformer, sites: Sequence[str], layers: Iterable[int] | None
 ) -> list[int]:
-    """The centres of the windows; 0 alone for sites without layers."""
+    """The centres of the windows, by default all layers that have these sites.
+
+    For sites without layers it is 0 alone.
+    """
     if isinstance(sites, str) or not sites:
         raise ValueError(f"sites must be several names, e.g. ('mlp_out',), not {sites!r}")
     found = [site_of(site) for site in sites]
@@ -231,11 +234,14 @@ def layer_centres(
                 "without layers"
             )
         return [0]
-    n_layers = n_layers_of(sites[0], model)
+    n_layers = min(n_layers_of(site, model) for site in sites)
     centres = list(range(n_layers) if layers is None else layers)
     outside = [layer for layer in centres if not 0 <= layer < n_layers]
     if outside or not centres:
-        raise ValueError(f"layers {outside or centres} are not among 0 ... {n_layers - 1}")
+        raise ValueError(
+            f"layers {outside or centres} are not among 0 ... {n_layers - 1}, which have "
+            f"{', '.join(sites)}"
+        )
     return centres
 
 

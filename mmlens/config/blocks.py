@@ -103,6 +103,11 @@ class TransformerConfig(SameForAll):
         return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
 
     @property
+    def n_deepstack(self) -> int:
+        """In how many first blocks images add something: in a decoder that has deepstack."""
+        return 0
+
+    @property
     def n_params(self) -> int:
         """How many weights the matrices of attention and MLPs have (as Kaplan et al. 2020 count).
 

@@ -309,7 +309,10 @@ def tile_boxes(
     """
     height, width = grid_size
     if not (1 <= rows <= height and 1 <= columns <= width):
-        raise ValueError(f"{rows} x {columns} boxes of a grid of {height} x {width} patches")
+        raise ValueError(
+            f"{rows} x {columns} boxes of a grid of {height} x {width} patches: ask for 1 to "
+            f"{height} rows of boxes and 1 to {width} columns"
+        )
     tops = [height * row // rows for row in range(rows + 1)]
     lefts = [width * column // columns for column in range(columns + 1)]
     return [

@@ -120,14 +120,28 @@ def window(
     return range(max(first, 0), stop)
 
 
-def n_layers_of(site: str, model: HookedMultimodalTransformer) -> int:
-    """How many layers the stack of a site has."""
+def stack_config(site: str, model: HookedMultimodalTransformer) -> Any:
+    """The configuration of what a site lies in: decoder, tower or connector.
+
+    Raises:
+        ValueError: a language model alone has no tower.
+    """
     cfg = model.cfg
     of: Any = {"decoder": cfg, "tower": cfg.vision, "connector": cfg.projector}
-    where = site_of(site)
-    if (stack := of[where.stack]) is None:
+    if (stack := of[site_of(site).stack]) is None:
         raise ValueError(f"site {site!r}: this model has no vision tower")
-    return getattr(stack, where.layers)
+    return stack
+
+
+def n_layers_of(site: str, model: HookedMultimodalTransformer) -> int:
+    """How many layers have a site.
+
+    Raises:
+        ValueError: none in this model.
+    """
+    if not (n_layers := getattr(stack_config(site, model), site_of(site).layers)):
+        raise ValueError(f"site {site!r}: this model has none")
+    return n_layers
 
 
 @dataclass(frozen=True, eq=False, init=False)

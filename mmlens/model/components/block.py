@@ -51,7 +51,7 @@ class TransformerBlock(nn.Module):
         *within("mlp", MLP.SITES),
         *within("ln2_post", RMSNorm.SITES, "ln2_post."),
         Site("mlp_out", "batch pos d_model"),
-        Site("deepstack", "batch pos d_model"),
+        Site("deepstack", "batch pos d_model", layers="n_deepstack"),
         Site("resid_post", "batch pos d_model", after=True),
     )
     hook_out_is_single_residual_stream = True
