@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from planted_cases import (
+    NORMED,
     SITES,
     Case,
     asked,
@@ -23,9 +24,9 @@ from planted_cases import (
     everywhere,
     one_hop_case,
     shown_to,
-    two_hop_case,
 )
-from planted_models import AMPLITUDE, BERLIN, CONFIDENCE, N_ENTITIES, PARIS, SPEAKS
+from planted_configs import FAMILIES
+from planted_models import AMPLITUDE, CONFIDENCE, N_ENTITIES, PARIS, SPEAKS
 from planted_weights import STRENGTH
 
 from mmlens import (
@@ -38,6 +39,7 @@ from mmlens import (
     logit_lens,
 )
 
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EVERY_LAYER = [(n_layers, k) for n_layers in (3, 4, 6) for k in range(1, n_layers - 1)]
 
 
@@ -57,10 +59,12 @@ def test_a_trace_finds_the_fact_in_every_layer(seed, n_layers, k):
     check(case, trace, asked(case).cells(SITES, everywhere(case), width))
 
 
-def test_every_site_has_its_part(seed):
-    case = one_hop_case(seed)
+@EVERY_FAMILY
+def test_every_site_has_its_part(seed, family):
+    case = one_hop_case(seed, family=family)
     model, corrupted = case.planted.model, case.swapped(constraint=PARIS)
     sites = ("resid_pre", "z", "q", "rot_q", "k", "v", "pattern", "attn_scores", "post")
+    sites += NORMED if model.cfg.qk_norm else ()
     trace = causal_trace(model, case.inputs, corrupted, sites=sites, positions=everywhere(case))
     check(case, trace, asked(case).cells(sites, everywhere(case)))
 
@@ -102,17 +106,19 @@ def test_one_head_of_each_layer(seed):
 # The image
 
 
-def test_a_trace_finds_the_patches(seed):
+@EVERY_FAMILY
+def test_a_trace_finds_the_patches(seed, family):
     """Against an image of nothing every patch that shows the entity is enough by itself."""
-    case = one_hop_case(seed)
+    case = one_hop_case(seed, family=family)
     corrupted = case.with_image(None, seed + 1)
     trace = causal_trace(case.planted.model, case.inputs, corrupted, positions=everywhere(case))
     check(case, trace, shown_to(case).cells(SITES, everywhere(case)))
 
 
-def test_a_trace_against_another_entity(seed):
+@EVERY_FAMILY
+def test_a_trace_against_another_entity(seed, family):
     """All patches that show it together; the others, even together, have no part in it."""
-    case = one_hop_case(seed)
+    case = one_hop_case(seed, family=family)
     model = case.planted.model
     corrupted = case.with_image((case.entity + 1) % N_ENTITIES, seed)
     others = sorted(set(case.inputs.span("image").tolist()) - set(case.patches))
@@ -121,11 +127,14 @@ def test_a_trace_against_another_entity(seed):
     check(case, trace, shown_to(case).cells(SITES, groups))
 
 
-def test_a_trace_of_the_tower(seed):
-    case = one_hop_case(seed)
-    cfg, n_class = case.planted.model.cfg.vision, case.planted.model.cfg.vision.class_token
-    shown = {n_class + row * cfg.grid[1] + column for row, column in case.shown}
-    n_pos = n_class + cfg.n_patches
+@EVERY_FAMILY
+def test_a_trace_of_the_tower(seed, family):
+    case = one_hop_case(seed, family=family)
+    planted, cfg = case.planted, case.planted.model.cfg.vision
+    rows, columns = (n * cfg.merge_size for n in planted.grid)
+    places = [planted.showing(*place) for place in case.shown]
+    shown = {cfg.class_token + row * columns + column for row, column in places}
+    n_pos = cfg.class_token + rows * columns
     trace = causal_trace(
         case.planted.model,
         case.inputs,
@@ -134,17 +143,39 @@ def test_a_trace_of_the_tower(seed):
         positions=range(n_pos),
     )
     expected = torch.zeros(3, n_pos, cfg.n_layers, dtype=torch.bool)
-    expected[0, list(shown)] = True
+    expected[0, list(shown), : planted.vision_layers] = True
     expected[2, list(shown), case.planted.vision_layer] = True
     check(case, trace, expected)
+
+
+@pytest.mark.parametrize("deepstack", [0, 1])
+def test_a_trace_of_what_is_added_in_first_blocks(seed, deepstack):
+    """Deepstack: the entity is in the stream of its patches from that block on, and not before."""
+    layers = [2, *sorted(random.sample(range(3, 6), 2))]
+    case = one_hop_case(seed, family="qwen3", n_layers=6, layers=layers, deepstack=deepstack)
+    model, groups = case.planted.model, everywhere(case)
+    assert case.planted.deepstack == deepstack
+    corrupted = case.with_image(None, seed + 1)
+    deep = range(model.cfg.n_deepstack)
+    options = {"positions": groups, "window": 1}
+    trace = causal_trace(
+        model, case.inputs, corrupted, sites=("deepstack",), layers=deep, **options
+    )
+    expected = torch.zeros(1, len(groups), len(deep), dtype=torch.bool)
+    expected[0, case.patches, deepstack] = True
+    check(case, trace, expected)
+    sites = ("resid_pre", *SITES)
+    trace = causal_trace(model, case.inputs, corrupted, sites=sites, **options)
+    check(case, trace, shown_to(case).cells(sites, groups))
 
 
 # Attention
 
 
-def test_contributions_are_those_of_the_steps(seed):
+@EVERY_FAMILY
+def test_contributions_are_those_of_the_steps(seed, family):
     """In no layer do distractors bring more than STRENGTH; a step brings AMPLITUDE, in parts."""
-    case = one_hop_case(seed, n_key_value_heads=2, n_heads=4)
+    case = one_hop_case(seed, family=family, n_key_value_heads=2, n_heads=4)
     planted, inputs = case.planted, case.inputs
     expected = {"looks": case.patches, "tells": inputs.span("asks").tolist()}
     before = list(range(inputs.n_pos))
@@ -166,8 +197,9 @@ def test_contributions_are_those_of_the_steps(seed):
         assert share >= brought / (brought + STRENGTH + inputs.n_pos * planted.error)
 
 
-def test_knockout_of_spans(seed):
-    case = one_hop_case(seed)
+@EVERY_FAMILY
+def test_knockout_of_spans(seed, family):
+    case = one_hop_case(seed, family=family)
     looks, tells = (case.planted.steps[name].layer for name in ("looks", "tells"))
     others = sorted(set(case.inputs.span("image").tolist()) - set(case.patches))
     width = random.randint(1, 3)
@@ -198,8 +230,9 @@ def test_knockout_of_every_pair_of_positions(seed):
 # Logits
 
 
-def test_logit_attribution_and_lens(seed):
-    case = one_hop_case(seed)
+@EVERY_FAMILY
+def test_logit_attribution_and_lens(seed, family):
+    case = one_hop_case(seed, family=family)
     planted, at = case.planted, [int(case.inputs.span("asks")), case.inputs.n_pos - 1]
     knows, tells = planted.steps["knows"], planted.steps["tells"]
     for per_head in (False, True):
@@ -224,14 +257,15 @@ def test_logit_attribution_and_lens(seed):
     assert lens.ranks[known].eq(0).all()
 
 
-def test_attribution_patching_follows_the_gradient(seed):
+@EVERY_FAMILY
+def test_attribution_patching_follows_the_gradient(seed, family):
     """It finds every step, with the size of the exact effect on the logit.
 
     What it misses is that the word that asks would look elsewhere: the head is sure of looking at
     BOS, its softmax has no slope there.
     """
     layers = [random.randint(1, 2), 3, random.randint(4, 5)]
-    case = one_hop_case(seed, n_layers=6, layers=layers)
+    case = one_hop_case(seed, family=family, n_layers=6, layers=layers)
     model, corrupted = case.planted.model, case.swapped(constraint=PARIS)
     options = {"positions": everywhere(case), "answer": case.answer}
 
@@ -254,13 +288,14 @@ def test_attribution_patching_follows_the_gradient(seed):
     assert error.largest >= case.planted.least - case.planted.most - slack
 
 
-def test_attribution_patching_against_another_entity(seed):
+@EVERY_FAMILY
+def test_attribution_patching_against_another_entity(seed, family):
     """Where the head looks already, the gradient misses nothing of what it would see there.
 
     Here the other answer is on its way, and what is put back changes the norms that it passes: by
     at most four times what a norm takes of it, since differences are up to two radii.
     """
-    case = one_hop_case(seed)
+    case = one_hop_case(seed, family=family)
     other = (case.entity + 1) % N_ENTITIES
     others = sorted(set(case.inputs.span("image").tolist()) - set(case.patches))
     groups = [case.patches, others, *([i] for i in range(max(case.patches) + 1, case.inputs.n_pos))]
@@ -302,9 +337,10 @@ def check_nothing(case: Case, least: float, most: float) -> None:
         assert cut.probability.min() >= least and cut.probability.max() <= most
 
 
+@EVERY_FAMILY
 @pytest.mark.parametrize("name", ["looks", "knows", "tells"])
-def test_nothing_is_found_where_the_way_is_cut(seed, name):
-    case = one_hop_case(seed)
+def test_nothing_is_found_where_the_way_is_cut(seed, name, family):
+    case = one_hop_case(seed, family=family)
     planted = case.planted
     planted.cut(name)
     check_nothing(case, planted.most - planted.nothing, planted.most)
@@ -326,50 +362,6 @@ def test_an_answer_that_depends_on_the_last_word_alone(seed):
     check_nothing(case, planted.least, 1.0)
     found = direct_logit_attribution(planted.model, case.inputs, positions="last")
     assert found.components[found.values[:, 0].argmax()] == "embed"
-
-
-# Two constraints
-
-
-@pytest.mark.parametrize("which", ["constraint", "relation", "both"])
-def test_a_trace_of_two_hops(seed, which):
-    case = two_hop_case(seed)
-    model, steps = case.planted.model, list(case.planted.steps.values())
-    relation = case.inputs.span("relation").tolist()
-    joins = case.planted.steps["joins"].layer
-    trails = {
-        "constraint": asked(case),
-        # The relation's word looks at the constraint itself, as long as it is back in time.
-        "relation": replace(asked(case), origin=relation, steps=steps[3:]),
-        # Neither the fact nor the relation is enough; both have met when the first has arrived.
-        "both": replace(asked(case), origin=relation, since=joins, steps=steps[3:]),
-    }
-    swaps = {"constraint": PARIS, "relation": BERLIN}
-    swapped = swaps if which == "both" else {which: swaps[which]}
-    width = random.randint(1, 3)
-    corrupted = case.swapped(**swapped)
-    trace = causal_trace(model, case.inputs, corrupted, positions=everywhere(case), window=width)
-    check(case, trace, trails[which].cells(SITES, everywhere(case), width))
-
-
-def test_attention_of_two_hops(seed):
-    case = two_hop_case(seed)
-    planted, layer = case.planted, {name: s.layer for name, s in case.planted.steps.items()}
-    for source, destination, layers in (
-        ("image", "constraint", {layer["looks"]}),
-        ("constraint", "relation", {layer["joins"]}),
-        ("relation", "last", {layer["tells"]}),
-        ("image", "relation", set()),
-        ("constraint", "last", set()),
-        ("image", "last", set()),
-    ):
-        check_cut(case, source, destination, layers, random.randint(1, 2))
-    for source, name in (("asks", "joins"), ("relation", "tells")):
-        step = planted.steps[name]
-        found = attention_contribution(
-            planted.model, case.inputs, source, step.role, per_head=True
-        ).values[:, :, 0, 0]
-        assert divmod(int(found.argmax()), found.shape[1]) == (step.layer, step.head)
 
 
 def test_the_rest_of_the_model_is_busy(seed):

@@ -13,6 +13,8 @@ from mmlens import attention_knockout, swap_span
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 
 SITES = ("resid_post", "attn_out", "mlp_out")
+NORMED = ("q_norm.normalized", "k_norm.normalized")
+"""Sites of decoders that normalise queries and keys."""
 
 
 def window(layer: int, width: int) -> range:
@@ -48,7 +50,7 @@ class Case:
 def make_case(planted: Planted, seed: int, n_relations: int = 0) -> Case:
     chance = random.Random(seed + 1)  # not the numbers that chose the sizes
     relation = chance.randrange(n_relations) if n_relations else None
-    rows, columns = planted.model.cfg.vision.grid
+    rows, columns = planted.grid
     grid = [(row, column) for row in range(rows) for column in range(columns)]
     shown = chance.sample(grid, chance.randint(1, len(grid) - 1))
     entity = chance.randrange(N_ENTITIES)
@@ -61,8 +63,8 @@ def one_hop_case(seed: int, **choices) -> Case:
     return make_case(one_hop(seed, **choices), seed)
 
 
-def two_hop_case(seed: int) -> Case:
-    return make_case(two_hop(seed), seed, len(RELATIONS))
+def two_hop_case(seed: int, **choices) -> Case:
+    return make_case(two_hop(seed, **choices), seed, len(RELATIONS))
 
 
 # Where the answer is
@@ -101,13 +103,13 @@ class Trail:
         if kind in SITES:
             steps = [step for step in self.steps if step.site == kind]
             return any(layer == s.layer and position in self.positions(s) for s in steps)
-        if site in ("q", "rot_q", "pattern", "attn_scores"):  # who asks looks
+        if site in ("q", NORMED[0], "rot_q", "pattern", "attn_scores"):  # who asks looks
             return layer == self.steps[0].layer and position in self.origin
         if site == "v":  # what later heads read
             sources = zip(self.stays()[1:], self.steps[1:], strict=False)
             heads = [(at, step) for (at, _, _), step in sources if step.head is not None]
             return any(layer == step.layer and position in at for at, step in heads)
-        assert site == "k"  # a constraint's words are looked at whichever they are
+        assert site in ("k", NORMED[1])  # a constraint's words are looked at whichever they are
         return False
 
     def cells(self, sites, groups, width=1) -> torch.Tensor:
@@ -156,4 +158,6 @@ def everywhere(case: Case) -> list[list[int]]:
 
 def shown_to(case: Case) -> Trail:
     """From the patches that show the entity: for another image."""
-    return replace(asked(case), origin=case.patches)
+    deepstack = case.planted.deepstack
+    since = -1 if deepstack is None else deepstack
+    return replace(asked(case), origin=case.patches, since=since)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 
 import torch
+from planted_configs import planted_config
 from planted_models import (
     ASKS,
     BERLIN,
@@ -32,53 +33,96 @@ from planted_models import (
     SUBJECT,
     Planted,
     Step,
-    planted_config,
 )
 from planted_weights import AMPLITUDE, BALLAST, LEAK, STRENGTH, Writer, random_matrix
 from torch import Tensor
 
+from mmlens.model.components.projector import Projector
 from mmlens.model.transformer import HookedMultimodalTransformer
 
 
 def plant_eyes(
-    model: HookedMultimodalTransformer, decoder: Writer, entity: Tensor, chance: random.Random
+    model: HookedMultimodalTransformer,
+    decoder: Writer,
+    entity: Tensor,
+    deepstack: int | None,
+    chance: random.Random,
 ) -> tuple[Tensor, int]:
-    """Pixels -> pattern -> (an MLP of the tower) entity -> projector; the pixels and the layer."""
+    """Pixels -> pattern -> (an MLP of the tower) entity -> projector; the pixels and the layer.
+
+    `deepstack` says in which block the entity comes; None: with the visual tokens.
+    """
     vision, cfg, generator = model.vision, model.cfg.vision, decoder.generator
     tower = Writer(vision, cfg, generator)
     pattern, seen = tower.take(N_ENTITIES), tower.take(N_ENTITIES)
     size = 3 * PATCH**2
     pixels = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q.T
-    from_noise = random_matrix(size - N_ENTITIES, len(tower.junk), generator) @ tower.junk / 2
-    maps = pixels[:N_ENTITIES].T @ pattern + pixels[N_ENTITIES:].T @ from_noise
-    vision.patch_embed.weight.copy_(maps.T.unflatten(1, (3, PATCH, PATCH)))
-    vision.W_pos.copy_(BALLAST * tower.ballast + tower.some_junk(len(vision.W_pos)) / 2)
+    light, noise = pixels[N_ENTITIES], pixels[N_ENTITIES + 1 :]
+    from_noise = random_matrix(len(noise), len(tower.junk), generator) @ tower.junk / 2
+    maps = pixels[:N_ENTITIES].T @ pattern + noise.T @ from_noise
+    if cfg.positions == "none":
+        maps += torch.outer(light, BALLAST * tower.ballast + tower.some_junk(1)[0] / 2)
+    else:
+        vision.W_pos.copy_(BALLAST * tower.ballast + tower.some_junk(len(vision.W_pos)) / 2)
+    weight = maps.T.unflatten(1, (3, PATCH, PATCH))
+    if cfg.packed:  # each frame has its share
+        weight = weight[:, :, None] / cfg.temporal_patch_size
+    vision.patch_embed.weight.copy_(weight.expand_as(vision.patch_embed.weight))
+    if cfg.patch_bias:
+        vision.W_pos.sub_(from_noise[0] / 2)
+        vision.patch_embed.bias.copy_(from_noise[0] / 2)
     if cfg.class_token:
         vision.class_embed.copy_(tower.some_junk(1)[0] / 2)
     if cfg.pre_norm:  # as good as none: it divides by what it multiplies with
         vision.ln_pre.w.fill_(BALLAST / cfg.d_model**0.5)
-    layer = chance.randrange(cfg.n_layers)
+    connectors = [model.projector, *model.projector.deepstack]
+    carrier = 0 if deepstack is None else 1 + deepstack
+    layer = chance.randrange(cfg.feature_layers[carrier])
     tower.store(layer, pattern, seen)
     tower.distract()
-
-    first, second = model.projector.linear_1, model.projector.linear_2
-    n_distractors = len(first.weight) - 2 * N_ENTITIES
-    content = random_matrix(n_distractors, len(tower.frame) - 1, generator) @ tower.frame[1:]
-    first.weight.copy_(torch.cat([seen, -seen, content / tower.radius]))
-    first.bias.zero_()
-    junk = decoder.write_junk(n_distractors) * STRENGTH
-    second.weight.copy_(torch.cat([entity, -entity, junk]).T)
-    second.bias.copy_(BALLAST * decoder.ballast + decoder.some_junk(1)[0] / 2)
+    for index, connector in enumerate(connectors):
+        carried = entity if index == carrier else torch.zeros_like(entity)
+        plant_connector(connector, tower, decoder, seen, carried, 1 / len(connectors))
+    model.projector.linear_2.bias += BALLAST * decoder.ballast
     return pixels, layer
+
+
+def plant_connector(
+    connector: Projector, tower: Writer, decoder: Writer, seen: Tensor, entity: Tensor, share: float
+) -> None:
+    """Features -> entity, and this share of the junk of length 1 that an image brings."""
+    first, second = connector.linear_1, connector.linear_2
+    n_features = connector.cfg.pixel_shuffle**2  # of a visual token, one of which shows the entity
+    n_distractors, n_read = len(first.weight) - 2 * N_ENTITIES, len(tower.frame) - 1
+    content = random_matrix(n_distractors, n_features * n_read, tower.generator)
+    content = (content.unflatten(1, (n_features, n_read)) @ tower.frame[1:]).flatten(1)
+    content /= tower.radius * n_features**0.5
+    seen = seen.repeat(1, n_features)
+    rows = torch.cat([seen, -seen, content])
+    if connector.cfg.normalization_type is not None:
+        tower.open_norm(connector.ln)
+        rows = tower.read(connector.ln, rows)
+    first.weight.copy_(rows)
+    first.bias.zero_()
+    junk = decoder.write_junk(n_distractors) * STRENGTH * share
+    second.weight.copy_(torch.cat([entity, -entity, junk]).T)
+    second.bias.copy_(decoder.some_junk(1)[0] / 2 * share)
 
 
 class Draft:
     """A model in the making: directions, embeddings and eyes are there, the steps are not."""
 
     @torch.no_grad()
-    def __init__(self, seed: int, names: list[str], layers: list[int] | None, **choices) -> None:
+    def __init__(
+        self,
+        seed: int,
+        names: list[str],
+        layers: list[int] | None,
+        deepstack: int | None = None,
+        **choices,
+    ) -> None:
         chance = random.Random(seed)
-        cfg = planted_config(chance, **choices)
+        cfg, self.grid = planted_config(chance, **choices)
         if layers is None:
             layers = sorted(chance.sample(range(cfg.n_layers), len(names)))
         self.layers = dict(zip(names, layers, strict=True))
@@ -99,7 +143,12 @@ class Draft:
             for entity in range(N_ENTITIES)
         }
         self.plant_words()
-        self.pixels, self.vision_layer = plant_eyes(self.model, writer, self.entity, chance)
+        reachable = min(cfg.n_deepstack, self.layers["looks"])
+        self.deepstack = chance.randrange(reachable) if reachable else None
+        self.deepstack = self.deepstack if deepstack is None else deepstack
+        self.pixels, self.vision_layer = plant_eyes(
+            self.model, writer, self.entity, self.deepstack, chance
+        )
 
     def plant_words(self) -> None:
         """What each token is, and what the stream says."""
@@ -153,6 +202,8 @@ class Draft:
             self.vision_layer,
             self.n_constraint,
             self.answers,
+            self.grid,
+            self.deepstack,
         )
 
 

@@ -72,7 +72,7 @@ class PlantedEdits:
 
     def picture(self, entity: int) -> Image.Image:
         """An image of an entity, on other patches and with other noise each time."""
-        rows, columns = self.model.cfg.vision.grid
+        rows, columns = self.planted.grid
         grid = [(row, column) for row in range(rows) for column in range(columns)]
         shown = self.chance.sample(grid, self.chance.randint(1, len(grid) - 1))
         self.pixels.append(self.planted.picture(entity, shown, self.chance.randrange(2**30)))

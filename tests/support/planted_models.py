@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from planted_weights import (
     AMPLITUDE,
     BALLAST,
@@ -22,7 +23,6 @@ from planted_weights import (
 )
 from torch import Tensor
 
-from mmlens.config import MultimodalConfig, ProjectorConfig, VisionConfig
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.model.transformer import HookedMultimodalTransformer
 
@@ -63,13 +63,24 @@ class Planted:
     facts: dict[tuple[int, int], int]
     """Answer's token by entity and relation (0 where there is no text constraint)."""
     pixels: Tensor
-    """Orthonormal patches [3 * PATCH^2, channel * row * column]; the first show entities."""
+    """Orthonormal patches [3 * PATCH^2, channel * row * column]: those that show entities, light
+    that every patch has, and noise."""
     vision_layer: int
     """The tower's MLP that turns a patch's pattern into an entity."""
     n_constraint: int
     """Words of the constraint, all of which the next head looks at; one of them asks."""
     answers: Tensor
     """Directions [answer, d_model]."""
+    grid: tuple[int, int]
+    """Rows and columns of an image's visual tokens."""
+    deepstack: int | None
+    """The block that adds the entity to the visual tokens; None: they have it from the start."""
+
+    @property
+    def vision_layers(self) -> int:
+        """How many layers of the tower the entity goes through before the projector takes it."""
+        carrier = 0 if self.deepstack is None else 1 + self.deepstack
+        return self.model.cfg.vision.feature_layers[carrier]
 
     @property
     def error(self) -> float:
@@ -153,17 +164,28 @@ class Planted:
         return FIRST_ANSWER
 
     def picture(self, entity: int | None, shown: list[tuple[int, int]], seed: int) -> Tensor:
-        """Pixels [1, 3, height, width]: the entity on some patches, noise on all."""
+        """What the tower takes of an image: the entity at some visual tokens, noise everywhere."""
         cfg = self.model.cfg.vision
-        rows, columns = cfg.grid
+        side = cfg.merge_size
+        rows, columns = (side * n for n in self.grid)
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(rows, columns, len(self.pixels) - N_ENTITIES, generator=generator)
+        light, n_noise = self.pixels[N_ENTITIES], len(self.pixels) - N_ENTITIES - 1
+        noise = torch.randn(rows, columns, n_noise, generator=generator)
         noise = noise / noise.norm(dim=-1, keepdim=True)
-        patches = noise @ self.pixels[N_ENTITIES:]
-        for row, column in shown if entity is not None else []:
-            patches[row, column] += AMPLITUDE * self.pixels[entity]
-        patches = patches.unflatten(-1, (3, PATCH, PATCH)).permute(2, 0, 3, 1, 4)
-        return patches.flatten(1, 2).flatten(2, 3)[None]
+        patches = light + noise @ self.pixels[-n_noise:]
+        for place in shown if entity is not None else []:
+            patches[self.showing(*place)] += AMPLITUDE * self.pixels[entity]
+        if cfg.packed:
+            squares = rearrange(patches, "(r y) (c x) d -> (r c y x) d", y=side, x=side)
+            frames = {"t": cfg.temporal_patch_size, "p": PATCH**2}
+            return repeat(squares, "patch (c p) -> patch (c t p)", **frames)
+        tiles = "row col (c y x) -> 1 c (row y) (col x)"
+        return rearrange(patches, tiles, y=PATCH, x=PATCH)
+
+    def showing(self, row: int, column: int) -> tuple[int, int]:
+        """The patch that shows what a visual token shows: one of its square, here and there."""
+        side = self.model.cfg.vision.merge_size
+        return row * side + (row + column) % side, column * side + column % side
 
     def prompt(
         self, chance: random.Random, pixels: Tensor, relation: int | None = None
@@ -173,7 +195,13 @@ class Planted:
         def words() -> list[int]:
             return [chance.choice(WORDS) for _ in range(chance.randint(0, 2))]
 
-        n_visual = self.model.cfg.vision.n_visual_tokens
+        vision, (rows, columns) = self.model.cfg.vision, self.grid
+        visual = {"pixel_values": pixels}
+        n_visual = vision.n_visual_tokens
+        if vision.packed:
+            n_visual = rows * columns
+            grid = [1, rows * vision.merge_size, columns * vision.merge_size]
+            visual["image_grid_thw"] = torch.tensor([grid])
         constraint = [SUBJECT] * self.n_constraint
         constraint[chance.randrange(self.n_constraint)] = ASKS
         tokens = [BOS, *words(), *[IMAGE] * n_visual, *words()]
@@ -186,57 +214,5 @@ class Planted:
         if relation is not None:
             spans["relation"] = [len(tokens)]
             tokens += [RELATIONS[relation], *words()]
-        return self.model.inputs_from_tokens(torch.tensor([[*tokens, SPEAKS]]), pixels, spans=spans)
-
-
-def planted_config(chance: random.Random, **choices) -> MultimodalConfig:
-    """Random sizes; `choices` fixes fields of the decoder."""
-    n_kv_heads = chance.choice([1, 1, 2, 3])
-    rows, columns = chance.choice([(2, 2), (2, 3), (3, 2), (1, 4)])
-    class_token = chance.random() < 0.5
-    vision = VisionConfig(
-        n_layers=chance.randint(1, 3),
-        d_model=chance.choice([20, 26]),
-        n_heads=2,
-        d_head=5,
-        d_mlp=17,
-        act_fn="quick_gelu",
-        normalization_type="LN",
-        eps=1e-5,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
-        image_size=(PATCH * rows, PATCH * columns),
-        patch_size=PATCH,
-        feature_layers=(0,),
-        select="default" if class_token and chance.random() < 0.7 else "full",
-        class_token=class_token,
-        pre_norm=chance.random() < 0.5,
-    )
-    vision.feature_layers = (vision.n_layers,)
-    sizes = {
-        "n_layers": chance.randint(3, 6),
-        "d_model": chance.choice([40, 47, 56]),
-        "n_key_value_heads": n_kv_heads,
-        "n_heads": n_kv_heads * chance.choice([1, 2]),
-        "d_head": chance.choice([8, 12]),
-        "d_mlp": chance.choice([19, 28]),
-        "gated_mlp": chance.random() < 0.5,
-        "act_fn": chance.choice(["silu", "gelu", "gelu_pytorch_tanh"]),
-        "normalization_type": chance.choice(["RMS", "LN"]),
-        "parallel_attn_mlp": chance.random() < 0.3,
-        "qkv_bias": chance.random() < 0.3,
-        "mlp_bias": chance.random() < 0.3,
-        **choices,
-    }
-    return MultimodalConfig(
-        eps=1e-6,
-        n_ctx=128,
-        d_vocab=D_VOCAB,
-        rope_parameters={"rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        image_token_id=IMAGE,
-        bos_token_id=BOS,
-        vision=vision,
-        projector=ProjectorConfig(d_in=vision.d_model, d_hidden=15, d_out=sizes["d_model"]),
-        **sizes,
-    )
+        whole = torch.tensor([[*tokens, SPEAKS]])
+        return self.model.inputs_from_tokens(whole, spans=spans, **visual)

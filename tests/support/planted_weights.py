@@ -29,6 +29,9 @@ LEAK = 1e-5
 SINK = 16.0
 """Score of BOS for every query of a planted head; what it looks for scores twice as much."""
 GATE = 8.0
+NORMED = 4096.0
+"""Length that queries and keys have before they are normalised, nearly all of it along their first
+dimension, which the norm then takes away: so they leave it as they came, whatever their length."""
 
 
 def radius(n_layers: int) -> float:
@@ -43,6 +46,17 @@ def radius(n_layers: int) -> float:
 def kappa(n_layers: int) -> float:
     """B / |x| >= 1 - kappa, since |x|^2 = B^2 + |circuit + junk|^2."""
     return radius(n_layers) ** 2 / (2 * BALLAST**2)
+
+
+def still_dims(cfg) -> tuple[int, int]:
+    """Two dimensions of a head that rotary positions do not turn, or as good as not.
+
+    Where every dimension is rotated these are of the slowest two pairs (i, i + d_head / 2), whose
+    angles are next to nothing (`planted_configs.SLOW`).
+    """
+    if cfg.rotary_dim < cfg.d_head:
+        return cfg.rotary_dim, cfg.rotary_dim + 1
+    return cfg.d_head // 2 - 1, cfg.d_head // 2 - 2
 
 
 def random_matrix(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -85,8 +99,9 @@ class Writer:
         return self.frame[self.n_taken :]
 
     def read(self, norm, rows: Tensor) -> Tensor:
-        """Weights that give `rows` . x after a norm."""
-        return rows * BALLAST / self.cfg.d_model**0.5 / norm.w
+        """Weights that give `rows` . x after a norm; of several normed vectors, side by side."""
+        w = norm.w.repeat(rows.shape[-1] // len(norm.w))
+        return rows * BALLAST / self.cfg.d_model**0.5 / w
 
     def read_anything(self, norm, n: int) -> Tensor:
         """Weights of `n` readings, together of norm at most 1, of all but the ballast."""
@@ -119,11 +134,14 @@ class Writer:
         attn, norm = block.attn, block.ln1
         group = head // (self.cfg.n_heads // self.cfg.n_kv_heads)
         unit = (SINK * d_head**0.5) ** 0.5
-        first = self.cfg.rotary_dim
-        attn.W_Q[head][:, first] = self.read(norm, query) * 2 * unit
-        attn.W_Q[head][:, first + 1] = self.read(norm, self.ballast / BALLAST) * unit
-        attn.W_K[group][:, first] = self.read(norm, key) * unit
-        attn.W_K[group][:, first + 1] = self.read(norm, sink) * unit
+        wanted, resting = still_dims(self.cfg)
+        attn.W_Q[head][:, wanted] = self.read(norm, query) * 2 * unit
+        if self.cfg.qkv_bias:
+            attn.b_Q[head][resting] = unit
+        else:
+            attn.W_Q[head][:, resting] = self.read(norm, self.ballast / BALLAST) * unit
+        attn.W_K[group][:, wanted] = self.read(norm, key) * unit
+        attn.W_K[group][:, resting] = self.read(norm, sink) * unit
         values, into = moved
         attn.W_V[group][:, : len(values)] = self.read(norm, values).T
         attn.W_O[head][: len(values)] = gain * into
@@ -149,6 +167,28 @@ class Writer:
         mlp.W_out[start : start + 2 * n] = torch.cat([into, -into])
         self.n_neurons[layer] += 2 * n
 
+    def read_by_head(self, block, which: str, head: int, length: float = 1.0) -> None:
+        """Queries, keys or values of a head that read anything, of at most this length.
+
+        Half of it is a bias where there is one.
+        """
+        d_head = self.cfg.d_head
+        rows = self.read_anything(block.ln1, d_head).T
+        if self.cfg.qkv_bias:
+            bias = torch.randn(d_head, generator=self.generator)
+            getattr(block.attn, f"b_{which}")[head] = length / 2 * bias / bias.norm()
+            rows = rows / 2
+        getattr(block.attn, f"W_{which}")[head].copy_(length * rows)
+
+    def keep_lengths(self, block) -> None:
+        """Let the norms of queries and keys leave them as they are."""
+        attn = block.attn
+        constant = self.read(block.ln1, self.ballast / BALLAST) * NORMED
+        for weights, norm in ((attn.W_Q, attn.q_norm), (attn.W_K, attn.k_norm)):
+            weights[:, :, 0] = constant
+            norm.w.fill_(NORMED / self.cfg.d_head**0.5)
+            norm.w[0] = 0.0
+
     def distract(self) -> None:
         """Every head and neuron that is not planted reads anything and writes junk.
 
@@ -159,10 +199,8 @@ class Writer:
         for layer, block in enumerate(self.stack.blocks):
             taken = {head // per_group for at, head in self.planted_heads if at == layer}
             for group in set(range(cfg.n_kv_heads)) - taken:
-                block.attn.W_K[group].copy_(
-                    self.read_anything(block.ln1, cfg.d_head).T * cfg.d_head**0.25
-                )
-                block.attn.W_V[group].copy_(self.read_anything(block.ln1, cfg.d_head).T)
+                self.read_by_head(block, "K", group, cfg.d_head**0.25)
+                self.read_by_head(block, "V", group)
             for head in range(cfg.n_heads):
                 if (layer, head) in self.planted_heads:
                     continue
@@ -170,10 +208,10 @@ class Writer:
                 if head // per_group in taken:  # shares keys and values with a planted head
                     written /= self.radius  # and looks everywhere alike
                 else:
-                    block.attn.W_Q[head].copy_(
-                        self.read_anything(block.ln1, cfg.d_head).T * cfg.d_head**0.25
-                    )
+                    self.read_by_head(block, "Q", head, cfg.d_head**0.25)
                 block.attn.W_O[head].copy_(written)
+            if cfg.qk_norm:
+                self.keep_lengths(block)
             start = self.n_neurons[layer]
             n, norm = cfg.d_mlp - start, self.mlp_norm(block)
             block.mlp.W_in[:, start:] = self.read_anything(norm, n).T
