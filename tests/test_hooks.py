@@ -20,6 +20,7 @@ from mmlens.interventions.functions import (
     scale,
     zero,
 )
+from mmlens.model.hook_points import HookPoint
 
 NAME = hook_name("mlp_out", 1)
 
@@ -89,6 +90,15 @@ def test_values_of_other_types_are_converted(model, inputs):
     before, after = edited(model, inputs, add(torch.ones(model.cfg.d_model, dtype=torch.float64)))
     assert after.dtype == before.dtype
     assert torch.equal(after, before + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_numbers_have_the_digits_of_the_activation(dtype, seed):
+    """0.3 in float32 is another number than in float64, and torch's own sums know that."""
+    x, point = torch.randn(3, 5, dtype=dtype), HookPoint()
+    for value in (0.3, 1 / 3, random.uniform(-5, 5)):
+        assert torch.equal(add(value)(x, hook=point), x + value)
+        assert torch.equal(replace(value)(x, hook=point), torch.full_like(x, value))
 
 
 def test_restore(model, inputs, seed):

@@ -58,7 +58,7 @@ def replace(value: Tensor | float) -> HookFunction:
     """Put a value in the activation's place; anything that broadcasts to its shape."""
 
     def replaced(activation: Activation, hook: HookPoint) -> Activation:
-        return torch.as_tensor(value).to(activation).expand_as(activation)
+        return like(activation, value).expand_as(activation)
 
     return replaced
 
@@ -67,9 +67,15 @@ def add(value: Tensor | float) -> HookFunction:
     """Add a value (a steering vector, say) that broadcasts to the activation's shape."""
 
     def added(activation: Activation, hook: HookPoint) -> Activation:
-        return activation + torch.as_tensor(value).to(activation)
+        return activation + like(activation, value)
 
     return added
+
+
+def like(activation: Activation, value: Tensor | float) -> Float[Tensor, "*value"]:
+    """Return a value in the activation's dtype, where it is; a number is rounded once, to that."""
+    given = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    return given.to(activation.dtype).to(activation.device)
 
 
 def scale(factor: float) -> HookFunction:
