@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import any_family, picture, small_inputs, worded_model
+from small_models import any_attention, picture, small_inputs, worded_model
 from torch import Tensor
 
 from mmlens import Scan, ablation_scan, attention_knockout
@@ -19,7 +19,7 @@ from mmlens.utils.statistics import bootstrap_mean
 
 def case(seed: int, images: tuple[int, ...] = (1,), **choices: Any) -> tuple[Any, Any]:
     """A model in float64, and a prompt."""
-    model = any_family(seed, n_layers=3, **choices).double()
+    model = any_attention(seed, n_layers=3, **choices).double()
     inputs = small_inputs(model, seed, images=images)
     return model, model.inputs_from_tokens(inputs.tokens, inputs.pixel_values.double())
 

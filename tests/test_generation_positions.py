@@ -25,7 +25,7 @@ from growing_texts import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import any_family, language_model, small_inputs
+from small_models import any_attention, language_model, small_inputs
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
@@ -72,7 +72,7 @@ def cut(activation: Tensor, hook: Any, keys: list[int]) -> Tensor:
 def test_any_interventions_with_and_without_the_cache(seed: int) -> None:
     chance = random.Random(seed)
     torch.manual_seed(seed)
-    model = any_family(seed, n_layers=chance.randint(2, 3)).double()
+    model = any_attention(seed, n_layers=chance.randint(2, 3)).double()
     images = chance.choice([(1, 0), (0, 2, 1), (1,)])
     inputs = small_inputs(model, seed, images=images)  # rows of different length: left padding
     assert inputs.pixel_values is not None

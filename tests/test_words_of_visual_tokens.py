@@ -58,7 +58,9 @@ def test_the_lens_before_the_first_layer_is_that_of_the_embeddings(seed: int) ->
 def test_other_sites_are_refused(seed: int) -> None:
     model = small_model(seed, parallel_attn_mlp=True, normalization_type="LN")
     inputs = small_inputs(model, seed)
-    for site in ("z", "pattern", "post", "vision.resid_post", "projector.out", "ln1.scale"):
+    inside = ("ln1.normalized", "ln_final.normalized", "attn.out", "mlp.out", "ln1_post.normalized")
+    others = ("z", "pattern", "post", "vision.resid_post", "projector.out", "ln1.scale")
+    for site in (*inside, *others):
         with pytest.raises(ValueError, match="the lens reads vectors of the residual stream"):
             logit_lens(model, inputs, site=site)
     with pytest.raises(ValueError, match=r"this model has no blocks.0.hook_resid_mid"):

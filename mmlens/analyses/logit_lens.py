@@ -207,7 +207,9 @@ def residual_hooks(
             there.
     """
     where = site_of(site)
-    if where.stack != "decoder" or where.axes != ["batch", "pos", "d_model"]:
+    # What norms give, and attention and MLP before theirs, has the stream's width only.
+    within = "." in where.hook.removeprefix("blocks.{layer}.")
+    if where.stack != "decoder" or within or where.axes != ["batch", "pos", "d_model"]:
         raise ValueError(
             f"site={site!r}; the lens reads vectors of the residual stream, such as resid_pre, "
             "resid_mid, resid_post, attn_out, mlp_out and input_embed"
