@@ -65,25 +65,29 @@ def followed(
 
     Raises:
         ValueError: an unknown name, a contrast that is missing or that nothing reads, positions for
-            a name, an answer without tokens.
+            a name, an answer without tokens; when it is called, a function that does not return
+            something for each row.
     """
     model, inputs = recording.model, recording.inputs
     check_metric(metric, contrast)
+    name = name_of(metric)
+    if not isinstance(metric, str):
+        metric = of_each_row(metric)
     if isinstance(metric, str) and positions is not None:
         raise ValueError(f"positions are for a function; metric={metric!r} reads the answer")
     if not isinstance(metric, str) and answer is None:
         at = torch.as_tensor([inputs.n_pos - 1] if positions is None else positions)
-        return Followed(recording, metric, at, name_of(metric), None)
+        return Followed(recording, metric, at, name, None)
     target = most_probable(recording) if answer is None else given_answer(model, inputs, answer)
     longer = with_answer(inputs, target)
     if longer is not inputs:
         recording = recording.record(longer)
     if not isinstance(metric, str):
         at = target.positions if positions is None else torch.as_tensor(positions)
-        return Followed(recording, metric, at, name_of(metric), target)
+        return Followed(recording, metric, at, name, target)
     other = None if contrast is None else given_answer(model, inputs, contrast)
     function = metric_of(metric, target, other, recording if reference is None else reference)
-    return Followed(recording, function, target.positions, metric, target)
+    return Followed(recording, function, target.positions, name, target)
 
 
 def check_metric(metric: Metric, contrast: str | int | None) -> None:
@@ -99,6 +103,23 @@ def check_metric(metric: Metric, contrast: str | int | None) -> None:
             if contrast is None
             else f"contrast={contrast!r} is for metric='logit_diff', not for {metric!r}"
         )
+
+
+def of_each_row(function: MetricFunction) -> MetricFunction:
+    """Return a metric that refuses what a function gives, unless it is of each row."""
+
+    def checked(logits: Tensor) -> Tensor:
+        values, n_rows = function(logits), len(logits)
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if not isinstance(values, Tensor) or values.shape[:1] != (n_rows,):
+            raise ValueError(
+                f"metric {name_of(function)!r} gives {shape} for {n_rows} "
+                f"row{'s' * (n_rows != 1)} of logits; it returns a tensor with a number, or "
+                "several, for each row"
+            )
+        return values
+
+    return checked
 
 
 def check_one_number(metric: Metric, values: Tensor, n_rows: int) -> None:
