@@ -18,6 +18,7 @@ from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import add, restore, scale, zero
 from mmlens.model.transformer import HookedMultimodalTransformer
 from mmlens.plots.folding import foldings
+from mmlens.plots.report.page import trace_data, trace_maps
 
 SITES = [
     *("vision.resid_pre", "vision.mlp_out", "vision.z", "vision.pattern", "vision.embed"),
@@ -127,6 +128,16 @@ def test_a_trace_of_single_tiles(
     plain = causal_trace(model, inputs, corrupted, positions=[1], **given)
     assert plain.group_labels == ("<patch *:{},{}>".format(*at[1]),)
     assert "tiles" not in plain.metadata
+    # Patch 1 of a tile is not word 1 of the prompt: the report page marks no word.
+    assert marked(plain) == [] and trace_maps(plain) == []
+    words = causal_trace(model, inputs, corrupted, positions=[1], **given | {"sites": ("mlp_out",)})
+    assert marked(words) == [1] and len(trace_maps(words)) == 1
+
+
+def marked(trace: CausalTrace) -> list[int]:
+    """The words that the report page marks for rows of a trace."""
+    rows = trace_data(trace)["views"][0]["rows"]
+    return [position for row in rows for position in row["at"]]
 
 
 def test_labels_name_tile_and_patch(
