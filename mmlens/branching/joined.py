@@ -55,12 +55,12 @@ def start_of(
                 continue
             first = first_changed(recording, part)
             firsts.append(recording.first_affected(first))
-            if is_behind_keys(part.where, layer, n_layers):
+            if is_after_keys(part.where, layer, n_layers):
                 tails.append(first)
     for each in reads:
         layers.append(each.last_layer(n_layers))
         firsts.append(each.first)
-        if is_behind_keys(each.where, each.layer, n_layers):
+        if is_after_keys(each.where, each.layer, n_layers):
             tails.append(each.first)
     if not all(isinstance(part, Intervention) for part in branch):
         return None
@@ -94,7 +94,7 @@ def edits_output(part: Intervention, layer: int | None) -> bool:
     return part.where.after and not sees(part) and layer in (part.layers or ())
 
 
-def is_behind_keys(site: Site, layer: int | None, n_layers: int) -> bool:
+def is_after_keys(site: Site, layer: int | None, n_layers: int) -> bool:
     """Whether a site sees only what is needed after the last layer's keys and values."""
     if site.stack != "decoder":
         return False
@@ -107,8 +107,8 @@ def reading_hooks(
     """Hook functions that keep what is read of every branch, after its edits."""
     hooks: list[tuple[str, HookFunction]] = []
     for each in reads:
-        behind = is_behind_keys(each.where, each.layer, n_layers)
-        packing = schedule.tails if behind else schedule.firsts
+        after_keys = is_after_keys(each.where, each.layer, n_layers)
+        packing = schedule.tails if after_keys else schedule.firsts
         hooks.append((each.name, reading(partial(each.keep, packing=packing, kept=kept))))
     return hooks
 
@@ -284,8 +284,8 @@ def branch_hooks(
                 entry = entry_layer(part.where, layer, n_layers)
                 joins = entry == starts[index].layer and edits_output(part, layer)
                 if entry >= 0 and not joins:  # else what enters holds it already
-                    behind = is_behind_keys(part.where, layer, n_layers)
-                    edits[name, behind].append((index, part))
+                    after_keys = is_after_keys(part.where, layer, n_layers)
+                    edits[name, after_keys].append((index, part))
 
     def edit(
         activation: Tensor,
@@ -306,6 +306,6 @@ def branch_hooks(
         return edited
 
     return [
-        (name, partial(edit, edits=each, packing=schedule.tails if behind else schedule.firsts))
-        for (name, behind), each in edits.items()
+        (name, partial(edit, edits=each, packing=schedule.tails if after_keys else schedule.firsts))
+        for (name, after_keys), each in edits.items()
     ]

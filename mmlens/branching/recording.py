@@ -220,7 +220,7 @@ class Recording(RecordedRun):
         cache = {name: with_before(self.cache[name][:, :first], new) for name, new in kept.items()}
         shared = self.own if self.shared is None else self.shared
         if self.shared is not None and first > self.own.begin:
-            own = own.behind(self.own)
+            own = own.after(self.own)
         return Recording(self.model, inputs, own, shared, encoded_images, cache)
 
     @exclusively

@@ -44,7 +44,7 @@ class Stretch:
         keys_values = tuple((part(keys), part(values)) for keys, values in self.keys_values)
         return Stretch(self.begin, tuple(map(part, self.resid)), keys_values)
 
-    def behind(self, before: Stretch) -> Stretch:
+    def after(self, before: Stretch) -> Stretch:
         """With the positions of another that lie before it."""
         n = self.begin - before.begin
         return Stretch(
@@ -82,7 +82,7 @@ class RecordedRun:
 
     @cached_property
     def _whole(self) -> Stretch:
-        return self.own if self.shared is None else self.own.behind(self.shared)
+        return self.own if self.shared is None else self.own.after(self.shared)
 
     @property
     def resid(self) -> tuple[Float[Tensor, "batch pos d_model"], ...]:
