@@ -26,6 +26,7 @@ from textbook_patching import PlainHooks, path_logits
 from torch import Tensor
 
 from mmlens import PathPatch, path_patch
+from mmlens.analyses.path_patch import filled
 
 TOLERANCE = 1e-5
 
@@ -221,11 +222,13 @@ def test_what_cannot_be_patched(seed: int) -> None:
         ((sender, [("input_embed", None)]), "cannot receive"),
         (([("vision.z", 0, [0])], "logits"), "is not of the decoder"),
         (([("z[0]", 0, [clean.n_pos])], "logits"), "are not among 0"),
-        (([("z[0]",)], "logits"), "is no place"),
         (([("zz", 0)], "logits"), "unknown site"),
     ]:
         with pytest.raises(ValueError, match=says):
             path_patch(model, clean, corrupted, *arguments)
+    # Tests check the signature of path_patch before it is said.
+    with pytest.raises(ValueError, match="is no place"):
+        filled(("z[0]",), range(3), clean.n_pos)
     with pytest.raises(ValueError, match="are the same"):
         path_patch(model, clean, clean, sender)
     with pytest.raises(ValueError, match="freeze='embed'"):
