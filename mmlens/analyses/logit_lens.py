@@ -208,8 +208,7 @@ def residual_hooks(
     """
     where = site_of(site)
     # What norms give, and attention and MLP before theirs, has the stream's width only.
-    within = "." in where.hook.removeprefix("blocks.{layer}.")
-    if where.stack != "decoder" or within or where.axes != ["batch", "pos", "d_model"]:
+    if where.stack != "decoder" or where.is_of_part or where.axes != ["batch", "pos", "d_model"]:
         raise ValueError(
             f"site={site!r}; the lens reads vectors of the residual stream, such as resid_pre, "
             "resid_mid, resid_post, attn_out, mlp_out and input_embed"

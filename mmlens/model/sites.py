@@ -104,6 +104,11 @@ class Site:
         """Whether each layer has its own."""
         return "{layer}" in self.hook
 
+    @property
+    def is_of_part(self) -> bool:
+        """Whether a part of the block or model computes it: a norm, attention or an MLP."""
+        return "." in self.hook.removeprefix("blocks.{layer}.")
+
 
 def within(
     module: str, sites: Iterable[Site], prefix: str = "", **changes: Any
