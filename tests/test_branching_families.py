@@ -41,6 +41,8 @@ def any_edit(model, inputs, chance):
         layers = window(site, chance.randrange(n_layers), chance.choice([1, 3]), model)
     in_tower = site.startswith(("vision.", "projector."))
     positions = chance.choice([[0], [1, 0], None] if in_tower else [[inputs.n_pos - 1], [2], None])
+    if site.startswith("projector.") and any(len(image.positions) == 1 for image in inputs.images):
+        positions = [0]  # the connector has one position of such an image
     hooks = [scale(1.4), noise(0.5, seed=chance.randrange(99))]
     return Intervention(site, layers, positions, chance.choice(hooks))
 
