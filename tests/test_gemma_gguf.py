@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 in GGUF files: what we make of one equals what was written, and transformers'."""
+"""Gemma 1, 2 and 3 in GGUF files: what we make of one equals what was written, and transformers'."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
 )
 
 SANDWICH = NAMES | {
@@ -39,9 +41,11 @@ def random_gemma(kind: str, n_layers: int) -> Any:
         "num_attention_heads": 6,
         "num_key_value_heads": 3,
         "head_dim": 8,
-        "sliding_window": 5,
         "max_position_embeddings": 64,
     }
+    if kind == "gemma":
+        return enliven(GemmaForCausalLM(GemmaConfig(**sizes)))
+    sizes["sliding_window"] = 5
     if kind == "gemma2":
         return enliven(Gemma2ForCausalLM(Gemma2Config(**sizes)))
     return enliven(Gemma3ForCausalLM(Gemma3TextConfig(**sizes)))
@@ -55,29 +59,32 @@ def write_gemma(hf: Any, kind: str, path: Path, **more: Any) -> Path:
 
     def fields(writer: GGUFWriter) -> None:
         writer.add_value_length(hf.config.head_dim)
-        writer.add_sliding_window(hf.config.sliding_window)
+        if kind != "gemma":
+            writer.add_sliding_window(hf.config.sliding_window)
         for name, value in more.items():
             writer.add_float32(f"{kind}.{name}", value)
 
-    return write_gguf(path, kind, hf, stored, SANDWICH, fields)
+    return write_gguf(path, kind, hf, stored, NAMES if kind == "gemma" else SANDWICH, fields)
 
 
-@pytest.mark.parametrize(("kind", "n_layers"), [("gemma2", 3), ("gemma3", 7)])
+@pytest.mark.parametrize(("kind", "n_layers"), [("gemma", 2), ("gemma2", 3), ("gemma3", 7)])
 @torch.no_grad()
 def test_it_equals_transformers_own_reading(
     kind: str, n_layers: int, seed: int, tmp_path: Path
 ) -> None:
     hf = random_gemma(kind, n_layers)
     path = write_gemma(hf, kind, tmp_path / "tiny.gguf")
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file=path.name, dtype=torch.float32
-    )
+    references = [hf]
+    if kind != "gemma":  # transformers alone reads none of Gemma 1
+        arguments = {"gguf_file": path.name, "dtype": torch.float32}
+        references.append(AutoModelForCausalLM.from_pretrained(tmp_path, **arguments))
     model = load(path)
-    assert model.cfg.post_norms and model.cfg.use_local_attn and model.cfg.tie_word_embeddings
+    assert model.cfg.post_norms == model.cfg.use_local_attn == (kind != "gemma")
+    assert model.cfg.tie_word_embeddings and model.cfg.norm_offset == 1
     tokens = torch.randint(3, hf.config.vocab_size, (2, 11))
     logits = model(tokens)
     assert logits.std() > 0.1
-    for reference in (theirs, hf):
+    for reference in references:
         reference.set_attn_implementation("eager")
         assert_same(
             logits,
@@ -89,6 +96,8 @@ def test_it_equals_transformers_own_reading(
 @pytest.mark.parametrize(
     ("kind", "n_layers", "more", "said"),
     [
+        ("gemma", 2, {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ("gemma", 2, {"rope.scaling.factor": 8.0}, "rope.scaling"),
         ("gemma2", 2, {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping = 30.0"),
         ("gemma2", 46, {}, "46 layers"),
         ("gemma3", 2, {"rope.scaling.factor": 8.0}, "rope.scaling"),

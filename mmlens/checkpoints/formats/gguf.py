@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mmlens.checkpoints.decoders import decoder_fields
 from mmlens.checkpoints.errors import CheckpointError
+from mmlens.checkpoints.formats.gguf_of_gemma import add_gemma, check_gemma
 from mmlens.checkpoints.formats.language_model import FORMAT
 from mmlens.checkpoints.json_files import check_counts
 from mmlens.checkpoints.loader import Weights, build
@@ -107,6 +108,7 @@ def alone(file: Path) -> Iterator[dict[str, Any]]:
     Whatever else lies beside it (an adapter_config.json, a tokenizer_config.json) is another
     checkpoint's, and transformers would follow it.
     """
+    add_gemma()
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder, file.name)
         try:
@@ -160,35 +162,6 @@ class Reader(GGUFReader):
         if len(found) < count:
             raise ValueError(f"it ends before what it announces at byte {offset:,}")
         return found
-
-
-GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
-"""Layers of the models whose scale of scores no file says, and transformers gets wrong."""
-
-
-def check_gemma(reader: Reader, hf: Any) -> None:
-    """Raise a ValueError for a Gemma 2 or 3 that transformers would read as another model.
-
-    It leaves out what a file says of caps and of longer contexts, and takes what the smaller models
-    have.
-    """
-    if hf.model_type not in GEMMA_27B:
-        return
-    said = {name.partition(".")[2]: entry.contents() for name, entry in reader.fields.items()}
-    caps = {
-        "attn_logit_softcapping": hf.attn_logit_softcapping,
-        "final_logit_softcapping": hf.final_logit_softcapping,
-    }
-    for name, taken in caps.items():
-        if name in said and said[name] != taken:
-            raise ValueError(f"it says {name} = {said[name]}, and transformers takes {taken}")
-    if said.get("rope.scaling.factor", 1.0) != 1.0:
-        raise ValueError("it says rope.scaling, which transformers leaves out of a Gemma")
-    if hf.num_hidden_layers == GEMMA_27B[hf.model_type]:
-        raise ValueError(
-            f"a Gemma of {hf.num_hidden_layers} layers (27B), for which transformers takes another "
-            "query_pre_attn_scalar than its own: take the checkpoint in safetensors"
-        )
 
 
 def n_parameters(reader: Reader, file: Path) -> int:
