@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 in GGUF files: what we make of one equals what was written, and transformers'."""
+"""Gemma in GGUF files: what we make of one equals what was written, and transformers'."""
 
 from __future__ import annotations
 
