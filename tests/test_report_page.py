@@ -105,7 +105,7 @@ def prompt_of(
     content, kind = encoded(Image.fromarray(pixels))
     question = "".join(words).strip() if question is None else question
     return ReportedPrompt(
-        picture=torch.tensor(list(content), dtype=torch.uint8),
+        image_file=torch.tensor(list(content), dtype=torch.uint8),
         image_kind=kind,
         image_size=(80, 60),
         frames=((0.0, -10.0, 80.0, 70.0),),
@@ -254,7 +254,7 @@ class TestReport:
         assert [float(first.get_attribute(name)) for name in ("x", "y", "width", "height")] == (
             pytest.approx([0, -10, 20, 80 / 3])
         )
-        assert page.locator("#picture svg").get_attribute("viewBox") == "0 -10 80 80"
+        assert page.locator("#image svg").get_attribute("viewBox") == "0 -10 80 80"
 
     def test_the_constraint_is_marked_and_the_answers_are_there(self, report) -> None:
         page, *_ = report
@@ -301,7 +301,7 @@ class TestReport:
         labels = ("<s>", *WORDS)
         prompt = replace(
             prompt_of(),
-            picture=torch.zeros(0, dtype=torch.uint8),
+            image_file=torch.zeros(0, dtype=torch.uint8),
             image_kind="",
             frames=(),
             grids=(),
@@ -312,7 +312,7 @@ class TestReport:
         received, trace = contribution_of(prompt), trace_of(prompt)
         path = write_report(tmp_path / "r.html", prompt, trace=trace, contributions=[received])
         page = opened(path)
-        assert page.locator("#picture, #thumbnail").count() == 0
+        assert page.locator("#image, #thumbnail").count() == 0
         layer = int(page.locator("#layer").input_value())
         assert is_largest(received.values[:, 1].sum(dim=1), layer)
         page.locator(".token", has_text="country").hover()
@@ -347,7 +347,7 @@ class TestReport:
             "text",
         ):
             assert getattr(loaded, name) == getattr(prompt, name)
-        assert torch.equal(loaded.picture, prompt.picture)
+        assert torch.equal(loaded.image_file, prompt.image_file)
 
 
 def inputs_of(n: int = 12) -> MultimodalInputs:

@@ -71,7 +71,7 @@ def demo_edits(
         source = f"{plain.source}/{kind}"
         question, target = replace(plain, source=source), _target(plain, kind, seed)
         named = replace(question.named(), answers=(target,), source=f"{source}/named")
-        pictures = [
+        photographs = [
             replace(
                 question,
                 image=photographed(question.image, f"{seed} {question.subject} {number}"),
@@ -83,10 +83,10 @@ def demo_edits(
             question=question,
             target=target,
             paraphrases=paraphrased(question, PHRASINGS[question.relation][1:]),
-            other_images=tuple(pictures[:n_images]),
+            other_images=tuple(photographs[:n_images]),
             neighbours=near.of(plain, n_neighbours, seed),
             portability=(named,),
-            key_questions=tuple(pictures[n_images:]),
+            key_questions=tuple(photographs[n_images:]),
             kept=flat(near.of(plain, n_neighbours, seed, skip=n_neighbours)),
         )
 
@@ -117,5 +117,5 @@ def _target(question: VisualQuestion, kind: str, seed: int) -> str:
 
 def photographed(path: Path, seed: str) -> Image.Image:
     """Return the image of a file as a photograph would show it."""
-    with Image.open(path) as picture:
-        return photograph(picture, seed)
+    with Image.open(path) as file:
+        return photograph(file, seed)

@@ -123,12 +123,12 @@ class Neighbourhood:
         Args:
             skip: leave out the first so many, which were taken for something else.
         """
-        words, pictures = question.prompt(), question.image_keys()
-        about = [each for each in self.by_images[pictures] if each.prompt() != words]
+        words, images = question.prompt(), question.image_keys()
+        about = [each for each in self.by_images[images] if each.prompt() != words]
         others = [
             each
             for each in self.by_words[words]
-            if each.subject not in ("", question.subject) and each.image_keys() != pictures
+            if each.subject not in ("", question.subject) and each.image_keys() != images
         ]
         chance = random.Random(f"{seed} {question.source}")
         return {

@@ -124,12 +124,12 @@ def _mmedit_case(record: dict[str, Any], source: str, root: Path, rephrased: Pat
     target = first(record["alt"])
     image = root / record["image"]
 
-    def asked(kind: str, text: str, picture: Path | None, answers: Any = None) -> VisualQuestion:
+    def asked(kind: str, text: str, shown: Path | None, answers: Any = None) -> VisualQuestion:
         answer = first(answers)
         return VisualQuestion(
             question=text,
-            image=picture,
-            visual_constraint=demonstrative(text) if picture else "",
+            image=shown,
+            visual_constraint=demonstrative(text) if shown else "",
             answers=(answer,) if answer else (),
             source=f"{source}/{kind}" if kind else source,
         )

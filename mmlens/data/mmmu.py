@@ -85,22 +85,22 @@ def _checked(row: dict[str, Any]) -> dict[str, Any]:
 
 def _question(fields: dict[str, Any], split: str) -> VisualQuestion:
     options = literal("options", fields["options"] or "[]")
-    pictures = {
+    images = {
         str(index): embedded_image(encoded)
         for index in range(1, N_IMAGES + 1)
         if (encoded := fields.get(f"image_{index}")) is not None
     }
     text = "\n".join([fields["question"], *options])
-    mentioned = [index for index in MENTION.findall(text) if index in pictures]
-    silent = [index for index in pictures if index not in mentioned]
+    mentioned = [index for index in MENTION.findall(text) if index in images]
+    silent = [index for index in images if index not in mentioned]
     question, *options = (
-        MENTION.sub(lambda found: "<image>" if found[1] in pictures else found[0], part)
+        MENTION.sub(lambda found: "<image>" if found[1] in images else found[0], part)
         for part in (fields["question"], *options)
     )
     answers = _answers(fields["answer"], options)
     return VisualQuestion(
         question="<image>\n" * len(silent) + question,
-        image=tuple(pictures[index] for index in [*silent, *mentioned]),
+        image=tuple(images[index] for index in [*silent, *mentioned]),
         answers=answers,
         options=tuple(options),
         choice=fields["answer"] if options and answers else "",

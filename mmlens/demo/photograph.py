@@ -17,7 +17,7 @@ LIGHT = 0.15
 """How much brightness, contrast and saturation may differ."""
 
 
-def photograph(picture: Image.Image, seed: int | str) -> Image.Image:
+def photograph(image: Image.Image, seed: int | str) -> Image.Image:
     """Return the image turned, tilted, on a ground of one grey, in other light, a little blurred.
 
     Args:
@@ -26,7 +26,7 @@ def photograph(picture: Image.Image, seed: int | str) -> Image.Image:
     """
     chance = random.Random(seed)
     grey = (chance.randrange(64, 192),) * 3
-    width, height = picture.size
+    width, height = image.size
 
     def corner(x: int, y: int) -> tuple[float, float]:
         """The point of the drawing that a corner of the photograph shows: outside of it."""
@@ -34,8 +34,8 @@ def photograph(picture: Image.Image, seed: int | str) -> Image.Image:
         return (x * width + (2 * x - 1) * shift[0], y * height + (2 * y - 1) * shift[1])
 
     corners = [corner(*at) for at in ((0, 0), (0, 1), (1, 1), (1, 0))]
-    shown = picture.convert("RGB").transform(
-        picture.size,
+    shown = image.convert("RGB").transform(
+        image.size,
         Image.Transform.QUAD,
         [number for point in corners for number in point],
         Image.Resampling.BICUBIC,

@@ -1,7 +1,7 @@
 """What one edit is to do: which prompt is to be answered with what.
 
     request = EditRequest(inputs, "Rome", key_prompts=augmented(inputs, 4),
-                          neighbours=[other_question, other_picture])
+                          neighbours=[other_question, other_image])
 
 Every editing method takes one request or several.
 """
@@ -161,8 +161,8 @@ def augmented(
         inputs.with_pixels(
             torch.stack(
                 [
-                    varied_image(picture, crop, light, generator_for(seed, sample, index))
-                    for index, picture in enumerate(pixels)
+                    varied_image(each, crop, light, generator_for(seed, sample, index))
+                    for index, each in enumerate(pixels)
                 ]
             )
         )
@@ -170,15 +170,15 @@ def augmented(
     ]
 
 
-def varied_image(picture: Tensor, crop: float, light: float, chance: torch.Generator) -> Tensor:
+def varied_image(image: Tensor, crop: float, light: float, chance: torch.Generator) -> Tensor:
     """One image [channel, height, width] without a random margin, and lighter or darker."""
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     drawn = torch.rand(5, generator=chance).tolist()
     lost = (round(drawn[0] * crop * height), round(drawn[1] * crop * width))
     top, left = (round(share * n) for share, n in zip(drawn[2:4], lost, strict=True))
-    part = picture[:, top : top + height - lost[0], left : left + width - lost[1]]
+    part = image[:, top : top + height - lost[0], left : left + width - lost[1]]
     part = F.interpolate(part[None].float(), (height, width), mode="bilinear", antialias=True)[0]
-    return (part * (1 + light * (2 * drawn[4] - 1))).to(picture)
+    return (part * (1 + light * (2 * drawn[4] - 1))).to(image)
 
 
 def how_made(

@@ -199,8 +199,8 @@ class Processor:
         if prepend_bos is None:
             prepend_bos = self.cfg.default_prepend_bos
         rows = []
-        for question, pictures, phrases in _rows(text, image, spans):
-            images = load_images(pictures)
+        for question, given, phrases in _rows(text, image, spans):
+            images = load_images(given)
             if isinstance(template, ChatTemplate):
                 question, phrases = template.asked(question, phrases)
             prompt, at = fill_template(template, question, len(images), optional_images=automatic)

@@ -86,7 +86,7 @@ def overlay(
         >>> overlay(norms, inputs, layers=[3])    # [1, patch]: norms of one layer
         >>> overlay(seen, inputs, view="all")     # the whole image and its tiles together
     """
-    picture, tokens = image_of(inputs, image), inputs.images[image]
+    shown, tokens = image_of(inputs, image), inputs.images[image]
     mesh = ImageMesh.of(tokens, view, frame)
     if isinstance(values, Tensor):
         of_tokens = token_values(values, tokens)
@@ -107,7 +107,7 @@ def overlay(
             f"{grids.shape[0]} layers and {grids.shape[1]} heads, but {len(names[0])} and "
             f"{len(names[1])} names for them"
         )
-    drawn = _Overlay(grids, mesh, picture, names[0], names[1], value_title)
+    drawn = _Overlay(grids, mesh, shown, names[0], names[1], value_title)
     return drawn.figure(title)
 
 
@@ -178,7 +178,7 @@ class _Overlay:
 
     grids: Float[np.ndarray, "layer head row column"]
     mesh: ImageMesh
-    picture: Image.Image
+    background: Image.Image
     layers: list[int]
     heads: list[int]
     value_title: str
@@ -253,7 +253,7 @@ class _Overlay:
 
     def _lay_out(self, figure: Figure, below: int) -> None:
         """Put the image under the patches, in its own pixels, whole with its padding."""
-        width, height = self.picture.size
+        width, height = self.background.size
         frames = self.mesh.frames
         x = (min(0.0, *(f.left for f in frames)), max(float(width), *(f.right for f in frames)))
         y = (max(float(height), *(f.bottom for f in frames)), min(0.0, *(f.top for f in frames)))
@@ -261,7 +261,7 @@ class _Overlay:
         hidden = {"visible": False, "showgrid": False, "zeroline": False}
         figure.update_xaxes(range=x, constrain="domain", **hidden)
         figure.update_yaxes(range=y, scaleanchor="x", constrain="domain", **hidden)
-        content, kind = encoded(pale(self.picture))
+        content, kind = encoded(pale(self.background))
         figure.add_layout_image(
             source=f"data:image/{kind};base64,{base64.b64encode(content).decode()}",
             x=0,
@@ -292,15 +292,15 @@ class _Overlay:
         )
 
 
-def pale(picture: Image.Image) -> Image.Image:
+def pale(image: Image.Image) -> Image.Image:
     """Return the image, light and nearly grey, so that the numbers' colours stand out."""
-    dull = ImageEnhance.Color(picture).enhance(COLOURED)
+    dull = ImageEnhance.Color(image).enhance(COLOURED)
     return dull.point(lambda level: round(255 - PALE * (255 - level)))
 
 
-def encoded(picture: Image.Image) -> tuple[bytes, str]:
+def encoded(image: Image.Image) -> tuple[bytes, str]:
     """Return an image, `MAX_SIDE` pixels a side at most, as PNG or the smaller JPEG, and which."""
-    small = picture.copy()
+    small = image.copy()
     small.thumbnail((MAX_SIDE, MAX_SIDE))
     files = {}
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):

@@ -173,10 +173,10 @@ class Task(ABC):
         question = question_of(item)
         spans = question.spans()
         try:
-            pictures = question.open_images()
+            images = question.open_images()
         except (ValueError, TypeError, OSError) as error:
             raise UnreadableImage(str(error)) from error
-        inputs = processor(question.prompt(), pictures or None, spans=spans, template=self.template)
+        inputs = processor(question.prompt(), images or None, spans=spans, template=self.template)
         return Asked(item, inputs.without_images())
 
     @abstractmethod

@@ -70,7 +70,7 @@ def report_page(
     maps = [one for each in contributions for one in contribution_data(each)]
     maps += [] if trace is None else trace_maps(trace)
     data = {
-        "picture": image_data(prompt),
+        "image": image_data(prompt),
         "tokens": token_data(prompt),
         "maps": maps,
         "start": first_map(prompt, maps),
@@ -129,9 +129,9 @@ def question_parts(prompt: ReportedPrompt) -> list[tuple[str, bool]]:
 
 def image_data(prompt: ReportedPrompt) -> dict[str, Any] | None:
     """Return the image, and where its patches lie in every view; None where there is none."""
-    if not len(prompt.picture) or not prompt.grids:
+    if not len(prompt.image_file) or not prompt.grids:
         return None
-    content = base64.b64encode(bytes(prompt.picture.tolist())).decode()
+    content = base64.b64encode(bytes(prompt.image_file.tolist())).decode()
     width, height = prompt.image_size
     frames = [Box(*frame) for frame in prompt.frames]
     frames = frames or [Box(0, 0, width, height)] * len(prompt.grids)

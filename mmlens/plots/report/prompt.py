@@ -28,7 +28,7 @@ class ReportedPrompt(SavedResult):
         >>> reported_prompt(model, clean, corrupted).save("prompt.safetensors")
     """
 
-    picture: UInt8[Tensor, " byte"]
+    image_file: UInt8[Tensor, " byte"]
     """A PNG or JPEG file; empty where the prompt has no image."""
     image_kind: str
     """"png", "jpeg", or "" where there is none."""
@@ -87,13 +87,13 @@ def reported_prompt(
     content, kind, size = b"", "", (0, 0)
     frames: tuple[Box, ...] = ()
     if inputs.images and inputs.images[0].image is not None:
-        picture = image_of(inputs, image)
-        content, kind = encoded(picture)
-        size = picture.size
+        shown = image_of(inputs, image)
+        content, kind = encoded(shown)
+        size = shown.size
         frames = tuple(view.box for view in inputs.images[image].views if view.box is not None)
     where = inputs.grid[0].tolist()
     return ReportedPrompt(
-        picture=torch.tensor(list(content), dtype=torch.uint8),
+        image_file=torch.tensor(list(content), dtype=torch.uint8),
         image_kind=kind,
         image_size=size,
         frames=frames,

@@ -64,7 +64,7 @@
   // ---- the image, the tokens and the layers of a map
 
   const map = () => data.maps[state.map];
-  const pictured = (data.picture?.patches ?? []).map(([position]) => position);
+  const ofImage = (data.image?.patches ?? []).map(([position]) => position);
 
   /** Position -> value, at the chosen layer. */
   function values() {
@@ -72,12 +72,12 @@
     return new Map(map().at.map((position, i) => [position, map().values[state.layer][i]]));
   }
 
-  function drawPicture() {
-    const { size, frames, patches, views, source } = data.picture;
+  function drawImage() {
+    const { size, frames, patches, views, source } = data.image;
     const side = (i) => frames.map((frame) => frame[i]);
     const x0 = Math.min(0, ...side(0)), y0 = Math.min(0, ...side(1));
     const width = Math.max(size[0], ...side(2)) - x0, height = Math.max(size[1], ...side(3)) - y0;
-    const svg = make(byId("picture"), "svg", { viewBox: `${x0} ${y0} ${width} ${height}` });
+    const svg = make(byId("image"), "svg", { viewBox: `${x0} ${y0} ${width} ${height}` });
     const stretched = { width: size[0], height: size[1], preserveAspectRatio: "none" };
     make(svg, "image", { href: source, ...stretched });
     const names = new Map(patches);
@@ -128,7 +128,7 @@
     drawView(views[0]);
     paint.push(paintCells);
     byId("coloured").addEventListener("change", (event) =>
-      byId("picture").classList.toggle("coloured", event.target.checked));
+      byId("image").classList.toggle("coloured", event.target.checked));
   }
 
   /** What the map says about a position. */
@@ -163,13 +163,13 @@
   function drawLayers(at = null) {
     const parent = byId("layers");
     if (!parent || !data.maps.length) return;
-    const all = pictured.length ? pictured : map().at;
+    const all = ofImage.length ? ofImage : map().at;
     const wanted = new Set(at ?? all);
     const columns = map().at.flatMap((position, i) => (wanted.has(position) ? [i] : []));
     const sums = map().values.map((row) => columns.reduce((sum, i) => sum + row[i], 0));
     const unit = largest(sums), step = 440 / sums.length, height = 56;
     parent.replaceChildren();
-    const whole = at === null ? (pictured.length ? "the whole image" : "everywhere") : at.length > 1 ? "these positions" : `position ${at[0]}`;
+    const whole = at === null ? (ofImage.length ? "the whole image" : "everywhere") : at.length > 1 ? "these positions" : `position ${at[0]}`;
     const svg = make(parent, "svg", { viewBox: "0 0 440 90", class: "bars" });
     make(svg, "text", { x: 0, y: 10 }, `${map().name}, from ${whole}, by layer (largest: ${number(unit)})`);
     sums.forEach((sum, i) => {
@@ -194,7 +194,7 @@
   function chooseMap(index) {
     state.map = index;
     byId("layer").max = map().layers.length - 1;
-    const patches = new Set(pictured);
+    const patches = new Set(ofImage);
     const seen = map().at.map((position) => patches.has(position));
     const counts = (i) => seen[i] || !seen.includes(true);
     const sizes = map().values.map((row) => row.reduce((sum, x, i) => sum + (counts(i) ? Math.abs(x) : 0), 0));
@@ -280,7 +280,7 @@
   }
 
   drawTokens();
-  if (data.picture) drawPicture();
+  if (data.image) drawImage();
   if (data.trace) drawTrace();
   if (data.maps.length) {
     const select = byId("map");
