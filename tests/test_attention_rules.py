@@ -227,3 +227,29 @@ def test_who_can_be_cut_off(seed: int, kind: str | None) -> None:
 def knocked_out(sources):
     """Scores for these keys become -inf."""
     return lambda scores, hook: scores.index_fill(-1, torch.tensor(sources), -torch.inf)
+
+
+@pytest.mark.parametrize("site", ["attn_scores", "pattern"])
+@pytest.mark.parametrize("kind", ["image", "prompt"])
+@torch.no_grad()
+def test_noise_is_added_to_all_that_is_attended_to(seed: int, kind: str, site: str) -> None:
+    """To keys that come later, too, and to none that is masked; the same in runs that go on."""
+    model = sees_both_ways(seed, kind, image_token_id=IMAGE).double()
+    inputs = small_inputs(model, seed, images=(2,), words=(7,))
+    layer, name = seed % 4, f"blocks.{seed % 4}.attn.hook_{site}"
+    edit = Intervention(site, [layer], None, noise(1.0, seed=seed))
+
+    def added(inputs):
+        runs = [
+            model.run_with_cache(inputs, names_filter=name, interventions=some)[1][name]
+            for some in ([], [edit])
+        ]
+        return runs[1] - runs[0]
+
+    places = Places.of(inputs.attention_mask, inputs.blocks)
+    seen = model.rules[model.cfg.kind(layer)].mask(places, places)[0]
+    found, n_pos = added(inputs), inputs.n_pos
+    later = torch.ones(n_pos, n_pos, dtype=torch.bool).triu(1)
+    assert (found[:, :, seen] != 0).all() and not found[:, :, later & ~seen].nan_to_num().any()
+    longer = added(inputs.append(torch.tensor([3, 7])))[:, :, :n_pos, :n_pos]
+    assert (longer - found)[:, :, seen].abs().max() < 1e-9

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
+import gemma_models
+import internvl_models
 import pytest
+import qwen_models
+import torch
+from checkpoint_folders import load
 from small_models import picture, worded_model
+from tiled_models import random_image
 
 from mmlens.model.drafts import FinishedPrompt, GreedyContinuations
 
@@ -42,3 +50,36 @@ def test_they_are_those_of_generate(seed, draft, stops):
     ends = set(model.cfg.eos_token_ids)
     assert list(found) == [each for each in expected if each not in ends]
     assert not stops or len(expected) <= 3 < len(tokens)
+
+
+def write(name: str, folder: Path, chance: random.Random) -> None:
+    """Write a checkpoint whose attention or rotary positions are not those of text."""
+    if name in qwen_models.FAMILIES:
+        qwen_models.write(name, folder, qwen_models.random_qwen(name, chance))
+    elif name in gemma_models.FAMILIES:
+        gemma_models.write(gemma_models.FAMILIES[name], folder)
+    else:
+        family: Any = internvl_models.FAMILIES[name]
+        internvl_models.write(family, folder, internvl_models.random_internvl(family))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma2", "Qwen2", "qwen2.5", "qwen3"])
+@torch.no_grad()
+def test_what_follows_several_prompts_is_as_in_plain_runs(
+    name: str, seed: int, tmp_path: Path
+) -> None:
+    """In one pass, whatever images the prompts have, and where their rotary positions go on."""
+    chance = random.Random(seed)
+    write(name, tmp_path, chance)
+    model = load(tmp_path).double()
+    sizes = [(chance.randint(20, 90), chance.randint(20, 90)) for _ in range(2)]
+    images = [random_image(size, chance.randrange(2**31)) for size in sizes]
+    asked = [("Which country is it?", images[0]), ("What?", images), ("In words alone", None)]
+    prompts = [model.prepare(*each) for each in asked]
+    several = [FinishedPrompt.of(model.record(inputs)) for inputs in prompts]
+    words = [at for at in range(5, model.cfg.d_vocab) if at != model.cfg.image_token_id]
+    told = [tuple(chance.choices(words, k=n)) for n in (3, 1, 2)]
+    found = GreedyContinuations(model, several).follow(told)
+    for inputs, tokens, logits in zip(prompts, told, found, strict=True):
+        plain = model(inputs.append(torch.tensor(tokens)))[0, inputs.n_pos - 1 :]
+        assert (logits - plain).abs().max() < 1e-9

@@ -117,7 +117,7 @@ def in_context(
     for request in requests:
         if not isinstance(request.target, str):
             raise ValueError("a demonstration is a text, and so must the target be")
-        question = question_of(request.inputs)
+        question = question_of(request.inputs, model.cfg.image_text)
         fact = f"{question.strip()} {request.target.strip()}."
         stay = [] if known is None else known.kept.around(model, request, (SAME_IMAGE,))[:n_stay]
         prompts = [each.inputs for each in stay]

@@ -33,7 +33,7 @@ from mmlens.data.reference_pool import (
     reference_photographs,
 )
 from mmlens.demo import is_embedded
-from mmlens.editing.request import EditRequest
+from mmlens.editing.request import EditRequest, begins_with_bos
 from mmlens.inputs.images import image_key
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.spans import PLACEHOLDER
@@ -187,7 +187,7 @@ class References:
             ValueError: the prompt's text is not known, or as `model.prepare`.
         """
         inputs = model.to_inputs(request.inputs)
-        own = question_of(inputs)
+        own = question_of(inputs, model.cfg.image_text)
         others = [question for question in self.questions if question != own]
         found: list[Reference] = []
         if inputs.pixel_values is None:
@@ -229,8 +229,12 @@ def shipped(model: HookedMultimodalTransformer) -> References:
     return References(mixed, QUESTIONS, TEXTS, "auto")
 
 
-def question_of(inputs: MultimodalInputs) -> str:
+def question_of(inputs: MultimodalInputs, image_text: str = PLACEHOLDER) -> str:
     """Return the question that a prompt asks, without what stands around it.
+
+    Args:
+        inputs: a single prompt.
+        image_text: what stands in it for an image, as `MultimodalConfig.image_text`.
 
     Raises:
         ValueError: the text is not known: inputs from tokens, or words that were swapped.
@@ -240,17 +244,17 @@ def question_of(inputs: MultimodalInputs) -> str:
             "the text of this prompt is not known (inputs from tokens, or words that were "
             "swapped), so no references can be made of it: use model.prepare, or references=None"
         )
-    start, end = question_span(inputs)
+    start, end = question_span(inputs, image_text)
     return inputs.texts[0][start:end]
 
 
-def question_span(inputs: MultimodalInputs) -> tuple[int, int]:
+def question_span(inputs: MultimodalInputs, image_text: str) -> tuple[int, int]:
     """Return the question's characters in the prompt's text, which must be known."""
     text = (inputs.texts or ("",))[0]
     spans = inputs.char_spans[0] if inputs.char_spans else {}
     start, end = spans.get("question", (0, len(text)))
-    if (last := text.rfind(PLACEHOLDER, start, end)) >= 0:
-        start = last + len(PLACEHOLDER)
+    if (last := text.rfind(image_text, start, end)) >= 0:
+        start = last + len(image_text)
     return start, end
 
 
@@ -268,12 +272,12 @@ def asked(
     Raises:
         ValueError: the images are kept, and neither they nor their number of patches is known.
     """
-    start, end = question_span(like)
+    start, end = question_span(like, model.cfg.image_text)
     text = (like.texts or ("",))[0]
     text = text[:start] + question + text[end:]
     n_images = like.n_images[0]
     images = [image or kept.image or blank() for kept in like.images]
-    made = model.prepare(text, images or None, template=None, prepend_bos="bos" in like.spans[0])
+    made = model.prepare(text, images or None, template=None, prepend_bos=begins_with_bos(like))
     if image is not None or not n_images:
         return made
     if any(

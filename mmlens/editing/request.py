@@ -19,6 +19,7 @@ from torch import Tensor
 from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.spans import PLACEHOLDER
+from mmlens.inputs.templates import fill_template, with_image_text, without_images
 from mmlens.interventions.hook_function import generator_for
 
 if TYPE_CHECKING:
@@ -92,26 +93,55 @@ class EditRequest:
         inputs = self.inputs
         if not (self.subject and inputs.texts and inputs.char_spans and any(inputs.n_images)):
             return None
-        if self.span not in inputs.char_spans[0]:
+        chars = inputs.char_spans[0]
+        if self.span not in chars:
             return None
-        text, (start, end) = inputs.texts[0], inputs.char_spans[0][self.span]
-        before, after = (
-            part.replace(PLACEHOLDER + "\n", "").replace(PLACEHOLDER, "")
-            for part in (text[:start], text[end:])
-        )
+        text, (start, end) = inputs.texts[0], chars[self.span]
         first = text[start].isupper()
         name = self.subject[0].upper() + self.subject[1:] if first else self.subject
+        template: str | None = None
+        begin, stop = 0, len(text)
+        if is_of_template(model, inputs) and within(chars[self.span], chars["question"]):
+            template, (begin, stop) = "auto", chars["question"]
+        image_text = model.cfg.image_text
+        before, after = (
+            without_images(part, image_text) for part in (text[begin:start], text[end:stop])
+        )
         return model.prepare(
             before + name + after,
             spans={self.span: (len(before), len(before) + len(name))},
-            template=None,
-            prepend_bos="bos" in inputs.spans[0],
+            template=template,
+            prepend_bos=begins_with_bos(inputs) if template else "bos" in inputs.spans[0],
         )
 
     def described(self) -> dict[str, str | int]:
         """Prompt, target and span, for an edit's metadata."""
         prompt = self.inputs.texts[0] if self.inputs.texts else ""
         return {"prompt": prompt, "target": self.target, "span": self.span}
+
+
+def within(span: tuple[int, int], whole: tuple[int, int]) -> bool:
+    """Return whether characters are among others."""
+    return whole[0] <= span[0] and span[1] <= whole[1]
+
+
+def is_of_template(model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> bool:
+    """Return whether a prompt is the model's own template around its question, and no more."""
+    chars = inputs.char_spans[0] if inputs.char_spans else {}
+    template, text = model.cfg.default_template, inputs.texts[0] if inputs.texts else ""
+    if template is None or "question" not in chars:
+        return False
+    asked = text[slice(*chars["question"])]
+    if PLACEHOLDER in asked:
+        return False
+    prompt, there = fill_template(template, asked, inputs.n_images[0], optional_images=True)
+    return (text, chars["question"]) == with_image_text(prompt, there, {}, model.cfg.image_text)[:2]
+
+
+def begins_with_bos(inputs: MultimodalInputs) -> bool:
+    """Return whether a prompt begins with BOS, which PaliGemma's have after their images."""
+    bos, real = inputs.spans[0].get("bos", ()), inputs.attention_mask[0]
+    return len(bos) > 0 and int(bos[0]) == int(real.long().argmax())
 
 
 def as_requests(

@@ -5,6 +5,7 @@ Public names: `fill_template`, `ChatTemplate`, `Template`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 from mmlens.inputs.spans import PLACEHOLDER
@@ -94,7 +95,7 @@ def fill_template(
             f"prompt, use template=None"
         )
     if n_images == 0 and optional_images:
-        template = template.replace(PLACEHOLDER + "\n", "").replace(PLACEHOLDER, "")
+        template = without_images(template)
     elif in_template == 1 and n_images:
         template = template.replace(PLACEHOLDER, PLACEHOLDER * n_images)
     elif not in_template and not in_question:
@@ -115,6 +116,8 @@ def with_image_text(
 ) -> tuple[str, tuple[int, int], dict[str, Phrase]]:
     """Return a prompt in which an image's text stands for each `<image>`, and where parts are then.
 
+    One that has its text around it already stays: so the text of inputs is a prompt, too.
+
     Args:
         prompt: with one `<image>` for each image.
         question: the question's characters.
@@ -124,10 +127,12 @@ def with_image_text(
     if image_text == PLACEHOLDER:
         return prompt, question, dict(phrases)
     more, begin = len(image_text) - len(PLACEHOLDER), question[0]
+    either = re.compile(f"{re.escape(image_text)}|{PLACEHOLDER}")
+    bare = [each.end() for each in either.finditer(prompt) if each[0] == PLACEHOLDER]
 
     def moved(at: int) -> int:
         """Where a character of the prompt is then."""
-        return at + more * prompt[:at].count(PLACEHOLDER)
+        return at + more * sum(end <= at for end in bare)
 
     there = moved(begin), moved(question[1])
     found = {
@@ -136,4 +141,15 @@ def with_image_text(
         else (moved(begin + phrase[0]) - there[0], moved(begin + phrase[1]) - there[0])
         for name, phrase in phrases.items()
     }
-    return prompt.replace(PLACEHOLDER, image_text), there, found
+    return either.sub(lambda each: image_text, prompt), there, found
+
+
+def without_images(prompt: str, image_text: str = PLACEHOLDER) -> str:
+    """Return a prompt without its images: without `<image>`, its text, and a line break after it.
+
+    Args:
+        prompt: as in `MultimodalInputs.texts`.
+        image_text: as `MultimodalConfig.image_text`.
+    """
+    alone = prompt.replace(image_text, PLACEHOLDER)
+    return alone.replace(PLACEHOLDER + "\n", "").replace(PLACEHOLDER, "")

@@ -54,6 +54,10 @@ __all__ = [
 ]
 
 
+KEYS_AT_ONCE = 64
+"""Whose noise is drawn together."""
+
+
 def replace(value: Tensor | float) -> HookFunction:
     """Put a value in the activation's place; anything that broadcasts to its shape."""
 
@@ -129,17 +133,41 @@ def noise(std: float, seed: int = 0) -> HookFunction:
         if not where:
             return activation
         *shape, width = activation.select(axis, 0).shape
+        grows = site.masked is not None and site.stack == "decoder"
         drawn = []
         for position in where:
-            # Of a text's scores, those for later keys are masked, and how many there are by now
-            # depends on the run.
-            grows = site.masked is not None and site.stack == "decoder"
+            # How many keys of a text come later depends on the run, so those have draws of theirs.
             n = min(width, position + 1) if grows else width
             values = torch.randn((*shape, n), generator=generator_for(seed, hook.name, position))
             drawn.append(pad(values, (0, width - n)))
-        return activation + std * torch.stack(drawn, dim=axis).to(activation)
+        added = torch.stack(drawn, dim=axis).to(activation)
+        if grows:
+            added = added + later_noise(activation, hook, where, seed).to(added)
+        return activation + std * added
 
     return noised
+
+
+def later_noise(
+    scores: Activation, hook: HookPoint, queries: Sequence[int], seed: int
+) -> Float[Tensor, "*rows query key"]:
+    """Return the noise for keys that come after a query, which attends to them all the same.
+
+    Where it does not, there is none: what is masked stays so.
+    """
+    rows, n_keys, masked = scores.shape[:-2], scores.shape[-1], hook.site.masked
+    key = torch.arange(n_keys, device=scores.device)
+    query = torch.tensor(queries, device=scores.device)[:, None]
+    seen = (scores != masked) & (key > query)
+    ends = torch.where(seen.flatten(0, -3).any(dim=0), key + 1, 0).amax(dim=-1).tolist()
+    found = torch.zeros(scores.shape)
+    for row, (position, end) in enumerate(zip(queries, ends, strict=True)):
+        # Drawn in parts, of which each is the same whatever comes after it.
+        for begin in range((position + 1) // KEYS_AT_ONCE * KEYS_AT_ONCE, end, KEYS_AT_ONCE):
+            chance = generator_for(seed, hook.name, position, begin)
+            values = torch.randn((*rows, KEYS_AT_ONCE), generator=chance)
+            found[..., row, begin:][..., :KEYS_AT_ONCE] = values[..., : n_keys - begin]
+    return found.to(scores).masked_fill(~seen, 0.0)
 
 
 def knockout(sources: Positions | Sequence[int] | int) -> HookFunction:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import StopStringCriteria
@@ -134,4 +134,15 @@ def side_by_side(pasts: Sequence[KeyValueCache]) -> KeyValueCache:
     device = entries[0][0].device
     lengths = torch.tensor([len(past) for past in pasts], device=device)
     mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
-    return KeyValueCache.holding(entries, mask)
+    rotary = None  # where one counts them; else an image's tokens have its rows and columns
+    if any(past.rope_positions is not None for past in pasts):
+        rotary = torch.cat([places_of(past, longest).to(device) for past in pasts], dim=1)
+    return KeyValueCache.holding(entries, mask, rotary)
+
+
+def places_of(past: KeyValueCache, n_pos: int) -> Int[Tensor, "axis 1 pos"]:
+    """The rotary positions of one prompt, padded on the left."""
+    found = past.rope_positions
+    if found is None:
+        found = torch.arange(len(past)).expand(3, 1, -1)
+    return pad(found, (n_pos - len(past), 0))
