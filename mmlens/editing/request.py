@@ -140,8 +140,8 @@ def is_of_template(model: HookedMultimodalTransformer, inputs: MultimodalInputs)
 
 def begins_with_bos(inputs: MultimodalInputs) -> bool:
     """Return whether a prompt begins with BOS, which PaliGemma's have after their images."""
-    bos, real = inputs.spans[0].get("bos", ()), inputs.attention_mask[0]
-    return len(bos) > 0 and int(bos[0]) == int(real.long().argmax())
+    at = [int(each) for each in inputs.spans[0].get("bos", [])]
+    return at[:1] == [int(inputs.attention_mask[0].long().argmax())]
 
 
 def as_requests(
