@@ -146,6 +146,21 @@ class TestOverlay:
         assert len(prompt.patches) == int((inputs.images[0].cells[:, 0] >= 0).sum())
         report_page(prompt)
 
+    def test_a_view_without_patches_says_so(self, seed):
+        model = tiled_model(seed, side=4)
+        size = random.choice([(900, 1), (1, 900)])
+        inputs = model.prepare(QUESTION, noise_picture(seed, *size), template=None)
+        values = torch.rand(len(inputs.images[0].positions))
+        calls = [
+            lambda: overlay(values, inputs, view=1),
+            lambda: inputs.patch(0, 0, view=1),
+            lambda: inputs.tiles(1, 1, view=1),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match="view 1 of this image has no patches"):
+                call()
+        assert inputs.patch(0, 0) == inputs.images[0].start
+
 
 def test_tiles_that_lie_side_by_side(seed):
     """One view for each tile, as Idefics has them: each area is one cell of the whole and one."""

@@ -74,6 +74,7 @@ DEEP_GREY: dict[str, Callable[[np.ndarray], Any]] = {
     "F of 0 ... 1": lambda grey: Image.fromarray(grey.astype(np.float32) / 255),
     "F of 0 ... 255": lambda grey: Image.fromarray(grey).convert("F"),
     "uint16": lambda grey: grey.astype(np.uint16) * STEP,
+    "uint16, big-endian": lambda grey: (grey.astype(np.uint16) * STEP).astype(">u2"),
     "uint16 of 8 bits": lambda grey: grey.astype(np.uint16),
     "int64": lambda grey: grey.astype(np.int64),
     "float16": lambda grey: (grey / 255).astype(np.float16),

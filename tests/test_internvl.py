@@ -33,8 +33,9 @@ from random_models import in_dtype
 from rounding import assert_same, rounded_otherwise
 from tiled_models import SIZES, random_image, random_texts
 
-from mmlens import Intervention
+from mmlens import Intervention, causal_trace, swap_image
 from mmlens.analyses.trace_grid import labels_at
+from mmlens.data.image_pairs import ImagePair
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.processor import Processor
 from mmlens.interventions.functions import scale
@@ -217,6 +218,32 @@ def test_traces_over_images_in_tiles(family: Family, seed: int, tmp_path: Path) 
         assert labels[-1] == f"<{name} *:{squares - 1},{squares - 1}>"
     assert len(labels_at(model, clean, "projector.in")) == family.grid**2
     assert labels_at(model, clean, "vision.resid_post")[:2] == ["<cls *>", "<patch *:0,0>"]
+
+
+def test_as_many_tiles_that_lie_otherwise_are_refused(seed: int, tmp_path: Path) -> None:
+    """Neither the tokens nor their cells differ, but each shows another part of its image."""
+    family = FAMILIES["Qwen2"]
+    write(family, tmp_path, random_internvl(family))
+    model = load(tmp_path)
+    down, across = random.choice([(1, 2), (2, 3), (1, 3)])
+    unit = 2 * family.side
+    size = across * unit, down * unit
+    image, other = random_image(size, seed), random_image(size[::-1], seed + 1)
+    pair = ImagePair.of("Which country is it?", image, "red", other, "blue")
+    clean, turned = (model.prepare("Which country is it?", each) for each in (image, other))
+    assert torch.equal(clean.tokens, turned.tokens)
+    assert len(clean.images[0].views) == len(turned.images[0].views) == 1 + down * across
+    refused_calls: list[Any] = [
+        lambda: swap_image(model, clean, other),
+        lambda: pair.inputs(model),
+        lambda: causal_trace(model, clean, turned, positions=[clean.span("image")]),
+    ]
+    for call in refused_calls:
+        with pytest.raises(ValueError, match="as many tiles, but they lie otherwise.*fit=True"):
+            call()
+    assert swap_image(model, clean, other, fit=True).images[0].image.size == size
+    larger = random_image((2 * size[0], 2 * size[1]), seed + 2)
+    assert swap_image(model, clean, larger).images[0].image is not None
 
 
 @EVERY

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from mmlens.analyses.targets import given_answer, record_with_answer
 from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.intervention import n_layers_of, site_of
+from mmlens.utils.tensors import flat_positions
 
 if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
@@ -26,7 +26,7 @@ def positions_of(inputs: MultimodalInputs, where: Where | None) -> Int[Tensor, "
     if isinstance(where, str):
         return inputs.span(where).cpu()
     given = range(inputs.n_pos) if where is None else where
-    positions = torch.as_tensor(given, dtype=torch.long).flatten().cpu()
+    positions = flat_positions(given)
     if not len(positions) or not 0 <= int(positions.min()) <= int(positions.max()) < inputs.n_pos:
         raise ValueError(
             f"positions {positions.tolist()} are not among 0 ... {inputs.n_pos - 1}; there must be "

@@ -138,7 +138,8 @@ def noise_span(
 
     Raises:
         UnknownSpanError: (a KeyError) no span of that name.
-        ValueError: a batch, inputs that have noise already, no samples.
+        ValueError: a batch, inputs that have noise already, no samples, a negative `multiple` or
+            one without end.
 
     Example:
         >>> corrupted = noise_span(model, inputs, ["constraint", "image"], samples=5)
@@ -146,7 +147,7 @@ def noise_span(
     inputs = model.to_inputs(inputs)
     check_one_prompt(len(inputs), "noise_span")
     check_no_noise(inputs)
-    check_samples(samples)
+    check_samples(samples, multiple)
     names = [span] if isinstance(span, str) else list(span)
     hit = torch.cat([inputs.span(name) for name in names]).unique()
     visual = inputs.is_image[0]

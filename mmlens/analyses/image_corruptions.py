@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -62,6 +62,9 @@ def swap_image(
     Example:
         >>> corrupted = swap_image(model, clean, "another_flag.png")
     """
+    check_level(level)
+    if which is None:
+        raise ValueError("swap_image changes one image: which=0 is the prompt's first")
     (chosen,) = chosen_images(inputs, which, "swap_image")
     inputs = model.to_inputs(inputs)
     other = load_image(image)
@@ -138,14 +141,17 @@ def blur_image(
     Example:
         >>> corrupted = blur_image(model, clean, sigma=20)
     """
-    if not sigma > 0:
-        raise ValueError(f"sigma={sigma}; it must be positive")
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma={sigma}; it must be positive, and no infinity")
     from torchvision.transforms.functional import gaussian_blur
 
     def blur(maps: Maps) -> Maps:
-        # Reflected edges need a kernel that is no wider than the map on each side.
-        radii = [min(math.ceil(3 * sigma), size - 1) for size in maps.shape[:1:-1]]
-        return gaussian_blur(maps, [2 * radius + 1 for radius in radii], [sigma, sigma])
+        # One axis at a time, since both at once would cost the square of the radius. Reflected
+        # edges need a kernel that is no wider than the map on each side.
+        width, height = (2 * min(math.ceil(3 * sigma), size - 1) + 1 for size in maps.shape[:1:-1])
+        for kernel in ([width, 1], [1, height]):
+            maps = gaussian_blur(maps, kernel, [sigma, sigma])
+        return maps
 
     return edit_images(model, inputs, blur, which, level, "blur_image")
 
@@ -194,12 +200,12 @@ def noise_image(
         seed: of the draws.
 
     Raises:
-        ValueError: a batch, inputs without images or with noise already, no samples, inputs that
-            do not hold the image.
+        ValueError: a batch, inputs without images or with noise already, no samples, a negative
+            `multiple` or one without end, inputs that do not hold the image.
     """
     inputs = model.to_inputs(inputs)
     chosen = chosen_images(inputs, which, "noise_image")
-    check_samples(samples)
+    check_samples(samples, multiple)
     maps = {i: as_maps(image_at(inputs, i, "noise_image")) for i in chosen}
     std = multiple * torch.cat([map.flatten() for map in maps.values()]).std()
     generator = torch.Generator().manual_seed(seed)
@@ -223,6 +229,7 @@ def edit_images(
     name: str,
 ) -> MultimodalInputs:
     """Edit images, or visual tokens on their grids: both are maps [image, channel, row, column]."""
+    check_level(level)
     inputs = model.to_inputs(inputs)
     chosen = chosen_images(inputs, which, name)
     if level == "pixels":
@@ -233,6 +240,8 @@ def edit_images(
     after = before.clone()
     for image in (inputs.images[i] for i in chosen):
         for view, grid in enumerate(image.grids):
+            if not math.prod(grid):
+                continue  # of an image so narrow that its tiles are padding alone
             patches = image.block((0, 0, *grid), view)
             tokens = before[patches].T.unflatten(1, grid)
             after[patches] = edit(tokens[None])[0].flatten(1).T
@@ -288,7 +297,15 @@ def check_no_noise(inputs: MultimodalInputs) -> None:
         )
 
 
-def check_samples(samples: int) -> None:
-    """Raise a ValueError unless there is at least one."""
-    if samples < 1:
-        raise ValueError(f"samples={samples}; there must be at least 1")
+def check_level(level: str) -> None:
+    """Raise a ValueError for a level that there is not."""
+    if level not in get_args(Level):
+        raise ValueError(f"level={level!r}; it is {' or '.join(map(repr, get_args(Level)))}")
+
+
+def check_samples(samples: int, multiple: float) -> None:
+    """Raise a ValueError unless there is at least one, of noise that has a size."""
+    if not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples={samples!r}; it is a whole number, at least 1")
+    if not 0 <= multiple < math.inf:
+        raise ValueError(f"multiple={multiple}; it is 0 or more, and no infinity")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmlens.inputs.image_tokens import ImageTokens
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.utils.tensors import flat_positions
 
 RegionsGiven = tuple[int, int] | Sequence[Any] | Mapping[str, Any]
 """A grid of (rows, columns); or boxes in pixels, masks or positions, in a list or by name."""
@@ -71,7 +72,7 @@ def positions_in(inputs: MultimodalInputs, region: Any) -> Region:
         return masked_positions(inputs, np.asarray(region, dtype=bool))
     if isinstance(region, tuple) and len(region) == 4:
         return inputs.patches(region)
-    positions = torch.as_tensor(region, dtype=torch.long).flatten().cpu()
+    positions = flat_positions(region)
     visual = inputs.is_image[0].cpu()
     inside = (positions >= 0) & (positions < inputs.n_pos)
     if not len(positions) or not bool(inside.all()) or not bool(visual[positions].all()):

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmlens.analyses.targets import Answer, Measure, given_answer, make_answer, with_answer
 from mmlens.branching.recording import Recording
 from mmlens.model.components.norm import float32_or_wider
+from mmlens.utils.tensors import flat_positions
 
 MetricName = Literal["probability", "logit_diff", "kl", "loss"]
 MetricFunction = Callable[[Float[Tensor, "row n d_vocab"]], Float[Tensor, "row ..."]]
@@ -76,14 +76,14 @@ def followed(
     if isinstance(metric, str) and positions is not None:
         raise ValueError(f"positions are for a function; metric={metric!r} reads the answer")
     if not isinstance(metric, str) and answer is None:
-        at = torch.as_tensor([inputs.n_pos - 1] if positions is None else positions)
+        at = flat_positions([inputs.n_pos - 1] if positions is None else positions)
         return Followed(recording, metric, at, name, None)
     target = most_probable(recording) if answer is None else given_answer(model, inputs, answer)
     longer = with_answer(inputs, target)
     if longer is not inputs:
         recording = recording.record(longer)
     if not isinstance(metric, str):
-        at = target.positions if positions is None else torch.as_tensor(positions)
+        at = target.positions if positions is None else flat_positions(positions)
         return Followed(recording, metric, at, name, target)
     other = None if contrast is None else given_answer(model, inputs, contrast)
     function = metric_of(metric, target, other, recording if reference is None else reference)

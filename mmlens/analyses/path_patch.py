@@ -37,6 +37,7 @@ from mmlens.model.hook_points import HookPoint
 from mmlens.model.sites import split_site
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.progress import Progress
+from mmlens.utils.tensors import flat_positions
 from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
@@ -329,6 +330,6 @@ def label_of(place: Any) -> str:
     site, layer, *rest = place
     label = site if layer is None else f"{site} {layer}"
     if rest and rest[0] is not None:
-        at = torch.as_tensor(rest[0]).flatten().tolist()
+        at = flat_positions(rest[0]).tolist()
         label += f" at {at[0]}" if len(at) == 1 else f" at {min(at)}-{max(at)}"
     return label

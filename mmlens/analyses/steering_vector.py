@@ -26,6 +26,7 @@ from mmlens.model.components.norm import float32_or_wider
 from mmlens.model.hook_points import HookPoint
 from mmlens.model.sites import split_site
 from mmlens.utils.grad_mode import without_gradients
+from mmlens.utils.tensors import flat_positions
 from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def steering_vector(
             "model": model.cfg.model_name,
             "positions": positions
             if isinstance(positions, str)
-            else torch.as_tensor(positions).tolist(),
+            else flat_positions(positions).tolist(),
         },
     )
 

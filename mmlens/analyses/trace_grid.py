@@ -11,11 +11,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmlens.inputs.common_prefix import common_prefix
+from mmlens.inputs.image_tokens import check_same_cells
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.position_labels import region_label
 from mmlens.interventions.in_tile import InTile, check_has_tiles
 from mmlens.interventions.intervention import n_layers_of, site_of, window
 from mmlens.model.components.packed_images import grids_of, places
+from mmlens.utils.tensors import flat_positions
 
 if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
@@ -54,7 +56,7 @@ def numbers_of(part: Int[Tensor, " _"] | InTile) -> list[int]:
 
 
 def check_pair(clean: MultimodalInputs, corrupted: MultimodalInputs) -> None:
-    """Raise a ValueError unless both are one prompt with the same positions."""
+    """Raise a ValueError unless both are one prompt with the same positions and patches."""
     if len(clean) != 1 or len(corrupted) != 1:
         raise ValueError(
             f"causal_trace takes one prompt; clean has {len(clean)} rows, corrupted has "
@@ -62,6 +64,9 @@ def check_pair(clean: MultimodalInputs, corrupted: MultimodalInputs) -> None:
         )
     if clean.noise is not None:
         raise ValueError("the clean inputs have noise; only the corrupted may have some")
+    if len(clean.images) == len(corrupted.images):
+        for image, other in zip(clean.images, corrupted.images, strict=True):
+            check_same_cells(other, image)
     if (
         clean.n_pos != corrupted.n_pos
         or not torch.equal(clean.is_image, corrupted.is_image)
@@ -70,6 +75,10 @@ def check_pair(clean: MultimodalInputs, corrupted: MultimodalInputs) -> None:
         raise ValueError(
             f"clean ({clean.n_pos} positions) and corrupted ({corrupted.n_pos}) must have the same "
             "positions, visual tokens and padding; swap_span keeps them"
+        )
+    if len(clean.images) != len(corrupted.images):
+        raise ValueError(
+            f"clean has {len(clean.images)} images, corrupted has {len(corrupted.images)}"
         )
 
 
@@ -90,6 +99,10 @@ def position_groups(
 ) -> list[TracedGroup]:
     """The groups of positions, each with a label."""
     first = first_difference(clean, corrupted)
+    if isinstance(positions, str):
+        raise ValueError(
+            f"positions={positions!r}; they are groups, such as [inputs.span({positions!r})]"
+        )
     if positions is None:
         if site_of(sites[0]).positions != "tokens":
             raise ValueError(f"site {sites[0]!r} has positions of its own: give them")
@@ -132,7 +145,7 @@ def parts_of(group: Group) -> tuple[Int[Tensor, " _"] | InTile, ...]:
         if not all(isinstance(part, InTile) for part in group):
             raise ValueError(f"a group is positions or `InTile`s, not both: {list(group)}")
         return tuple(part for part in group if isinstance(part, InTile))
-    return (torch.as_tensor(group, dtype=torch.long).flatten().cpu(),)
+    return (flat_positions(group),)
 
 
 def tile_of(part: Int[Tensor, " _"] | InTile) -> int | None:

@@ -53,7 +53,15 @@ def passes(
     model: HookedMultimodalTransformer,
     batch_rows: int | None,
 ) -> list[Pass]:
-    """Passes over all branches, whose starts are given (None: must be run from the beginning)."""
+    """Passes over all branches, whose starts are given (None: must be run from the beginning).
+
+    Raises:
+        ValueError: `batch_rows` is no whole number above 0, and not None.
+    """
+    if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
+        raise ValueError(
+            f"batch_rows={batch_rows!r}; it is a whole number of rows, at least 1, or None"
+        )
     result = [
         Pass((index,), n_pos * n_rows, is_plain=True)
         for index, start in enumerate(starts)

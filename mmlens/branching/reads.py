@@ -15,7 +15,7 @@ from mmlens.branching.packing import Packing
 from mmlens.interventions.intervention import hook_name, site_of
 from mmlens.model.hook_points import HookPoint
 from mmlens.model.sites import Site, split_site
-from mmlens.utils.tensors import to_device
+from mmlens.utils.tensors import flat_positions, to_device
 
 if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
@@ -48,7 +48,7 @@ class Read:
             KeyError: the model has no such hook point.
         """
         given = range(n_pos) if positions is None else positions
-        each = torch.as_tensor(given, dtype=torch.long).flatten().cpu()
+        each = flat_positions(given)
         read = cls(site, layer, each)
         model.check_hook_name(read.name)
         if read.where.stack != "decoder" or (layer is None and not read.where.after):

@@ -48,6 +48,7 @@ from mmlens.model.sites import split_site
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.memory import is_out_of_memory
 from mmlens.utils.progress import Progress
+from mmlens.utils.tensors import flat_positions
 from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
@@ -383,7 +384,7 @@ class Recording(RecordedRun):
 
     def _read(self, positions: Tensor | Sequence[int] | None) -> list[int]:
         n_pos = self.inputs.n_pos
-        given = [n_pos - 1] if positions is None else torch.as_tensor(positions).tolist()
+        given = [n_pos - 1] if positions is None else flat_positions(positions).tolist()
         if not given or not 0 <= min(given) <= max(given) < n_pos:
             raise ValueError(f"cannot read at {given}; positions are 0 ... {n_pos - 1}")
         return given

@@ -126,7 +126,7 @@ class ImagePlaces:
             ValueError: more boxes than patches, or as `block`.
         """
         tokens = self._images_at(image, batch)[0]
-        boxes = tile_boxes(tokens.grids[tokens.view(view)], rows, columns)
+        boxes = tile_boxes(tokens.grids[tokens.view_with_cells(view)], rows, columns)
         return [self.block(box, image=image, view=view, batch=batch) for box in boxes]
 
     def _images_at(self, image: int, batch: int | None) -> list[ImageTokens]:

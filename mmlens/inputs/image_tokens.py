@@ -124,8 +124,23 @@ class ImageTokens:
         Raises:
             ValueError: no such view.
         """
-        if not 0 <= view < len(self.grids):
-            raise ValueError(f"view={view}; this image has {len(self.grids)} view(s), from 0")
+        is_number = isinstance(view, int | np.integer)
+        if not is_number or not 0 <= view < len(self.grids):
+            raise ValueError(f"view={view!r}; this image has {len(self.grids)} view(s), from 0")
+        return view
+
+    def view_with_cells(self, view: int) -> int:
+        """Return the number of a view that has cells.
+
+        Raises:
+            ValueError: no such view, or one without: of an image so narrow that less than a row of
+                patches shows it, the tiles may be padding alone, which the model leaves out.
+        """
+        if not min(self.grids[self.view(view)]):
+            raise ValueError(
+                f"view {view} of this image has no patches: it is so narrow that the tiles are "
+                "padding alone, which the model leaves out; view 0 shows all of it"
+            )
         return view
 
     def block(self, box: tuple[int, int, int, int], view: int = 0) -> Tensor:
@@ -138,7 +153,9 @@ class ImageTokens:
         Raises:
             ValueError: an empty box or one that leaves the grid, or no such view.
         """
-        n_rows, n_cols = self.grids[self.view(view)]
+        n_rows, n_cols = self.grids[self.view_with_cells(view)]
+        if len(box) != 4:
+            raise ValueError(f"a block is (row0, col0, row1, col1) in patches, not {tuple(box)}")
         row0, col0, row1, col1 = box
         if not (0 <= row0 < row1 <= n_rows and 0 <= col0 < col1 <= n_cols):
             raise ValueError(
@@ -215,13 +232,44 @@ def grid_cells(grid: Grid, view: int = 0) -> Int[Tensor, "cell 3"]:
 
 
 def check_same_cells(new: ImageTokens, old: ImageTokens) -> None:
-    """Raise a ValueError unless an image has the same patches as the one whose place it takes."""
+    """Raise a ValueError unless an image has the same patches as the one whose place it takes.
+
+    In families with a view for each tile, as many tiles may lie otherwise (2 x 3 and 3 x 2), which
+    their cells alone do not tell where no text stands between them.
+    """
+    fit = "give one of the same size, or fit=True (swap_image, ImagePair.inputs)"
     if not torch.equal(new.cells, old.cells):
         raise ValueError(
             f"the other image has {len(new.positions)} visual tokens in views of "
             f"{list(new.grids)} patches, the one before {len(old.positions)} in "
-            f"{list(old.grids)}: give one of the same size, or fit=True"
+            f"{list(old.grids)}: {fit}"
         )
+    pairs = zip(_tiles_in_whole(new), _tiles_in_whole(old), strict=False)
+    for view, (there, here) in enumerate(pairs, start=1):
+        if max(abs(a - b) for a, b in zip(there, here, strict=True)) > 1e-6:
+            raise ValueError(
+                f"the other image has as many tiles, but they lie otherwise: of its whole, view "
+                f"{view} shows {_percent(there)} (left, top, right, bottom), that of the one "
+                f"before {_percent(here)}: {fit}"
+            )
+
+
+def _tiles_in_whole(image: ImageTokens) -> list[Box]:
+    """Return where in the whole each tile lies, from 0 to 1, where tiles are views of their own."""
+    whole, *tiles = image.views
+    if len(tiles) < 2 or whole.box is None:  # one view of all tiles is one grid
+        return []
+    left, top, right, bottom = whole.box
+    origin, length = (left, top) * 2, (right - left, bottom - top) * 2
+    boxes = [tile.box for tile in tiles if tile.box is not None]
+    return [
+        Box(*((side - first) / n for side, first, n in zip(box, origin, length, strict=True)))
+        for box in boxes
+    ]
+
+
+def _percent(box: Box) -> str:
+    return ", ".join(f"{side:.0%}" for side in box)
 
 
 def _share(cell: Box, box: Box) -> float:

@@ -262,7 +262,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise ValueError(f"an array of {array.dtype} is no image: it must hold numbers")
     if array.dtype.kind in "bf":
         return _scaled(array, 1)
-    return _scaled(array, _white_of_integers(array, array.dtype == np.uint16))
+    is_deep = array.dtype.newbyteorder("=") == np.uint16  # as TIFF files have it, perhaps
+    return _scaled(array, _white_of_integers(array, is_deep))
 
 
 def _white_of_integers(array: np.ndarray, may_be_deep: bool) -> int:

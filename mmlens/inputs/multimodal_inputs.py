@@ -211,7 +211,9 @@ class MultimodalInputs(ImagePlaces, TokenArray):
 
     def _span_of_row(self, name: str, row: int) -> Tensor:
         if name not in self.spans[row]:
-            why = " (this row has no image)" if name.startswith("image") else ""
+            n = len(self.by_row[row])
+            images = "1 image" if n == 1 else f"{n or 'no'} images"
+            why = f" (this row has {images})" if name.startswith("image") else ""
             raise UnknownSpanError(
                 f"no span is called {name!r} in row {row}{why}; "
                 f"there are: {', '.join(self.spans[row]) or 'none'}"

@@ -32,7 +32,7 @@ from mmlens.interventions.of_runs import freeze, mean, resample, restore, transp
 from mmlens.model.components.norm import float32_or_wider
 from mmlens.model.hook_points import HookPoint
 from mmlens.model.run_positions import Positions, current_pass
-from mmlens.utils.tensors import to_device
+from mmlens.utils.tensors import flat_positions, to_device
 
 __all__ = [
     "HookFunction",
@@ -186,7 +186,7 @@ def knockout(sources: Positions | Sequence[int] | int) -> HookFunction:
         >>> cut = Intervention("attn_scores", range(10), inputs.span("last"),
         ...                    knockout(inputs.span("image")))
     """
-    keys = torch.as_tensor(sources, dtype=torch.long).flatten()
+    keys = flat_positions(sources)
 
     def knocked_out(activation: Activation, hook: HookPoint) -> Activation:
         if hook.site.masked is None:

@@ -24,7 +24,7 @@ from mmlens.model.hook_points import HookPoint
 from mmlens.model.run_positions import PassPositions, Positions, current_pass
 from mmlens.model.sites import Site, split_site
 from mmlens.model.transformer import HookedMultimodalTransformer
-from mmlens.utils.tensors import to_device
+from mmlens.utils.tensors import flat_positions, to_device
 
 LAYERED_SITES = tuple(
     name
@@ -361,10 +361,7 @@ def as_positions(
             f"positions={positions!r}; they are numbers, None (every position) or 'generated'; "
             f"those of a span are inputs.span({positions!r})"
         )
-    given = torch.as_tensor(positions)
-    if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
-        raise TypeError(f"positions are integers, not {given.dtype}; for a mask, mask.nonzero()")
-    each = list(dict.fromkeys(given.flatten().tolist()))
+    each = list(dict.fromkeys(flat_positions(positions).tolist()))
     if min(each, default=0) < 0:
         raise ValueError(f"positions count from 0; got {each}")
     return torch.tensor(each, dtype=torch.long)

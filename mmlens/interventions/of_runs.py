@@ -24,6 +24,7 @@ from mmlens.model.activation_cache import ActivationCache
 from mmlens.model.hook_points import HookPoint
 from mmlens.model.run_positions import Positions, current_pass
 from mmlens.model.sites import Site
+from mmlens.utils.tensors import flat_positions
 
 Source = Any
 """A `Recording`, an `ActivationCache` or another mapping from names of hook points."""
@@ -159,7 +160,7 @@ def mean(
             found = found_in(source, hook)
             real = real_positions(source, found, hook.site)
             if among is not None:
-                at = torch.as_tensor(among, device=real.device)
+                at = flat_positions(among).to(real.device)
                 if not len(at) or not 0 <= int(at.min()) <= int(at.max()) < real.shape[1]:
                     raise ValueError(
                         f"{hook.name}: positions {at.tolist()} are not among 0 ... "
@@ -256,7 +257,7 @@ def drawn_from(
     positions: Positions | Sequence[int], here: Sequence[int], key: tuple[object, ...]
 ) -> list[int]:
     """Return one of some positions for each of others, drawn by a key."""
-    among = torch.as_tensor(positions, dtype=torch.long).tolist()
+    among = flat_positions(positions).tolist()
     draws = (torch.randint(len(among), (), generator=generator_for(*key, each)) for each in here)
     return [among[int(each)] for each in draws]
 
@@ -289,7 +290,7 @@ def transplant(
         ...                     transplant(source, "resid_post", 12, inputs.patch(3, 5)))
         >>> model.generate(patchscope, 8, interventions=[look])
     """
-    at = torch.as_tensor(positions, dtype=torch.long).flatten().cpu()
+    at = flat_positions(positions)
     place = recording.model.SITES[site]
     source = at_positions(recording[site, layer], place.position_axis, at)
 

@@ -198,6 +198,11 @@ class HookedMultimodalTransformer(
         input, visual = batch_arguments(input, others)
         take_transformers_arguments("forward", others)
         refuse_arguments("forward", self.forward, others)
+        if not isinstance(return_type, str | None):
+            raise TypeError(
+                f"return_type is a name or None, not {type(return_type).__name__}: images go to "
+                "`model.prepare` with their text, and pixel values are given by name"
+            )
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type={return_type!r}; it is 'logits', 'loss', 'both' or None")
         first = self._layer("start_at_layer", start_at_layer, default=0)

@@ -47,9 +47,10 @@ class ImageMesh:
             frame: where the cells of a single view lie, instead of what it says itself.
 
         Raises:
-            ValueError: no such view, a frame for several, or no telling where the cells lie.
+            ValueError: no such view, one without cells, a frame for several, or no telling where
+                the cells lie.
         """
-        shown = range(len(image.grids)) if view == "all" else [image.view(view)]
+        shown = range(len(image.grids)) if view == "all" else [image.view_with_cells(view)]
         if frame is not None and len(shown) > 1:
             raise ValueError('frame= is that of one view: choose it with view=0 instead of "all"')
         boxes = [image.views[index].box if frame is None else frame for index in shown]

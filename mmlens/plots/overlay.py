@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image, ImageEnhance
 from plotly import graph_objects as go
@@ -41,7 +42,9 @@ POSITIVE, NEGATIVE = "5,48,140", "179,78,6"
 
 
 def overlay(
-    values: AttentionContribution | Float[Tensor, "*layers_and_heads patch"],
+    values: AttentionContribution
+    | Float[Tensor, "*layers_and_heads patch"]
+    | Float[np.ndarray, "*layers_and_heads patch"],
     inputs: MultimodalInputs,
     *,
     image: int = 0,
@@ -86,6 +89,8 @@ def overlay(
         >>> overlay(norms, inputs, layers=[3])    # [1, patch]: norms of one layer
         >>> overlay(seen, inputs, view="all")     # the whole image and its tiles together
     """
+    if isinstance(values, np.ndarray):
+        values = torch.tensor(values)
     shown, tokens = image_of(inputs, image), inputs.images[image]
     mesh = ImageMesh.of(tokens, view, frame)
     if isinstance(values, Tensor):

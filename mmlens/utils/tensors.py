@@ -1,8 +1,13 @@
-"""Moving tensors to the device where they are needed."""
+"""Tensors on the device where they are needed, and positions in any form as one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -14,3 +19,28 @@ def to_device(made: Tensor, device: torch.device) -> Tensor:
     that pageable memory has been read when the call returns.)
     """
     return made.to(device, non_blocking=device.type == "cuda")
+
+
+def flat_positions(given: Any) -> Int[Tensor, " n"]:
+    """Return positions, given as numbers in any form, one after the other and on the CPU.
+
+    Raises:
+        TypeError: a mask, floats or a text. As whole numbers they would be other positions: a mask
+            would be positions 0 and 1.
+
+    Example:
+        >>> flat_positions(range(3, 6)), flat_positions(inputs.span("last"))
+    """
+    if isinstance(given, str):
+        raise TypeError(
+            f"positions are numbers, not {given!r}; those of a span are inputs.span({given!r})"
+        )
+    if isinstance(given, Iterable) and not isinstance(given, Tensor | np.ndarray | Sequence):
+        given = list(given)
+    found = torch.as_tensor(given)
+    if not found.numel():  # an empty list is one of floats
+        return torch.zeros(0, dtype=torch.long)
+    if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+        mask = "; for a mask, mask.nonzero()" if found.dtype == torch.bool else ""
+        raise TypeError(f"positions are integers, not {found.dtype}{mask}")
+    return found.flatten().long().cpu()
