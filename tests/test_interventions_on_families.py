@@ -1,33 +1,17 @@
-"""Hook functions, scans, paths and the lens against torch's hooks on transformers' own models.
-
-Of four families: one whose images are tiles, one with rotary positions of rows and columns, and two
-that do not attend causally. In float64, but for norms, rotary angles and eager attention's softmax,
-which transformers takes in float32: logits are held to what they are held to in float32.
-"""
+"""Hook functions against torch's hooks on transformers' own models, of four families."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from made_families import MADE, Made
-from test_path_patch import compare_with_hf
-from textbook_patching import PlainHooks
+from family_cases import EVERY, LOGITS, Case
 from torch import Tensor
 
-from mmlens import (
-    Intervention,
-    ablation_scan,
-    attention_knockout,
-    attention_sinks,
-    hook_name,
-    logit_lens,
-)
+from mmlens import Intervention, hook_name
 from mmlens.interventions.functions import (
     add,
     clamp_along,
@@ -43,76 +27,6 @@ from mmlens.interventions.functions import (
     transplant,
     zero,
 )
-
-LOGITS = 1e-4
-FAMILIES = ("LLaVA-NeXT", "Qwen2.5-VL", "Gemma 3", "PaliGemma")
-EVERY = pytest.mark.parametrize("family", FAMILIES)
-
-PLACES = {
-    "resid_post": ("", False),
-    "z": ("self_attn.o_proj", True),
-    "post": ("mlp.down_proj", True),
-    "q": ("self_attn.q_proj", False),
-    "v": ("self_attn.v_proj", False),
-}
-"""Of sites: the module of transformers' block, and whether it is its input (heads side by side)."""
-
-
-class Case:
-    """One prompt with an image, the same with two words exchanged, and hooks on transformers."""
-
-    def __init__(self, family: str, seed: int, folder: Path) -> None:
-        made: Made = MADE[family](seed, folder, images=[1])
-        self.hf, self.model = made.hf, made.model
-        tokens = made.batch["input_ids"]
-        self.inputs = made.inputs()
-        ids = tokens[0].tolist()
-        words = [at for at in self.inputs.span("text").tolist()[1:] if ids[at] >= 2]
-        first, second = next(
-            (a, b) for b in words[::-1] for a in words if a < b and ids[a] != ids[b]
-        )
-        self.words = [first, second]
-        changed = tokens.clone()
-        changed[0, [first, second]] = tokens[0, [second, first]]
-        self.batches = [made.batch, {**made.batch, "input_ids": changed}]
-        self.other = made.inputs(self.batches[1])
-        self.hooks = PlainHooks(made.hf, "model.language_model", made.model.cfg.d_head)
-        self.chance = random.Random(seed)
-
-    def layer(self, least: int = 0) -> int:
-        return self.chance.randrange(least, self.model.cfg.n_layers)
-
-    def theirs(self, edits: Any) -> Tensor:
-        """Transformers' logits [pos, d_vocab] of the prompt."""
-        return self.hooks.run(self.batches[0], edits)[0]
-
-    def kept(self, run: int, site: str, layer: int) -> Tensor:
-        """An activation of transformers in one of the two prompts: [1, pos, width]."""
-        place = (layer, *PLACES[site])
-        return self.hooks.kept(self.batches[run], [place])[place]
-
-    def cut(self, layers: list[int], queries: Any, keys: Any, heads: Any = None) -> Tensor:
-        """Transformers' logits with attention cut in its mask."""
-        n_heads = self.model.cfg.n_heads
-        chosen = range(n_heads) if heads is None else heads
-
-        def edit(module: Any, args: Any, kwargs: Any) -> Any:
-            mask = kwargs["attention_mask"].expand(-1, n_heads, -1, -1).clone()
-            for head in chosen:
-                mask[0, head, torch.tensor(queries)[:, None], torch.tensor(keys)] = torch.finfo(
-                    mask.dtype
-                ).min
-            return args, {**kwargs, "attention_mask": mask}
-
-        self.hf.set_attn_implementation("eager")
-        with ExitStack() as stack:
-            for layer in layers:
-                attention = self.hooks.module(layer, "self_attn")
-                handle = attention.register_forward_pre_hook(edit, with_kwargs=True)
-                stack.callback(handle.remove)
-            found = self.theirs([])
-        self.hf.set_attn_implementation("sdpa")
-        return found
 
 
 @pytest.fixture
@@ -170,7 +84,7 @@ def test_functions_at_a_site(case: Case) -> None:
     for site in ("resid_post", case.chance.choice(["z", "post", "q", "v"])):
         layer = case.layer()
         at = sorted({case.chance.choice(image), *case.chance.sample(range(n_pos), 2)} | {n_pos - 1})
-        place = (layer, *PLACES[site])
+        place = case.place(site, layer)
         for name, (function, formula) in functions(case, site, layer, at).items():
 
             def edit(x: Tensor, formula: Any = formula, at: Any = at) -> Tensor:
@@ -220,7 +134,7 @@ def test_functions_of_several_places(case: Case) -> None:
     close.append(
         (
             ours(noisy, Intervention("z", layer, later, freeze(recording))),
-            case.theirs([moved, (layer, *PLACES["z"], lambda x: frozen)]),
+            case.theirs([moved, (*case.place("z", layer), lambda x: frozen)]),
         )
     )
 
@@ -245,74 +159,3 @@ def test_functions_of_several_places(case: Case) -> None:
     close.append((ours(*cut), case.cut([0, layer], queries, keys)))
     for found, expected in close:
         assert float((found - expected).abs().max()) <= LOGITS
-
-
-def probability(logits: Tensor, token: int) -> float:
-    return float(logits[-1].softmax(-1)[token])
-
-
-@EVERY
-@torch.no_grad()
-def test_scans_knockout_sinks_and_the_lens(case: Case) -> None:
-    """P changes by at most twice what logits may be off."""
-    model, inputs, cfg = case.model, case.inputs, case.model.cfg
-    token, last, layer = case.chance.randrange(5, 40), inputs.n_pos - 1, case.layer()
-    image = inputs.span("image").tolist()
-    scan = ablation_scan(model, inputs, positions="last", layers=[layer], answer=token)
-    own = ablation_scan(
-        model, inputs, "heads", knockout(image), site="attn_scores", positions="last",
-        layers=[layer], answer=token,
-    )  # fmt: skip
-    for head in range(cfg.n_heads):
-        units = slice(head * cfg.d_head, (head + 1) * cfg.d_head)
-
-        def ablate(x: Tensor, units: Any = units) -> Tensor:
-            x = x.clone()
-            x[:, last, units] = 0.0
-            return x
-
-        expected = probability(case.theirs([(layer, *PLACES["z"], ablate)]), token)
-        assert float(scan.values[0, head]) == pytest.approx(expected, abs=2 * LOGITS)
-        expected = probability(case.cut([layer], [last], image, [head]), token)
-        assert float(own.values[0, head]) == pytest.approx(expected, abs=2 * LOGITS)
-    regions = {"one": image[:1], "all": image}
-    erased = ablation_scan(model, inputs, "regions", regions=regions, answer=token)
-    for positions, value in zip(regions.values(), erased.values.tolist(), strict=True):
-
-        def erase(x: Tensor, positions: Any = positions) -> Tensor:
-            return x.index_fill(1, torch.tensor(positions), 0.0)
-
-        expected = probability(case.theirs([(0, "", True, erase)]), token)
-        assert value == pytest.approx(expected, abs=2 * LOGITS)
-    cut = attention_knockout(
-        model, inputs, "image", "last", layers=[layer], window=3, answer=token, metric="loss"
-    )
-    window = [each for each in (layer - 1, layer, layer + 1) if 0 <= each < cfg.n_layers]
-    loss = -case.cut(window, [last], image)[-1].log_softmax(-1)[token]
-    assert float(cut.values[0]) == pytest.approx(float(loss), abs=2 * LOGITS)
-
-    case.hf.set_attn_implementation("eager")
-    run = case.hf(**case.batches[0], output_attentions=True)
-    case.hf.set_attn_implementation("sdpa")
-    sinks = attention_sinks(model, inputs, answer=token, draws=1)
-    for each in range(cfg.n_layers):
-        pattern = run.attentions[each][0].mean(dim=0)  # [query, key]
-        there = (pattern > 0).fill_diagonal_(False)
-        received = (pattern * there).sum(dim=0) / there.sum(dim=0)
-        torch.testing.assert_close(
-            sinks.received[each].double(), received.double(), rtol=0, atol=LOGITS, equal_nan=True
-        )
-        norms = case.kept(0, "v", each)[0].unflatten(-1, (cfg.n_kv_heads, -1)).norm(dim=-1)
-        torch.testing.assert_close(sinks.value_norms[each], norms.mean(-1), rtol=0, atol=LOGITS)
-    lens = logit_lens(model, inputs, positions="image", tokens=[token], layers=[layer])
-    decoder: Any = case.hf.get_submodule("model.language_model")
-    read = case.hf.lm_head(decoder.norm(case.kept(0, "resid_post", layer)))[0, image]
-    expected = read.log_softmax(-1)[:, token]
-    torch.testing.assert_close(
-        lens.log_probs[0, :, 0].double(), expected.double(), rtol=0, atol=2 * LOGITS
-    )
-
-
-@pytest.mark.parametrize("family", FAMILIES[1:])
-def test_paths(case: Case) -> None:
-    compare_with_hf(case.model, case.hooks, case.inputs, case.other, case.batches)

@@ -99,6 +99,14 @@ class PlainHooks:
         self, batch: dict[str, Any], edits: Sequence[tuple[int, str, bool, Callable[[Tensor], Any]]]
     ) -> Tensor:
         """Logits with `edit(activation)` at inputs (True) or outputs of modules."""
+        return self.call(lambda: self.hf(**batch).logits, edits)
+
+    def call(
+        self,
+        run: Callable[[], Any],
+        edits: Sequence[tuple[int, str, bool, Callable[[Tensor], Any]]],
+    ) -> Any:
+        """What a function returns while the edits are made."""
         with ExitStack() as stack, torch.no_grad():
             for layer, name, at_input, edit in edits:
                 module = self.module(layer, name)
@@ -120,7 +128,7 @@ class PlainHooks:
                     else module.register_forward_hook(after)
                 )
                 stack.callback(handle.remove)
-            return self.hf(**batch).logits
+            return run()
 
     def kept(
         self, batch: dict[str, Any], places: Sequence[tuple[int, str, bool]]
