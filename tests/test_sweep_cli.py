@@ -83,6 +83,22 @@ def test_sweep_and_summarize(run, folder, tmp_path, no_browser):
     assert "no browser" in (out / "summary" / "counts.json").read_text()
 
 
+def test_another_metric(run, folder, tmp_path, no_browser):
+    out = tmp_path / "out"
+    options = (*common(folder, out), "--sites", "mlp_out", "--roles", "last token", "--limit", 2)
+    code, *_ = run("sweep", "trace", *options, "--metric", "loss")
+    assert code == 0
+    assert set(Sweep(out).results()["metric"]) == {"loss"}
+    code, printed, _ = run("summarize", out, "--samples", 20)
+    assert code == 0 and "lowest means over layers, 2 questions" in printed
+    for wrong, message in (
+        (("--metric", "nll"), "metric 'nll'; there are probability"),
+        (("--contrast", "Rome"), "a contrast is for the metric logit_diff"),
+    ):
+        code, _, told = run("sweep", "trace", *options, *wrong)
+        assert code == 2 and message in " ".join(told.split())
+
+
 def test_failures_are_told_by_the_exit_status(run, folder, tmp_path):
     broken = tmp_path / "data"
     broken.mkdir()

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmlens.analyses.metrics import gap
 from mmlens.analyses.result import SavedResult, long_table
 from mmlens.analyses.trace_result import CausalTrace
 from mmlens.inputs.checks import check_one_prompt
@@ -207,7 +208,8 @@ def aggregate_traces(
             By default every question is its own.
         right: whether each question was answered rightly; the others are left out, and counted in
             `metadata["filters"]`.
-        minimum_gap: least clean - corrupted probability (or other metric); the same.
+        minimum_gap: least clean - corrupted probability (or logit difference; corrupted - clean
+            loss or KL divergence); the same.
         samples: resamples.
         level: of the intervals.
         seed: of the resampling.
@@ -266,11 +268,11 @@ def passing_traces(
     if right is not None and len(right) != len(traces):
         raise ValueError(f"{len(right)} answers for {len(traces)} traces")
     answered = [i for i in range(len(traces)) if right is None or right[i]]
-    gaps = [traces[i].clean - traces[i].corrupted for i in answered]
+    gaps = [gap(traces[i].metric, traces[i].clean, traces[i].corrupted) for i in answered]
     kept = [
         i
-        for i, gap in zip(answered, gaps, strict=True)
-        if minimum_gap is None or gap >= minimum_gap
+        for i, found in zip(answered, gaps, strict=True)
+        if minimum_gap is None or found >= minimum_gap
     ]
     record = {
         "given": len(traces),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,6 +26,8 @@ MetricName = Literal["probability", "logit_diff", "kl", "loss"]
 MetricFunction = Callable[[Float[Tensor, "row n d_vocab"]], Float[Tensor, "row ..."]]
 Metric = MetricName | MetricFunction
 """A name, or a function of the logits at the positions that are read: a number for each row."""
+FALLING: tuple[MetricName, ...] = ("kl", "loss")
+"""Those that get smaller as a run comes back to the answer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +105,11 @@ def check_metric(metric: Metric, contrast: str | int | None) -> None:
             if contrast is None
             else f"contrast={contrast!r} is for metric='logit_diff', not for {metric!r}"
         )
+
+
+def gap(metric: str, clean: Any, corrupted: Any) -> Any:
+    """Return by how much a corrupted run is further from the answer than the clean one."""
+    return corrupted - clean if metric in FALLING else clean - corrupted
 
 
 def of_each_row(function: MetricFunction) -> MetricFunction:

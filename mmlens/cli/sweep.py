@@ -153,7 +153,8 @@ def summarize(
         bool, typer.Option("--only-right", help="Leave out questions not answered rightly.")
     ] = False,
     minimum_gap: Annotated[
-        float | None, typer.Option(help="Least clean - corrupted probability of a trace.")
+        float | None,
+        typer.Option(help="Least clean - corrupted probability (or --metric) of a trace."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")] = 2000,
     level: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
@@ -185,6 +186,8 @@ def summarize(
 
 def print_peaks(summary: Summary) -> None:
     """Where each mean is largest; without what is the same in all rows."""
+    from mmlens.analyses.metrics import FALLING
+
     peaks = summary.peaks
     kept = [
         name
@@ -198,7 +201,8 @@ def print_peaks(summary: Summary) -> None:
     for row in peaks.to_dict("records"):
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
         table.add_row(*(escape(str(row[name])) for name in kept), f"{row['mean']:.3f}", interval)
-    console().print(f"\nlargest means over layers, {summary.counts['used']} questions:")
+    largest = "lowest" if summary.metric in FALLING else "largest"
+    console().print(f"\n{largest} means over layers, {summary.counts['used']} questions:")
     console().print(table)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from mmlens.analyses.metrics import FALLING, gap
 from mmlens.sweeps.task import ROLES
 from mmlens.utils.csv_files import write_csv
 from mmlens.utils.files import write_atomically
@@ -28,11 +29,14 @@ class Summary:
     table: pd.DataFrame
     """One row per measure and cell (site, role, layer, window): n, mean, low, high."""
     peaks: pd.DataFrame
-    """Of these, the layer with the largest mean; its interval knows nothing of the choice."""
+    """Of these, the layer with the largest mean (the lowest, of a loss or a KL divergence, which
+    restoring makes smaller); its interval knows nothing of the choice."""
     figures: dict[str, Figure]
     """One per measure: a panel per site and role, layers to the right, a line per window."""
     counts: dict[str, Any]
     """Questions: used here, and why others are not; of a `Sweep`, planned, done, failed and why."""
+    metric: str = "probability"
+    """What traces follow."""
 
     def write(self, out: str | Path) -> list[Path]:
         """Write `table.csv`, `peaks.csv`, `counts.json` and every figure as html and png.
@@ -64,6 +68,13 @@ def columns_of(manifest: Mapping[str, Any], with_gap: bool) -> list[str]:
     return ["question", "cluster", "is_right", *manifest["keys"], *manifest["measures"], *gap]
 
 
+def metric_of(manifest: Mapping[str, Any]) -> str:
+    """Return what the traces of a sweep follow; "probability" for every other task."""
+    identity = manifest["identity"]
+    settings = identity.get("settings", {}) if identity.get("task") == "trace" else {}
+    return str(settings.get("metric", "probability"))
+
+
 def summarize(
     rows: pd.DataFrame,
     manifest: Mapping[str, Any],
@@ -83,7 +94,8 @@ def summarize(
         rows: of the questions, with `columns_of` the manifest.
         manifest: of the sweep; see `Sweep.manifest`.
         only_right: leave out questions that are not known to be answered rightly.
-        minimum_gap: leave out traces whose clean - corrupted probability is smaller.
+        minimum_gap: leave out traces whose clean - corrupted probability is smaller (or logit
+            difference; or corrupted - clean loss or KL divergence).
         samples: resamples.
         level: of the intervals.
         seed: of the resampling.
@@ -97,7 +109,8 @@ def summarize(
     """
     keys, measures = manifest["keys"], manifest["measures"]
     rows = rows[columns_of(manifest, minimum_gap is not None)]
-    rows, dropped = passing_questions(rows, only_right, minimum_gap)
+    metric = metric_of(manifest)
+    rows, dropped = passing_questions(rows, only_right, minimum_gap, metric)
     rows = rows.sort_values("question", kind="stable")
     tables = []
     for measure in measures:
@@ -109,15 +122,17 @@ def summarize(
     table = pd.concat(tables, ignore_index=True)
     there = [key for key in keys if key != "layer"]
     best = table.dropna(subset="mean").groupby([*there, "measure"], sort=False, observed=True)
-    peaks = table.loc[best["mean"].idxmax()].reset_index(drop=True)
+    means = best["mean"]
+    peak = means.idxmin() if metric in FALLING else means.idxmax()
+    peaks = table.loc[peak].reset_index(drop=True)
     n_used = int(rows["question"].nunique())
     subtitle = f"{manifest['model']['name']}, {n_used} questions, {level:.0%} bootstrap interval"
-    figures = {measure: draw_measure(table, measure, subtitle) for measure in measures}
-    return Summary(table, peaks, figures, {**dropped, "used": n_used})
+    figures = {measure: draw_measure(table, measure, subtitle, metric) for measure in measures}
+    return Summary(table, peaks, figures, {**dropped, "used": n_used}, metric)
 
 
 def passing_questions(
-    rows: pd.DataFrame, only_right: bool, minimum_gap: float | None
+    rows: pd.DataFrame, only_right: bool, minimum_gap: float | None, metric: str
 ) -> tuple[pd.DataFrame, dict[str, int]]:
     """The rows of questions that pass, and how many questions do not."""
     dropped: dict[str, int] = {}
@@ -131,7 +146,8 @@ def passing_questions(
     if only_right:
         rows = kept(rows, rows["is_right"].fillna(False).astype(bool), "not known to be right")
     if minimum_gap is not None:
-        rows = kept(rows, rows["clean"] - rows["corrupted"] >= minimum_gap, "gap too small")
+        found = gap(metric, rows["clean"], rows["corrupted"])
+        rows = kept(rows, found >= minimum_gap, "gap too small")
     if not len(rows):
         raise ValueError(f"no question has results, or passes the filters: {dropped}")
     return rows, dropped
@@ -162,9 +178,10 @@ def in_order(cells: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def draw_measure(table: pd.DataFrame, measure: str, subtitle: str) -> Figure:
+def draw_measure(table: pd.DataFrame, measure: str, subtitle: str, metric: str) -> Figure:
     """A panel per site and role (or group of questions), a line per window (or method)."""
     from mmlens.plots.layer_profile import plot_layer_profile
+    from mmlens.plots.trace import SHORT
 
     points = table[table["measure"] == measure].copy()
     for name in ("site", "role"):
@@ -177,4 +194,6 @@ def draw_measure(table: pd.DataFrame, measure: str, subtitle: str) -> Figure:
     if "method" in points:
         points["model"] = points["method"].astype(str)
         points["role"] = points["group"].astype(str)
-    return plot_layer_profile(points, y_title=measure.replace("_", " "), subtitle=subtitle)
+    followed = "" if metric == "probability" else f" ({SHORT.get(metric, metric)})"
+    title = measure.replace("_", " ") + followed
+    return plot_layer_profile(points, y_title=title, subtitle=subtitle)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast, get_args
 
 import pyarrow as pa
 
 from mmlens.analyses.causal_trace import causal_trace
 from mmlens.analyses.corruptions import swap_span
+from mmlens.analyses.metrics import MetricName, most_probable
 from mmlens.analyses.trace_grid import SITES, layer_centres
 from mmlens.analyses.trace_result import CausalTrace
+from mmlens.branching.recording import Recording
 from mmlens.data import ImagePair, open_pairs
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.processor import Processor
 from mmlens.model.sites import split_site
 from mmlens.model.transformer import HookedMultimodalTransformer
@@ -39,6 +42,8 @@ class TraceTask(Task):
     name: ClassVar[str] = "trace"
     columns: ClassVar[Columns] = {
         "n_positions": pa.int32(),
+        "metric": pa.string(),
+        "contrast": pa.string(),
         "restored": pa.float32(),
         "clean": pa.float32(),
         "corrupted": pa.float32(),
@@ -59,9 +64,17 @@ class TraceTask(Task):
     """Spans that are replaced in the corrupted run."""
     replacement: str = "Paris"
     """The word whose first token takes the constraint's place."""
+    metric: str = "probability"
+    """What is followed of the answer: probability, logit_diff, kl or loss."""
+    contrast: str | None = None
+    """The answer whose logit logit_diff subtracts; by default what the corrupted run says."""
 
     def __post_init__(self) -> None:
         self.check_roles(self.roles)
+        if self.metric not in get_args(MetricName):
+            raise ValueError(f"metric {self.metric!r}; there are {', '.join(get_args(MetricName))}")
+        if self.contrast is not None and self.metric != "logit_diff":
+            raise ValueError(f"a contrast is for the metric logit_diff, not for {self.metric}")
         for site in self.sites:
             split_site(site)
         if not (self.sites and self.roles and self.windows and min(self.windows) > 0):
@@ -114,6 +127,9 @@ class TraceTask(Task):
         at = {role: list(groups).index(tuple(each.tolist())) for role, each in roles.items()}
         rows = []
         right = self.is_right(model, asked)
+        contrast: str | int | None = self.contrast
+        if self.metric == "logit_diff" and contrast is None:
+            contrast = said_instead(model, asked.inputs, corrupted, carried.earlier)
         for window in self.windows:
             trace = causal_trace(
                 model,
@@ -123,11 +139,35 @@ class TraceTask(Task):
                 layers=self.layers,
                 window=window,
                 positions=list(groups.values()),
+                metric=cast(MetricName, self.metric),
+                contrast=contrast,
                 batch_rows=carried.batch_rows,
                 earlier=carried.earlier,
             )
             rows += [row | {"is_right": right} for row in trace_rows(trace, at)]
         return rows
+
+
+def said_instead(
+    model: HookedMultimodalTransformer,
+    clean: MultimodalInputs,
+    corrupted: MultimodalInputs,
+    earlier: list[Recording],
+) -> int:
+    """Return the token that is most probable in the corrupted run, and not in the clean one.
+
+    Raises:
+        ValueError: it is the same in both.
+    """
+    runs = Recording.of_all(model, [clean, corrupted], earlier=earlier)
+    earlier[:] = runs[:1]
+    answer, other = (most_probable(each) for each in runs)
+    if answer.text == other.text:
+        raise ValueError(
+            f"both runs say {answer.text!r}, so its logit has nothing to be compared with: give a "
+            "contrast, or follow another metric"
+        )
+    return int(other.tokens[0])
 
 
 def trace_rows(trace: CausalTrace, at: dict[str, int]) -> list[dict[str, Any]]:
@@ -141,6 +181,8 @@ def trace_rows(trace: CausalTrace, at: dict[str, int]) -> list[dict[str, Any]]:
             "layer": layer,
             "window": trace.window,
             "n_positions": len(trace.groups[group]),
+            "metric": trace.metric,
+            "contrast": trace.contrast or None,
             "restored": restored[s][group][i],
             "clean": trace.clean,
             "corrupted": trace.corrupted,
