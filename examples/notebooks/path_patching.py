@@ -12,27 +12,22 @@
 # of another run, everything else between it and the receivers is kept, and the receivers pass on what they get.
 
 # %%
-from mmlens import HookedMultimodalTransformer, demo_questions, path_patch
-from mmlens.analyses.image_corruptions import swap_image
+from mmlens import HookedMultimodalTransformer, demo_questions, path_patch, swap_image
+from mmlens.plots import heatmap
 
 model = HookedMultimodalTransformer.from_pretrained("demo")
 capitals = demo_questions(relation="capital", answered=True)
 question, other = (next(q for q in capitals if q.subject == name) for name in ("Italy", "Japan"))
 clean = model.prepare(question.prompt(), question.open_images(), spans=question.spans())
 corrupted = swap_image(model, clean, other.open_images()[0])
-print(
-    question.prompt(),
-    "->",
-    model.generate(clean, 2),
-    "; with Japan's flag ->",
-    model.generate(corrupted, 2),
-)
+for name, inputs in (("Italy", clean), ("Japan", corrupted)):
+    print(f"{name}'s flag: {question.prompt()} -> {model.generate(inputs, 2)}")
 
 # %% [markdown]
 # ## Straight to the answer
 #
-# Every head of the last twelve layers at the last token, one at a time, with the value that it has for the other flag. What is after it
-# is frozen, so only what it writes to the residual stream itself reaches the logits.
+# Every head of the last twelve layers at the last token, one at a time, with the value that it has for the other
+# flag. What is after it is frozen, so only what it writes to the residual stream itself reaches the logits.
 
 # %%
 heads = [(f"z[{head}]", layer, clean.span("last")) for layer in range(18, 30) for head in range(9)]
@@ -69,8 +64,6 @@ free = path_patch(model, clean, corrupted, senders, [("v", 23, image)], freeze=(
 free.to_dataframe().round(2)
 
 # %%
-from mmlens.plots import heatmap
-
 heatmap(
     direct.by_head()[18:],
     rows=[f"layer {layer}" for layer in range(18, 30)],

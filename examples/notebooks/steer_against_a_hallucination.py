@@ -14,16 +14,10 @@
 # %%
 from dataclasses import replace
 
-from mmlens import (
-    HookedMultimodalTransformer,
-    demo_questions,
-    steering_scores,
-    steering_vector,
-    sweep,
-)
+import mmlens
 
-model = HookedMultimodalTransformer.from_pretrained("demo")
-plain = [q for q in demo_questions(relation="capital") if q.subject != "France"]
+model = mmlens.HookedMultimodalTransformer.from_pretrained("demo")
+plain = [q for q in mmlens.demo_questions(relation="capital") if q.subject != "France"]
 misled = [replace(q, question="Paris is a beautiful city. " + q.question) for q in plain]
 
 
@@ -41,9 +35,10 @@ for asked in (plain[24], misled[24]):
 # last token. Every point below is one pair, measured along the direction of the *other* pairs.
 
 # %%
-vector = steering_vector(model, prepared(plain[:6]), prepared(misled[:6]), layers=range(14, 28, 2))
+pairs = prepared(plain[:6]), prepared(misled[:6])
+vector = mmlens.steering_vector(model, *pairs, layers=range(14, 28, 2))
 vector.save("vector.safetensors")
-vector.plot()
+vector.plot().update_layout(height=340)
 
 # %% [markdown]
 # ## What it does, and what it costs
@@ -55,10 +50,10 @@ vector.plot()
 options = {"vector": "vector.safetensors", "scales": (0, 1, 2), "layers": (20, 24)}
 options |= {"max_new_tokens": 3, "progress": False}
 found = {
-    name: sweep("steer", model, questions[24:28], f"runs/{name}", **options).results()
+    name: mmlens.sweep("steer", model, questions[24:28], f"runs/{name}", **options).results()
     for name, questions in (("misled", misled), ("plain", plain))
 }
-scores = steering_scores(found)
+scores = mmlens.steering_scores(found)
 scores.plot(title="right answers about four countries")
 
 # %% [markdown]
