@@ -146,8 +146,11 @@ def test_regions(case: Case) -> None:
     image = inputs.span("image").tolist()
     token, seed = chance.randrange(5, 40), chance.randrange(1000)
     [embedded] = case.kept_of(case.batches[0], [("resid_pre", 0)])
-    regions = {"one": image[:1], "some": sorted(chance.sample(image, len(image) // 2))}
-    controls = random_regions(inputs, [torch.tensor(each) for each in regions.values()], 2, seed)
+    half = sorted(chance.sample(image, max(1, len(image) // 2)))
+    regions = {"one": image[:1], "some": half}
+    n_draws = 2 if len(image) > 1 else 0  # an image of one token has no others
+    given = [torch.tensor(each) for each in regions.values()]
+    controls = random_regions(inputs, given, n_draws, seed)
     puts: dict[Any, Callable[[Tensor], Tensor]] = {
         "zero": torch.zeros_like,
         "mean": lambda x: embedded[:, image].mean(1, keepdim=True).expand_as(x),
@@ -156,17 +159,18 @@ def test_regions(case: Case) -> None:
     plain = probability(case.theirs([]), token)
     for by, put in puts.items():
         scan = ablation_scan(
-            model, inputs, "regions", by, regions=regions, answer=token, control=2, seed=seed
+            model, inputs, "regions", by, regions=regions, answer=token, control=n_draws, seed=seed
         )
-        assert scan.control is not None
-        found = [*scan.values.tolist(), *(scan.control.flatten() + scan.baseline).tolist()]
+        found = scan.values.tolist()
+        if scan.control is not None:
+            found += (scan.control.flatten() + scan.baseline).tolist()
         sets = [*regions.values(), *(each.tolist() for each in controls)]
         for value, at in zip(found, sets, strict=True):
             expected = probability(case.theirs([(0, "", True, edited(at, put))]), token)
             assert value == pytest.approx(expected, abs=2 * LOG_PROBS)
         assert scan.baseline == pytest.approx(plain, abs=LOG_PROBS)
         for region, at in enumerate(regions.values()):
-            for other in sets[2 + 2 * region :][:2]:
+            for other in sets[2 + 2 * region :][:n_draws]:
                 assert len(other) == len(at) and not set(other) & set(at)
                 assert set(other) <= set(image)
 
