@@ -11,7 +11,7 @@ import torch
 from small_models import any_attention, picture, small_inputs, worded_model
 from torch import Tensor
 
-from mmlens import Scan, ablation_scan, attention_knockout
+from mmlens import Scan, ablation_scan, attention_knockout, attention_sinks
 from mmlens.analyses.image_regions import named_regions
 from mmlens.interventions.functions import knockout
 from mmlens.utils.statistics import bootstrap_mean
@@ -109,6 +109,98 @@ def test_by_means_and_other_prompts(seed: int) -> None:
         assert min(abs(float(drawn.values[0, head]) - each) for each in expected) < 1e-8
     with pytest.raises(ValueError, match="give references"):
         ablation_scan(model, inputs, by="mean")
+
+
+def test_a_prompt_is_not_resampled_from_itself(seed: int) -> None:
+    """Drawn from all, each of two prompts kept its own activation in half of the layers."""
+    model, _ = case(seed)
+    prompts = []
+    for number in range(2):
+        inputs = small_inputs(model, seed + number, words=(6,))
+        prompts.append(model.inputs_from_tokens(inputs.tokens, inputs.pixel_values.double()))
+    scan = ablation_scan(model, prompts, by="resample", positions="last", answer=5)
+    last = prompts[0].n_pos - 1
+    kept = [model.run_with_cache(each)[1] for each in prompts]
+    for number, prompt in enumerate(prompts):
+        baseline = probability(model, prompt, [], 5)
+        for layer in range(3):
+            name = f"blocks.{layer}.attn.hook_z"
+            for head in range(model.cfg.n_heads):
+                hook = ablated(name, [last], head, kept[1 - number][name][:, last, head])
+                expected = probability(model, prompt, [hook], 5) - baseline
+                found = float(scan.effects[number, layer, head])
+                assert found == pytest.approx(expected, abs=1e-8)
+    again = model.inputs_from_tokens(prompts[0].tokens, prompts[0].pixel_values)
+    one = ablation_scan(
+        model, prompts[0], by="resample", positions="last", answer=5, references=[again, *prompts]
+    )
+    assert torch.allclose(one.effect, scan.effects[0], atol=1e-9)
+    with pytest.raises(ValueError, match="all references are the prompt itself"):
+        ablation_scan(model, prompts[0], by="resample", references=[again, again], answer=5)
+
+
+def test_regions_get_the_visual_tokens_of_other_prompts(seed: int) -> None:
+    """Wherever these stand there: at the prompt's own positions they may be words."""
+    model, _ = case(seed)
+    prompts = []
+    for tokens in ([1, 60, 8, 9, 11, 12], [1, 7, 8, 9, 60, 12]):  # the image early, and late
+        n = model.cfg.vision.n_visual_tokens
+        row = [each for token in tokens for each in [token] * (n if token == 60 else 1)]
+        pixels = torch.randn(1, 3, *model.cfg.vision.image_size, dtype=torch.double)
+        prompts.append(model.inputs_from_tokens(torch.tensor([row]), pixels))
+    prompt, other = prompts
+    at = random.choice(prompt.span("image").tolist())
+    name, there = "hook_input_embed", other.span("image")
+    tokens = model.run_with_cache(other, names_filter=name)[1][name][0, there]
+    options = {"regions": {"one": [at]}, "references": [other], "answer": 5}
+    scan = ablation_scan(model, prompt, "regions", "mean", **options)
+    hook = ablated(name, [at], None, tokens.mean(dim=0))
+    assert float(scan.values[0]) == pytest.approx(probability(model, prompt, [hook], 5), abs=1e-8)
+    drawn = ablation_scan(model, prompt, "regions", "resample", seed=seed % 5, **options)
+    possible = [probability(model, prompt, [ablated(name, [at], None, each)], 5) for each in tokens]
+    assert min(abs(float(drawn.values[0]) - each) for each in possible) < 1e-8
+    words = model.inputs_from_tokens(torch.tensor([[1, 7, 8]]))
+    with pytest.raises(ValueError, match="none of the references has an image"):
+        ablation_scan(
+            model, prompt, "regions", "mean", regions=(1, 1), references=[words], answer=5
+        )
+
+
+def test_a_metric_of_several_numbers(seed: int, tmp_path: Any) -> None:
+    model, _ = case(seed)
+    prompts = []
+    for number in range(2):
+        inputs = small_inputs(model, seed + number)
+        prompts.append(model.inputs_from_tokens(inputs.tokens, inputs.pixel_values.double()))
+
+    def pair(logits: Tensor) -> Tensor:
+        return logits[:, -1, [5, 9]]
+
+    for given, over, options in (
+        (prompts[0], "heads", {"positions": "last"}),
+        (prompts, "heads", {"positions": "last"}),
+        (prompts[0], "regions", {"regions": [prompts[0].span("image")[:1]], "control": 2}),
+    ):
+        both = ablation_scan(model, given, over, metric=pair, **options)
+        for index, token in enumerate((5, 9)):
+            one = ablation_scan(
+                model, given, over, metric=lambda x, t=token: x[:, -1, t], **options
+            )
+            assert torch.allclose(both.values[..., index], one.values, atol=1e-9)
+            assert both.baseline[index] == pytest.approx(one.baseline)
+            for name in ("low", "high", "effects", "control"):
+                found, expected = (getattr(each, name) for each in (both, one))
+                assert (found is None) == (expected is None)
+                if found is not None:
+                    assert torch.allclose(found[..., index], expected, atol=1e-9, equal_nan=True)
+        assert len(both.to_dataframe()) == both.values.numel()
+        saved = Scan.load(both.save(tmp_path / "scan.safetensors"))
+        assert torch.equal(saved.values, both.values)
+        assert saved.baseline == both.baseline
+    with pytest.raises(ValueError, match="has 2 numbers; a map is of one"):
+        both.by_token(prompts[0])
+    with pytest.raises(ValueError, match="one number for each row"):
+        attention_sinks(model, prompts[0], metric=pair)
 
 
 def test_by_a_function_is_knockout_of_one_head(seed: int) -> None:

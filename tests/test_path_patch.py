@@ -25,8 +25,9 @@ from small_models import any_family, small_inputs
 from textbook_patching import PlainHooks, path_logits
 from torch import Tensor
 
-from mmlens import PathPatch, path_patch
+from mmlens import Intervention, PathPatch, path_patch
 from mmlens.analyses.path_patch import filled
+from mmlens.interventions.functions import restore
 
 TOLERANCE = 1e-5
 
@@ -188,6 +189,58 @@ def test_planted_paths_and_no_others(seed: int) -> None:
                 assert value <= planted.most
             else:
                 assert value >= planted.least
+
+
+def test_what_the_stream_carries_on_counts_once(seed: int) -> None:
+    """Receivers on the residual stream, in several words for the same paths."""
+    model, clean, corrupted = pair(seed)
+    sender = [("attn_out", 0)]
+    if model.cfg.parallel_attn_mlp:
+        middle: list[Any] = []
+    else:
+        middle = [("resid_mid", 2)]  # what reaches it here came through the stream before
+    n_pos, some = clean.n_pos, [clean.n_pos - 1, clean.n_pos - 2]
+    d_model = model.cfg.d_model
+
+    def values(receivers: Any, freeze: Any = ("attn_out", "mlp_out")) -> list[float]:
+        found = path_patch(
+            model, clean, corrupted, sender, receivers, answer=5, metric=both, freeze=freeze
+        )
+        return found.values[0].tolist()
+
+    def both(logits: Tensor) -> Tensor:
+        return logits[:, -1, [5, 7]]
+
+    for same in (
+        ["logits", ["logits"] * 2, ["logits", ("resid_post", 3)]],
+        [
+            [("resid_post", 1)],
+            [("resid_pre", 2)],
+            [("resid_post", 1), ("resid_pre", 2), *middle, "logits"],
+            [("resid_post", 1), ("resid_post", 1, some)],
+            [("resid_post", 1, some), ("resid_post", 1, range(n_pos - 1)), ("resid_pre", 3)],
+            [(f"resid_post[0-{d_model - 2}]", 1), (f"resid_pre[1-{d_model - 1}]", 2)],
+        ],
+        [[("v", 1), ("resid_post", 1, some)], [("v", 1), ("resid_pre", 2, some)]],
+    ):
+        first = values(same[0])
+        for other in same[1:]:
+            assert values(other) == pytest.approx(first, abs=1e-9)
+    # With all free between: the later place gets more than the stream has brought it.
+    last, early = (model.SITES.hook_name("resid_post", layer) for layer in (3, 1))
+    _, kept = model.run_with_cache(clean)
+    sent = model.SITES.hook_name(*sender[0])
+    _, other = model.run_with_cache(corrupted, names_filter=[sent])
+    _, moved = model.run_with_cache(
+        clean, interventions=[Intervention(*sender[0], None, restore(other))]
+    )
+    changes = {name: moved[name] - kept[name] for name in (early, last)}
+    added = {early: changes[early], last: changes[last] - changes[early]}
+    hooks = [(name, lambda x, hook: x + added[hook.name]) for name in added]
+    logits = model.run_with_hooks(clean, fwd_hooks=hooks)
+    assert values([("resid_post", 1), "logits"], freeze=()) == pytest.approx(
+        both(logits)[0].tolist(), abs=1e-9
+    )
 
 
 def test_the_result(seed: int, tmp_path: Path) -> None:

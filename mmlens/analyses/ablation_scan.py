@@ -20,9 +20,10 @@ from mmlens.analyses.image_regions import RegionsGiven, named_regions, random_re
 from mmlens.analyses.metrics import Followed, Metric, followed
 from mmlens.analyses.patch import Coordinate, evaluated, on_axes
 from mmlens.analyses.result import description
-from mmlens.analyses.scan import Scan, mean_scan
+from mmlens.analyses.scan import Scan, in_numbers, mean_scan
 from mmlens.branching.recording import Recording
 from mmlens.inputs.checks import check_one_prompt
+from mmlens.inputs.common_prefix import common_prefix
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import HookFunction, mean, resample, zero
 from mmlens.interventions.intervention import Intervention, SiteLayers, site_of, stack_config
@@ -135,9 +136,10 @@ def ablation_scan(
         over: "heads" [layer, head]; "layers" [layer]: all that a layer adds; "neurons" [layer,
             group]; "regions" of the image [row, column], or [region].
         by: what takes an activation's place: "zero"; "mean", over the references' rows and
-            positions (for regions, over the image's other visual tokens); "resample", another
-            prompt's activation, drawn at random; or a hook function, such as
-            `knockout(inputs.span("image"))` with `site="attn_scores"`.
+            positions (for regions, over all visual tokens); "resample", another prompt's activation
+            at the same position, drawn at random (for regions, each token gets that of a visual
+            token); or a hook function, such as `knockout(inputs.span("image"))` with
+            `site="attn_scores"`.
         site: what is ablated; by default "z" of heads, "attn_out" and "mlp_out" of layers, "post"
             of neurons, "input_embed" of regions (the visual tokens, as the first layer gets them).
         layers: which ones; all by default.
@@ -149,7 +151,8 @@ def ablation_scan(
         answer: which answer the metric follows, or one for each prompt.
         contrast: the answer whose logit "logit_diff" subtracts, or one for each prompt.
         references: prompts that "mean" and "resample" take activations from; by default those of
-            the data set, all of them.
+            the data set, all of them (for regions, the prompt itself). A prompt is not resampled
+            from itself.
         regions: a grid of (rows, columns), boxes in pixels, masks of objects (booleans of the
             image's height and width) or positions, in a list or by name. One prompt.
         control: for how many random sets of as many other visual tokens each region is compared.
@@ -171,7 +174,7 @@ def ablation_scan(
         >>> ablation_scan(model, inputs, "regions", "mean", regions={"flag": box}, control=20)
     """
     prompts = [inputs] if isinstance(inputs, MultimodalInputs) else list(inputs)
-    check(prompts, over, by)
+    check(prompts, over, by, size=size, control=control)
     if over == "regions":
         check_one_prompt(len(prompts), "a scan over regions")
     sites = SITES[over] if site is None else (site,)
@@ -184,9 +187,11 @@ def ablation_scan(
         size,
         zero() if isinstance(by, str) else by,
     )
+    others: list[Recording] = []
     if isinstance(by, str) and by != "zero" and over != "regions":
-        others = prompts if references is None else references
-        ablation = replace(ablation, function=from_others(ablation, by, others, seed))
+        others = recorded_of(ablation, by, prompts if references is None else references)
+    if by == "mean" and others:
+        ablation = replace(ablation, function=mean(others))
     answers, contrasts = (each_of(given, len(prompts)) for given in (answer, contrast))
     common: dict[str, Any] = {
         "metric": metric if isinstance(metric, str) else getattr(metric, "__name__", "metric"),
@@ -206,6 +211,8 @@ def ablation_scan(
         recorded = Recording.of_all(model, [each], earlier=recorded)
         what = followed(recorded[0], metric, answers[number], contrasts[number])
         first = first or what
+        if by == "resample":
+            ablation = replace(ablation, function=resample(without(each, others), seed))
         cells = ablation.cells(roles_of(each, positions))
         values.append((list(cells), evaluated(what, list(cells.values()), **options)))
         baselines.append(what.baseline().cpu())
@@ -223,8 +230,12 @@ def ablation_scan(
     )
 
 
-def check(prompts: Sequence[MultimodalInputs], over: str, by: Any) -> None:
+def check(
+    prompts: Sequence[MultimodalInputs], over: str, by: Any, *, size: int, control: int
+) -> None:
     """Raise a ValueError for what cannot be scanned."""
+    if size < 1 or control < 0:
+        raise ValueError(f"size={size} must be at least 1, and control={control} at least 0")
     if not prompts:
         raise ValueError("no prompts to scan")
     for each in prompts:
@@ -275,19 +286,48 @@ def roles_of(inputs: MultimodalInputs, positions: Places | None) -> dict[str, Te
     return {"": positions_of(inputs, given)}
 
 
-def from_others(
-    ablation: Ablation, by: str, others: Sequence[MultimodalInputs], seed: int
-) -> HookFunction:
-    """Return the function that puts other prompts' activations in."""
-    if len(others) < 2:
+def recorded_of(
+    ablation: Ablation, by: str, prompts: Sequence[MultimodalInputs]
+) -> list[Recording]:
+    """Return other prompts' runs, with the activations that are put in."""
+    prompts = list(prompts)
+    if len(prompts) < 2 and ablation.over != "regions":
         raise ValueError(
             f"by={by!r} takes activations from other prompts: give references=[...], at least two"
         )
     sites: list[SiteLayers] = [
         (name, ablation.layers) if site_of(name).is_layered else name for name in ablation.sites
     ]
-    recorded = ablation.model.record_many(others, sites=sites)
-    return mean(recorded) if by == "mean" else resample(recorded, seed)
+    return ablation.model.record_many(prompts, sites=sites)
+
+
+def without(prompt: MultimodalInputs, runs: Sequence[Recording]) -> list[Recording]:
+    """Return runs of other prompts: resampled from itself a part would seem to do nothing."""
+    found = [
+        run
+        for run in runs
+        if run.inputs is not prompt
+        and (
+            not torch.equal(run.inputs.tokens, prompt.tokens)
+            or common_prefix(run.inputs, prompt) < prompt.n_pos
+        )
+    ]
+    if not found:
+        raise ValueError("by='resample', but all references are the prompt itself")
+    return found
+
+
+def visual_tokens(runs: Sequence[Recording]) -> dict[str, Tensor]:
+    """Return what runs hold of their visual tokens, of all of them together, by hook point."""
+    found: dict[str, Tensor] = {}
+    for name in runs[0].cache:
+        axis = runs[0].model.SITES.of(name)[0].position_axis
+        parts = [
+            run.cache[name].index_select(axis, run.inputs.is_image[0].nonzero().flatten())
+            for run in runs
+        ]
+        found[name] = torch.cat(parts, dim=axis)
+    return found
 
 
 def scan_regions(
@@ -299,31 +339,29 @@ def scan_regions(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the fields of a scan over regions."""
-    inputs, model = what.recording.inputs, ablation.model
+    inputs = what.recording.inputs
     regions, n_draws, seed = given
     names, found = named_regions(inputs, regions)
     others = random_regions(inputs, found, n_draws, seed)
     if isinstance(by, str) and by != "zero":
-        sites: list[SiteLayers] = [
-            (name, ablation.layers) if site_of(name).is_layered else name for name in ablation.sites
-        ]
-        prompts = [inputs] if references is None else references
-        sources = model.record_many(prompts, sites=sites)
-        visual = inputs.is_image[0].nonzero().flatten().cpu()
-        put = mean(sources, visual) if by == "mean" else resample(sources, seed, among=visual)
+        runs = recorded_of(ablation, by, [inputs] if references is None else references)
+        if not any(run.inputs.images for run in runs):
+            raise ValueError("none of the references has an image")
+        pool, n_tokens = visual_tokens(runs), sum(int(run.inputs.is_image.sum()) for run in runs)
+        put = mean(pool) if by == "mean" else resample(pool, seed, among=range(n_tokens))
         ablation = replace(ablation, function=put)
     branches = ablation.of_regions([*found, *others])
     values = evaluated(what, branches, **options)
-    baseline = float(what.baseline())
+    baseline = what.baseline().cpu()
     is_grid = len(names) == 2
     axes = ("row", "column") if is_grid else ("region",)
     shape = [len(axis) for axis in names]
-    control = (values[len(found) :] - baseline).view(len(found), -1) if n_draws else None
+    effects = (values[len(found) :] - baseline).view(len(found), n_draws, *values.shape[1:])
     return {
-        "values": values[: len(found)].view(shape),
-        "baseline": baseline,
+        "values": values[: len(found)].view(*shape, *values.shape[1:]),
+        "baseline": in_numbers(baseline),
         "axes": axes,
         "coordinates": tuple(map(tuple, names)),
         "regions": tuple(tuple(region.tolist()) for region in found),
-        "control": control,
+        "control": effects if n_draws else None,
     }

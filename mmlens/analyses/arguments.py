@@ -12,7 +12,7 @@ from mmlens.analyses.targets import given_answer, record_with_answer
 from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.intervention import n_layers_of, site_of
-from mmlens.utils.tensors import flat_positions
+from mmlens.utils.tensors import flat_positions, listed_numbers
 
 if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
@@ -47,7 +47,7 @@ def layers_of(
     """
     layered = [site for site in sites if site_of(site).is_layered]
     n_layers = min([n_layers_of(site, model) for site in layered] or [model.cfg.n_layers])
-    chosen = list(range(n_layers) if layers is None else layers)
+    chosen = listed_numbers(range(n_layers) if layers is None else layers)
     outside = [layer for layer in chosen if not 0 <= layer < n_layers]
     if outside or not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(

@@ -26,6 +26,7 @@ from mmlens.interventions.intervention import Intervention
 from mmlens.interventions.intervention import window as layers_around
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.progress import Progress
+from mmlens.utils.tensors import listed_numbers
 from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ def attention_knockout(
         UnknownSpanError: (a KeyError) no span of that name.
         ValueError: a batch; positions or layers that are not there; sources that no destination
             attends to in any layer that is cut: later ones, or ones that are further back than a
-            window; an answer without tokens; a metric that lacks its contrast, a contrast for
-            another one, or several numbers for a row.
+            window; no head in any layer that is cut; an answer without tokens; a metric that lacks
+            its contrast, a contrast for another one, or several numbers for a row.
 
     Example:
         >>> cut = attention_knockout(model, inputs, "image", "last", window=5)
@@ -165,6 +166,9 @@ def attention_knockout(
         ]
         for centre, layers_cut in zip(centres, windows, strict=True)
     }
+    if not any(cells.values()):
+        cut = sorted({layer for each in windows for layer in each})
+        raise ValueError(f"heads={heads!r} names no head in the layers that are cut: {cut}")
     other = None if contrast is None else given_answer(model, inputs, contrast)
     function = metric_of(metric, target, other, recording)
     clean = function(recording.logits(target.positions))
@@ -204,11 +208,8 @@ def heads_in(
     if heads is None:
         return [(list(layers), "")]
     by_layer = heads if isinstance(heads, Mapping) else dict.fromkeys(layers, heads)
-    return [
-        ([layer], f"[{','.join(map(str, by_layer[layer]))}]")
-        for layer in layers
-        if len(by_layer.get(layer, ()))
-    ]
+    some = {layer: listed_numbers(by_layer.get(layer, ()), "heads") for layer in layers}
+    return [([layer], f"[{','.join(map(str, cut))}]") for layer, cut in some.items() if cut]
 
 
 def shown_heads(
@@ -216,5 +217,5 @@ def shown_heads(
 ) -> list[int] | dict[str, list[int]] | None:
     """Return the heads as JSON holds them."""
     if isinstance(heads, Mapping):
-        return {str(layer): list(some) for layer, some in heads.items()}
-    return None if heads is None else list(heads)
+        return {str(layer): listed_numbers(some) for layer, some in heads.items()}
+    return None if heads is None else listed_numbers(heads)

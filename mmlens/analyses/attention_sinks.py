@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmlens.analyses.arguments import check_single_run, layers_of
-from mmlens.analyses.metrics import Metric, followed
+from mmlens.analyses.metrics import Metric, check_one_number, followed
 from mmlens.analyses.patch import evaluated
 from mmlens.analyses.result import SavedResult, description
 from mmlens.branching.recording import Recording
@@ -124,7 +124,7 @@ def attention_sinks(
 
     Raises:
         ValueError: a batch or samples of noise; layers that are not there; a `share` above 1, or
-            not above 0.
+            not above 0; a metric of several numbers.
 
     Example:
         >>> found = attention_sinks(model, inputs, answer="Rome")
@@ -133,6 +133,8 @@ def attention_sinks(
     check_single_run(inputs, "attention_sinks")
     if not 0 < share <= 1:
         raise ValueError(f"share={share}; it is a part of the layers, above 0 and at most 1")
+    if draws < 0:
+        raise ValueError(f"draws={draws}; there can be none, or some")
     chosen = layers_of(model, layers)
     recording = model.record(inputs, sites=[("v", chosen), ("resid_pre", chosen)])
     received = torch.stack([attention_received(recording, layer) for layer in chosen])
@@ -149,6 +151,8 @@ def attention_sinks(
     largest = Counter(int(x[at].abs().argmax()) for x in streams for at in sinks.tolist())
     is_image = inputs.is_image[0].cpu()
     what = followed(recording, metric, answer)
+    clean = what.function(what.recording.logits(what.positions))
+    check_one_number(metric, clean, recording.n_rows)
     sets = [sinks[~is_image[sinks]], sinks[is_image[sinks]], sinks]
     values, control = cut_sets(what, sets, sinks, is_image, draws, seed, batch_rows)
     return AttentionSinks(
@@ -162,7 +166,7 @@ def attention_sinks(
         dimensions=tuple(each for each, _ in largest.most_common()),
         values=values,
         control=control,
-        baseline=float(what.baseline()),
+        baseline=float(clean.mean()),
         metric=what.name,
         answer="" if what.answer is None else what.answer.text,
         metadata=description(model, inputs) | {"factor": factor, "share": share, "seed": seed},
@@ -173,8 +177,9 @@ def attention_received(recording: Recording, layer: int) -> Float[Tensor, " pos"
     """Return what each position receives from another that attends to it, on average."""
     everywhere = range(recording.inputs.n_pos)
     _, found = recording.run([[]], None, read=[("pattern", layer, everywhere)])
-    pattern = found["pattern", layer][0, 0].float()
-    seen = (pattern > 0).any(dim=0).fill_diagonal_(False)
+    pattern = float32_or_wider(found["pattern", layer][0, 0])
+    rule = recording.model.rules[recording.model.cfg.kind(layer)]
+    seen = rule.mask(recording.places, recording.places)[0].to(pattern.device).fill_diagonal_(False)
     given = pattern.mean(dim=0).masked_fill(~seen, 0.0).sum(dim=0)
     return (given / seen.sum(dim=0)).cpu()
 

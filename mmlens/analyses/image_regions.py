@@ -25,13 +25,17 @@ def named_regions(
     """Return coordinates along one axis or two, and the positions of each region.
 
     Raises:
-        ValueError: no image, no regions, or one that no visual token shows.
+        ValueError: no image, no regions, one box instead of a list, or a region that no visual
+            token shows.
+        TypeError: positions that are no integers.
     """
     if not inputs.images:
         raise ValueError("a scan over regions needs a prompt with an image")
     if isinstance(given, tuple) and len(given) == 2 and all(isinstance(n, int) for n in given):
         rows, columns = given
         return [list(range(rows)), list(range(columns))], grid_regions(inputs, rows, columns)
+    if isinstance(given, tuple) and len(given) == 4 and isinstance(given[0], int | float):
+        raise ValueError(f"regions={tuple(given)} is one box; give boxes in a list, or by name")
     named = given if isinstance(given, Mapping) else dict(enumerate(given))
     found = [positions_in(inputs, each) for each in named.values()]
     if not found:
@@ -72,7 +76,7 @@ def positions_in(inputs: MultimodalInputs, region: Any) -> Region:
         return masked_positions(inputs, np.asarray(region, dtype=bool))
     if isinstance(region, tuple) and len(region) == 4:
         return inputs.patches(region)
-    positions = flat_positions(region)
+    positions = flat_positions(region, "a box is a tuple; positions").unique()
     visual = inputs.is_image[0].cpu()
     inside = (positions >= 0) & (positions < inputs.n_pos)
     if not len(positions) or not bool(inside.all()) or not bool(visual[positions].all()):

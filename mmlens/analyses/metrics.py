@@ -124,7 +124,8 @@ def of_each_row(function: MetricFunction) -> MetricFunction:
                 f"row{'s' * (n_rows != 1)} of logits; it returns a tensor with a number, or "
                 "several, for each row"
             )
-        return values
+        # Whether an answer is right, or its rank, is a number whose mean is taken.
+        return values if values.is_floating_point() else values.double()
 
     return checked
 

@@ -121,7 +121,7 @@ def patch(
     """
     if not cells:
         raise ValueError("no cells to patch")
-    keys = [key if isinstance(key, tuple) else (key,) for key in cells]
+    keys = [tuple(map(as_coordinate, key if isinstance(key, tuple) else (key,))) for key in cells]
     names = axis_names(keys, axes)
     what = followed(recording, metric, answer, contrast, positions, reference)
     found = evaluated(
@@ -146,6 +146,12 @@ def evaluated(
     """Return a metric of branches, on the CPU, the mean over the recording's rows."""
     found = what.recording.run(branches, what.function, positions=what.positions, **options)
     return found.mean(dim=1).cpu()
+
+
+def as_coordinate(coordinate: Any) -> Coordinate:
+    """Return a coordinate as files hold it, where it is a number of numpy's or torch's."""
+    found: Coordinate = coordinate.item() if hasattr(coordinate, "item") else coordinate
+    return found
 
 
 def axis_names(

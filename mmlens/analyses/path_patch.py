@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.analyses.metrics import Metric, followed
@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 Place = tuple[str, int | None] | tuple[str, int | None, Any]
 """A site, its layer, and positions, where they are not all."""
 
-STREAM = "resid_post"
-"""The site of what a block leaves: what a receiver adds is one of several parts of it."""
+STREAM = ("resid_pre", "resid_mid", "resid_post")
+"""The residual stream, in the order of a block: what a receiver gets is one of several parts of it,
+which reaches later places of the stream by itself."""
 RECEIVERS = (
     "q k v q_input k_input v_input attn_in rot_q rot_k mlp_in pre pre_linear post resid_pre "
     "resid_mid resid_post"
@@ -134,9 +135,11 @@ def path_patch(
         >>> paths = path_patch(model, clean, corrupted, heads, [("q[0-8]", 23, clean.span("last"))])
         >>> paths.by_head()
     """
-    frozen = tuple(freeze)
+    frozen = (freeze,) if isinstance(freeze, str) else tuple(freeze)
     clean, corrupted = model.to_inputs(clean), model.to_inputs(corrupted)
     check_pair(clean, corrupted)
+    senders = list(senders)
+    receivers = receivers if isinstance(receivers, str) else list(receivers)
     if not senders:
         raise ValueError("no senders: give (site, layer), such as ('z[3]', 9)")
     if corrupted.noise is not None and len(corrupted.noise) > 1:
@@ -213,7 +216,7 @@ class Paths:
         everywhere = range(first_difference(clean, corrupted), clean.n_pos)
         n_layers = model.cfg.n_layers
         given: list[Any] = [receivers] if isinstance(receivers, str) else list(receivers)
-        end: Any = (STREAM, n_layers - 1)
+        end: Any = (STREAM[-1], n_layers - 1)
         found = [filled(each, everywhere, clean.n_pos) for each in senders]
         full = [
             filled(end if each == "logits" else each, everywhere, clean.n_pos) for each in given
@@ -239,7 +242,7 @@ class Paths:
             for site, layer, _ in self.senders
         ]
         sites += [(site, range(self.n_layers)) for site in self.frozen]
-        sites += [(site, layer) for site, layer, _ in self.reads if site == STREAM]
+        sites += [(site, layer) for site, layer, _ in self.reads if site in STREAM]
         return sites
 
     @property
@@ -274,17 +277,51 @@ class Paths:
     ) -> list[list[Intervention]]:
         """Return, for each sender, the clean run with what the receivers received."""
         read = {(site, layer): positions for site, layer, positions in self.reads}
-        branch = []
+        branch = self.additions(run, received)
         for site, layer, positions in self.receivers:
             place = split_site(site)[0], layer
+            if place[0] in STREAM:
+                continue
             index = torch.searchsorted(read[place], positions)
             values = received[place][:, :, index.to(received[place].device)]
-            if place[0] == STREAM:  # beside what reaches it through other receivers
-                before = run[place][:, positions.to(values.device)]
-                branch.append(Intervention(site, layer, positions, of_branch(values - before, 1.0)))
-            else:
-                branch.append(Intervention(site, layer, positions, of_branch(values, 0.0)))
+            branch.append(Intervention(site, layer, positions, of_branch(values, 0.0)))
         return [branch] * len(self.senders)
+
+    def additions(
+        self, run: Recording, received: dict[tuple[str, int | None], Tensor]
+    ) -> list[Intervention]:
+        """Return what receivers on the residual stream add, beside what comes through others.
+
+        The stream carries on what an earlier one of them got, so a later one adds the rest alone.
+        """
+        places = [each for each in self.reads if each[0] in STREAM]
+        places.sort(key=lambda each: (each[1], STREAM.index(each[0])))
+        found = []
+        carried: dict[int, Tensor] = {}  # by position: [branch, row, d_model]
+        for site, layer, positions in places:
+            values = received[site, layer]
+            more = values - run[site, layer][:, positions.to(values.device)]
+            for index, at in enumerate(positions.tolist()):
+                if at in carried:
+                    more[:, :, index] -= carried[at].to(more)
+            more *= self.asked(site, layer, positions, more)
+            if len(places) > 1:
+                for index, at in enumerate(positions.tolist()):
+                    carried[at] = more[:, :, index] + carried.get(at, torch.zeros(())).to(more)
+            found.append(Intervention(site, layer, positions, of_branch(more, 1.0)))
+        return found
+
+    def asked(
+        self, site: str, layer: int, positions: Tensor, change: Tensor
+    ) -> Bool[Tensor, "pos d_model"]:
+        """Return at which positions, and in which dimensions, receivers get a place's stream."""
+        found = torch.zeros(change.shape[2:], dtype=torch.bool)
+        for each, own_layer, own in self.receivers:
+            name, units = split_site(each)
+            if (name, own_layer) == (site, layer):
+                rows = torch.searchsorted(positions, own)[:, None]
+                found[rows, slice(None) if units is None else torch.tensor(units)] = True
+        return found.to(change.device)
 
 
 def of_branch(values: Float[Tensor, "branch row pos ..."], keep: float) -> HookFunction:
@@ -314,6 +351,8 @@ def filled(place: Any, everywhere: range, n_pos: int) -> tuple[str, Any, Tensor]
     if not isinstance(place, tuple | list) or len(place) not in (2, 3):
         raise ValueError(f"{place!r} is no place: (site, layer) or (site, layer, positions)")
     site, layer, *rest = place
+    if not isinstance(layer, int | None):
+        raise ValueError(f"{site!r} with layers {layer!r}: each place has one layer, or None")
     positions = as_positions(rest[0] if rest and rest[0] is not None else list(everywhere))
     if not isinstance(positions, Tensor) or not len(positions) or int(positions.max()) >= n_pos:
         raise ValueError(f"{site!r}: positions {positions} are not among 0 ... {n_pos - 1}")

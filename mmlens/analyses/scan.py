@@ -38,7 +38,7 @@ class Scan(Patched):
     high: Float[Tensor, "*axis"] | None = None
     regions: tuple[tuple[int, ...], ...] = ()
     """The positions of each region, in the order of the values."""
-    control: Float[Tensor, "region draw"] | None = None
+    control: Float[Tensor, "region draw *measure"] | None = None
     """Effects of as many other visual tokens as each region has, drawn at random."""
     level: float = 0.95
     """Of the intervals."""
@@ -59,13 +59,15 @@ class Scan(Patched):
         A token of several regions has their mean, one of none NaN.
 
         Raises:
-            ValueError: a scan of something else than regions.
+            ValueError: a scan of something else than regions, or of a metric of several numbers.
 
         Example:
             >>> mmlens.plots.overlay(scan.by_token(inputs), inputs)
         """
         if not self.regions:
             raise ValueError(f"a scan over {self.over} has no visual tokens; one over regions has")
+        if isinstance(self.baseline, tuple):
+            raise ValueError(f"{self.metric!r} has {len(self.baseline)} numbers; a map is of one")
         total, count = torch.zeros(2, inputs.n_pos)
         for positions, effect in zip(self.regions, self.effect.flatten().tolist(), strict=True):
             total[list(positions)] += effect
@@ -73,9 +75,14 @@ class Scan(Patched):
         return (total / count)[inputs.images[image].positions]
 
 
+def in_numbers(baseline: Float[Tensor, " *measure"]) -> float | tuple[float, ...]:
+    """Return a metric as a number, or as several."""
+    return tuple(baseline.tolist()) if baseline.ndim else float(baseline)
+
+
 def mean_scan(
     values: Float[Tensor, "prompt ..."],
-    baselines: Float[Tensor, " prompt"],
+    baselines: Float[Tensor, " prompt *measure"],
     clusters: list[str | int] | None,
     level: float,
 ) -> dict[str, Any]:
@@ -84,13 +91,14 @@ def mean_scan(
     A prompt whose value is NaN (it has no positions of a role) counts in the other cells.
     """
     if len(values) == 1:
-        return {"values": values[0], "baseline": float(baselines[0])}
-    effects = values - baselines.view(-1, *[1] * (values.ndim - 1))
+        return {"values": values[0], "baseline": in_numbers(baselines[0])}
+    n, *measures = baselines.shape
+    effects = values - baselines.view(n, *[1] * (values.ndim - baselines.ndim), *measures)
     mean, low, high = bootstrap_mean(effects, clusters, level=level)
-    baseline = float(baselines.double().mean())
+    baseline = baselines.double().mean(dim=0)
     return {
         "values": (mean + baseline).to(values),
-        "baseline": baseline,
+        "baseline": in_numbers(baseline),
         "effects": effects,
         "low": low.to(values),
         "high": high.to(values),

@@ -115,7 +115,10 @@ def kind_of(question: VisualQuestion) -> str:
         return "caption"
     if not question.answers:
         raise ValueError(f"{question.source} has no answer to score by")
-    return "yes or no" if {each.lower() for each in question.answers} <= set(YES_NO) else "answer"
+    # One of several options, or an answer that others gave, too, is no yes or no of POPE's.
+    is_pope = not question.options and "raw_answers" not in question.extra
+    said = {each.lower() for each in question.answers}
+    return "yes or no" if is_pope and said <= set(YES_NO) else "answer"
 
 
 def scored(question: VisualQuestion, said: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mmlens.model.components.norm import float32_or_wider
 from mmlens.model.hook_points import HookPoint
 from mmlens.model.sites import split_site
 from mmlens.utils.grad_mode import without_gradients
-from mmlens.utils.tensors import flat_positions
+from mmlens.utils.tensors import flat_positions, listed_numbers
 from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class SteeringVector(SavedResult):
         Example:
             >>> model.run_with_hooks(inputs, interventions=[vector.at(-2, inputs.span("last"))])
         """
-        chosen = list(self.layers) if layers is None else list(layers)
+        chosen = list(self.layers) if layers is None else listed_numbers(layers)
         if not chosen or set(chosen) - set(self.layers):
             raise ValueError(f"layers {chosen}: this vector has {list(self.layers)}")
         name, units = split_site(self.site)

@@ -8,7 +8,7 @@ to no branch, and what a branch's hook functions get is a slice.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,25 @@ Branch = Sequence[Intervention | tuple[str, HookFunction]]
 them is run from the beginning."""
 
 Declared = Sequence[Intervention]
+
+
+def as_branches(branches: Iterable[Any]) -> list[Branch]:
+    """Return branches as lists, which can be read more than once.
+
+    Raises:
+        TypeError: something else than lists of interventions, or of pairs.
+    """
+    found: list[Branch] = []
+    for each in branches:
+        parts = list(each) if isinstance(each, Iterable) and not isinstance(each, str) else [each]
+        wrong = [part for part in parts if not isinstance(part, Intervention | tuple)]
+        if wrong or not isinstance(each, Iterable):
+            raise TypeError(
+                "a branch is a list of mmlens.Intervention (or of pairs of a hook name and a "
+                f"function), not {type(wrong[0] if wrong else each).__name__}"
+            )
+        found.append(parts)
+    return found
 
 
 def start_of(

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmlens.branching.encoded_images import EncodedImages
-from mmlens.branching.joined import Branch, run_joined, start_of
+from mmlens.branching.joined import Branch, as_branches, run_joined, start_of
 from mmlens.branching.packing import Packing
 from mmlens.branching.passes import Pass, passes
 from mmlens.branching.reads import Read, of_units
@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
 
 Readout = Callable[[Float[Tensor, "row read n_tokens"]], Tensor]
-SiteToRead = tuple[str, int | None, Any]
-"""A site, its layer, and positions."""
+SiteToRead = tuple[str, int | None, Any] | tuple[str, int | None]
+"""A site, its layer, and positions, where they are not all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +270,7 @@ class Recording(RecordedRun):
                 branch and row of the recording; what it returns keeps the first axis. None where
                 activations alone are read: branches then end after the last layer that is read.
             read: activations to return of every branch, after its edits: a site of the decoder, its
-                layer (None for one without layers) and positions (None for all), such as
+                layer (None for one without layers) and positions (by default all), such as
                 `("q[0-8]", 14, inputs.span("last"))`. A branch is computed wherever it is read.
             positions: where logits are read; the last position by default.
             tokens: whose logits are computed; the whole vocabulary by default, which
@@ -294,7 +294,7 @@ class Recording(RecordedRun):
             >>> _, found = recording.run(cut, None, read=[("q", 14, inputs.span("last"))])
             >>> found["q", 14]     # [branch, batch, pos, head, d_head]
         """
-        if not branches:
+        if not (branches := as_branches(branches)):
             raise ValueError("no branches to run")
         what = Asked(
             readout,
@@ -376,7 +376,7 @@ class Recording(RecordedRun):
         return resid, [kept[each] for each in what.reads]
 
     def _reads(self, given: Sequence[SiteToRead]) -> list[Read]:
-        reads = [Read.of(self.model, *each, self.inputs.n_pos) for each in given]
+        reads = [Read.of(self.model, *(*each, None)[:3], self.inputs.n_pos) for each in given]
         keys = [(each.site, each.layer) for each in reads]
         if len(set(keys)) < len(keys):
             raise ValueError(f"read={keys} has one twice; give all of its positions together")

@@ -56,8 +56,11 @@ def called(acting: Sequence[tuple[int, Intervention, Cut]], hook: HookPoint) -> 
     if takes_branches(function):
         given = torch.stack([cut.slice for cut in cuts])
         options = {"branches": torch.tensor(branches)}
-        whole = positions[0] is None
-        told = None if whole else torch.stack([each for each in positions if each is not None])
+        told = None
+        if any(each is not None for each in positions):  # of those that are whole, each position
+            axis = cuts[0].axis
+            whole = torch.arange(cuts[0].slice.shape[axis])
+            told = torch.stack([whole if each is None else each for each in positions])
     else:  # an edit in place must not reach the other units and tiles
         given = cuts[0].slice.clone() if parts[0].is_partial else cuts[0].slice
         told = positions[0]

@@ -24,7 +24,7 @@ from mmlens.model.hook_points import HookPoint
 from mmlens.model.run_positions import PassPositions, Positions, current_pass
 from mmlens.model.sites import Site, split_site
 from mmlens.model.transformer import HookedMultimodalTransformer
-from mmlens.utils.tensors import flat_positions, to_device
+from mmlens.utils.tensors import flat_positions, listed_numbers, to_device
 
 LAYERED_SITES = tuple(
     name
@@ -82,7 +82,7 @@ def names_of(sites: Iterable[SiteLayers]) -> list[str]:
             names.append(each)
             continue
         site, layers = (each, None) if isinstance(each, str) else each
-        names += hook_names(site, [layers] if isinstance(layers, int) else layers)
+        names += hook_names(site, None if layers is None else listed_numbers(layers))
     return list(dict.fromkeys(names))
 
 
@@ -196,7 +196,7 @@ class Intervention:
         positions: Tensor | Sequence[int] | int | InTile | Literal["generated"] | None,
         hook: HookFunction,
     ) -> None:
-        layers = [layers] if isinstance(layers, int) else layers
+        layers = None if layers is None else listed_numbers(layers)
         # A frozen dataclass can be filled no other way.
         name, units = split_site(site)
         object.__setattr__(self, "site", name)

@@ -135,6 +135,8 @@ def bootstrap(
     data: Any, statistic: Callable, samples: int, level: float, seed: int, **options: Any
 ) -> Any:
     """Return scipy's percentile bootstrap; resamples may lack values, as their users document."""
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}; that of an interval lies between 0 and 1, such as 0.95")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         return stats.bootstrap(

@@ -21,7 +21,7 @@ def to_device(made: Tensor, device: torch.device) -> Tensor:
     return made.to(device, non_blocking=device.type == "cuda")
 
 
-def flat_positions(given: Any) -> Int[Tensor, " n"]:
+def flat_positions(given: Any, what: str = "positions") -> Int[Tensor, " n"]:
     """Return positions, given as numbers in any form, one after the other and on the CPU.
 
     Raises:
@@ -42,5 +42,14 @@ def flat_positions(given: Any) -> Int[Tensor, " n"]:
         return torch.zeros(0, dtype=torch.long)
     if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
         mask = "; for a mask, mask.nonzero()" if found.dtype == torch.bool else ""
-        raise TypeError(f"positions are integers, not {found.dtype}{mask}")
+        raise TypeError(f"{what} are integers, not {found.dtype}{mask}")
     return found.flatten().long().cpu()
+
+
+def listed_numbers(given: Any, what: str = "layers") -> list[int]:
+    """Return one number or several (also numpy's or torch's, or those of a generator) as a list.
+
+    Raises:
+        TypeError: as `flat_positions`.
+    """
+    return [given] if type(given) is int else flat_positions(given, what).tolist()
