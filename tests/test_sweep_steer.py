@@ -288,6 +288,13 @@ def test_how_each_kind_of_answer_is_scored() -> None:
     assert scored(annotated, "a")["score"] == soft_accuracy("a", ("a", "a", "b", "c"),
                                                             leave_one_out=True)  # fmt: skip
     assert kind_of(VisualQuestion("Is it?", None, answers=("No",))) == "yes or no"
+    # Neither annotators who say yes or no make it POPE's, nor options that read so.
+    said = ("yes", "yes", "yes", "no")
+    disputed = VisualQuestion("Is it?", None, answers=said, extra={"raw_answers": said})
+    expected = soft_accuracy("no", said, leave_one_out=True)
+    assert scored(disputed, "no") == {"kind": "answer", "score": expected}
+    options = VisualQuestion("Is it?", None, answers=("No",), options=("Yes", "No"), choice="B")
+    assert scored(options, "B") == {"kind": "answer", "score": 1.0}
     with pytest.raises(ValueError, match="has no answer to score by"):
         kind_of(VisualQuestion("What?", None, source="mine/1"))
     assert objects_in("no objects") == []
