@@ -97,6 +97,15 @@ def test_a_metric_may_count(seed: int) -> None:
     assert (found.baseline, found.values.tolist()) == (1.0, [1.0])
 
 
+def test_an_activation_is_read_at_all_positions_by_default(seed: int) -> None:
+    model, inputs = case(seed)
+    recording = model.record(inputs)
+    _, every = recording.run([[]], None, read=[("z", 1)])
+    _, named = recording.run([[]], None, read=[("z", 1, None)])
+    assert torch.equal(every["z", 1], named["z", 1])
+    assert every["z", 1].shape[2] == inputs.n_pos
+
+
 def test_branches_that_can_be_read_only_once(seed: int) -> None:
     """A generator was empty when its branch was run, which then changed nothing."""
     model, inputs = case(seed)

@@ -80,3 +80,23 @@ def test_planted_sinks(seed: int, tmp_path: Any) -> None:
     assert table["sink"].sum() == len(found.sinks)
     with pytest.raises(ValueError, match="share=0"):
         attention_sinks(model, inputs, share=0.0)
+
+
+def test_attention_that_rounds_to_zero_is_a_mean_of_zeros(seed: int) -> None:
+    """A query that may attend counts, also where a sharp softmax leaves nothing."""
+    model = small_model(seed, n_layers=2)
+    inputs = small_inputs(model, seed, words=(9,))
+    n = inputs.n_pos
+
+    def sharp(scores: Tensor, hook: Any) -> Tensor:
+        scores[:, :, 2::2, 1] -= 300.0  # exp(-300) is 0 in float32
+        return scores
+
+    for layer in range(2):
+        model.add_hook(f"blocks.{layer}.attn.hook_attn_scores", sharp)
+    found = attention_sinks(model, inputs, answer=5, draws=0)
+    _, cache = model.run_with_cache(inputs)
+    for layer in range(2):
+        given = cache["pattern", layer][0].double().mean(dim=0)[2:, 1]
+        assert not given[::2].any()
+        assert float(found.received[layer, 1]) == pytest.approx(float(given.sum()) / (n - 2))

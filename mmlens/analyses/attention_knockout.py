@@ -167,8 +167,8 @@ def attention_knockout(
         for centre, layers_cut in zip(centres, windows, strict=True)
     }
     if not any(cells.values()):
-        cut = sorted({layer for each in windows for layer in each})
-        raise ValueError(f"heads={heads!r} names no head in the layers that are cut: {cut}")
+        there = sorted({layer for each in windows for layer in each})
+        raise ValueError(f"heads={heads!r} names no head in the layers that are cut: {there}")
     other = None if contrast is None else given_answer(model, inputs, contrast)
     function = metric_of(metric, target, other, recording)
     clean = function(recording.logits(target.positions))

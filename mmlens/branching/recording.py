@@ -376,7 +376,8 @@ class Recording(RecordedRun):
         return resid, [kept[each] for each in what.reads]
 
     def _reads(self, given: Sequence[SiteToRead]) -> list[Read]:
-        reads = [Read.of(self.model, *(*each, None)[:3], self.inputs.n_pos) for each in given]
+        n_pos = self.inputs.n_pos
+        reads = [Read.of(self.model, at[0], at[1], (*at, None)[2], n_pos) for at in given]
         keys = [(each.site, each.layer) for each in reads]
         if len(set(keys)) < len(keys):
             raise ValueError(f"read={keys} has one twice; give all of its positions together")
