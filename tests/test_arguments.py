@@ -54,7 +54,6 @@ def test_positions_are_whole_numbers_wherever_they_are_given(kind: str, seed: in
         lambda: unwrap(Read.of.__func__)(Read, model, "z", 1, given, inputs.n_pos),
         lambda: unwrap(Recording._read)(recording, given),
         lambda: unwrap(drawn_from)(given, [0], (seed,)),
-        lambda: mmlens.InTile(0, given),
     ]
     edit = Intervention("resid_post", 1, last, unwrap(mean)(recording, given))
     uses.append(lambda: model.run_with_hooks(inputs, interventions=[edit]))
