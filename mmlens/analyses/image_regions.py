@@ -90,7 +90,8 @@ def positions_in(inputs: MultimodalInputs, region: Any) -> Region:
 def masked_positions(inputs: MultimodalInputs, mask: np.ndarray) -> Region:
     """Return the visual tokens, of every view, of which at least half lies in a mask.
 
-    Where that is none, since what it shows is smaller than the cells, those that hold most of it.
+    What a cell shows beyond the image's edge, which is padding, does not count. Where that is none,
+    since what it shows is smaller than the cells, those that hold most of it.
     """
     image = inputs.images[0]
     if image.image is None or mask.shape != image.image.size[::-1]:
@@ -102,7 +103,7 @@ def masked_positions(inputs: MultimodalInputs, mask: np.ndarray) -> Region:
     for offset, (view, row, column) in enumerate(image.cells.tolist()):
         if view < 0:
             continue
-        cell = image.views[view].cell_box(row, column)
+        cell = image.seen(image.views[view].cell_box(row, column))
         left, right = np.clip([round(cell.left), round(cell.right)], 0, mask.shape[1])
         top, bottom = np.clip([round(cell.top), round(cell.bottom)], 0, mask.shape[0])
         held = area[bottom, right] - area[top, right] - area[bottom, left] + area[top, left]

@@ -92,7 +92,8 @@ class ImagePlaces:
     ) -> Int[Tensor, " n"]:
         """Return the positions of all visual tokens, of every view, that show a box of the image.
 
-        A token shows the box if at least half of its patch lies in it. A box that is smaller than
+        A token shows the box if at least half of its patch lies in it, padding beyond the image's
+        edge left aside. A box that is smaller than
         the patches is shown by the tokens that hold most of it.
 
         Args:

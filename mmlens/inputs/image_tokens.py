@@ -174,7 +174,8 @@ class ImageTokens:
     def inside(self, box: Sequence[float]) -> Tensor:
         """Return the positions of every view's cells of which at least half lies in a box.
 
-        Where that is none, since the box is smaller than the cells, those that hold most of it.
+        What a cell shows beyond the image's edge, which is padding, does not count. Where that is
+        none, since the box is smaller than the cells, those that hold most of it.
 
         Args:
             box: (left, top, right, bottom), in pixels of the image.
@@ -189,7 +190,7 @@ class ImageTokens:
             raise ValueError(f"the box {tuple(box)} (left, top, right, bottom) is empty")
         asked = Box(left, top, right, bottom)
         cells = {
-            self.start + offset: self.views[view].cell_box(row, col)
+            self.start + offset: self.seen(self.views[view].cell_box(row, col))
             for offset, (view, row, col) in self._cells()
         }
         found = [position for position, cell in cells.items() if _share(cell, asked) >= 0.5]
@@ -203,6 +204,18 @@ class ImageTokens:
                 )
             found = [position for position, share in held.items() if share > most * (1 - 1e-6)]
         return torch.tensor(found, dtype=torch.long)
+
+    def seen(self, cell: Box) -> Box:
+        """Return the part of a cell that is no padding; all of it where it shows nothing else."""
+        assert self.image is not None  # where cells have boxes
+        width, height = self.image.size
+        part = Box(
+            max(cell.left, 0.0),
+            max(cell.top, 0.0),
+            min(cell.right, float(width)),
+            min(cell.bottom, float(height)),
+        )
+        return part if part.left < part.right and part.top < part.bottom else cell
 
     def _cells(self) -> Iterator[tuple[int, tuple[int, int, int]]]:
         for offset, (view, row, col) in enumerate(self.cells.tolist()):
