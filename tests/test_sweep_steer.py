@@ -212,6 +212,27 @@ def scores_of(rows: list[Any], measure: str) -> Any:
     return value
 
 
+def test_a_data_set_with_several_kinds_of_questions(seed: int) -> None:
+    """Both kinds have an accuracy, and one took the other's place."""
+    chance = random.Random(seed)
+    yes = VisualQuestion("Is it?", None, answers=("yes",))
+    what = VisualQuestion("What?", None, answers=("dog",))
+    place = {"layer": 3, "scale": 2.0}
+    given = [scored(yes, chance.choice(["yes", "no"])) for _ in range(5)]
+    given += [scored(what, chance.choice(["dog", "cat"])) for _ in range(4)]
+    rows = pd.DataFrame([each | place for each in given])
+    scores = steering_scores({"GQA": rows, "plain": rows[rows["kind"] == "answer"]})
+    for data, kind in (
+        ("GQA (yes or no)", "yes or no"),
+        ("GQA (answer)", "answer"),
+        ("plain", "answer"),
+    ):
+        right = [each["score"] for each in given if each["kind"] == kind]
+        assert float(scores.of(data, "accuracy")) == pytest.approx(sum(right) / len(right))
+        at = list(zip(scores.data, scores.measures, strict=True)).index((data, "accuracy"))
+        assert int(scores.n[at]) == len(right)
+
+
 def test_a_sweep_goes_on_and_knows_its_vector(model: Any, vector: Path, tmp_path: Path) -> None:
     made_images(tmp_path, ["0.jpg"])
     path = write_pope(tmp_path, [(f"thing {n}", "0.jpg", "yes") for n in range(3)])

@@ -60,7 +60,7 @@ class SteeringScores(SavedResult):
     n: Int[Tensor, "measure layer scale"]
     """How many questions each is of."""
     data: tuple[str, ...]
-    """Which data set each measure is of."""
+    """Which data set each measure is of, and of which kind of questions, where it has several."""
     measures: tuple[str, ...]
     """Of yes or no: accuracy, precision, recall, f1 and yes_rate. Of captions: chair_i, chair_s and
     recall, and objects, how many a caption names. Of other answers: accuracy."""
@@ -154,7 +154,8 @@ def steering_scores(
     image (or subject) are drawn together; without that column each question is drawn by itself.
 
     Args:
-        rows: `Sweep.results()`, or several of them by the name of their data set.
+        rows: `Sweep.results()`, or several of them by the name of their data set. Where one has
+            questions of several kinds, its name is followed by theirs: "GQA (yes or no)".
         samples: resamples.
         level: of the intervals.
         seed: of the resampling.
@@ -178,10 +179,12 @@ def steering_scores(
     found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     for name, table in tables.items():
         cells = dict(list(table.groupby(["layer", "scale"], observed=True)))
-        for kind in sorted(set(table["kind"])):
+        kinds = sorted(set(table["kind"]))
+        for kind in kinds:
+            label = name if len(kinds) == 1 else f"{name} ({kind})"
             for measure in MEASURES[kind]:
                 empty = torch.full((3, len(layers), len(scales)), torch.nan, dtype=torch.float64)
-                found[name, measure] = empty, torch.zeros_like(empty[0], dtype=torch.long)
+                found[label, measure] = empty, torch.zeros_like(empty[0], dtype=torch.long)
             for (layer, scale), cell in cells.items():
                 at = layers.index(layer), scales.index(scale)
                 of_kind = cell[cell["kind"] == kind]
@@ -189,8 +192,8 @@ def steering_scores(
                     continue
                 intervals = torch.stack(measured(kind, of_kind, **options))
                 for measure, values in zip(MEASURES[kind], intervals.T, strict=True):
-                    found[name, measure][0][:, *at] = values
-                    found[name, measure][1][at] = len(of_kind)
+                    found[label, measure][0][:, *at] = values
+                    found[label, measure][1][at] = len(of_kind)
     values, low, high = torch.stack([each for each, _ in found.values()], dim=1)
     return SteeringScores(
         values=values,
