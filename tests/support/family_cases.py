@@ -57,6 +57,7 @@ class Case:
     """One prompt with an image, the same with two words exchanged, and hooks on transformers."""
 
     def __init__(self, family: str, seed: int, folder: Path) -> None:
+        self.family = family
         made: Made = MADE[family](seed, folder, images=[1])
         self.made, self.hf, self.model = made, made.hf, made.model
         tokens = made.batch["input_ids"]

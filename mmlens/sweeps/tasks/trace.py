@@ -161,13 +161,14 @@ def said_instead(
     """
     runs = Recording.of_all(model, [clean, corrupted], earlier=earlier)
     earlier[:] = runs[:1]
-    answer, other = (most_probable(each) for each in runs)
-    if answer.text == other.text:
+    said = [most_probable(each) for each in runs]
+    answer, other = (int(each.tokens[0]) for each in said)
+    if answer == other:  # by id: several tokens may read the same
         raise ValueError(
-            f"both runs say {answer.text!r}, so its logit has nothing to be compared with: give a "
+            f"both runs say {said[0].text!r}, so its logit has nothing to be compared with: give a "
             "contrast, or follow another metric"
         )
-    return int(other.tokens[0])
+    return other
 
 
 def trace_rows(trace: CausalTrace, at: dict[str, int]) -> list[dict[str, Any]]:
