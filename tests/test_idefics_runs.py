@@ -21,7 +21,7 @@ from checkpoint_checks import (
     positioned,
 )
 from checkpoint_folders import load, merge_config, refused
-from half_precision import check_half_precision, error_ratios
+from half_precision import check_towers_and_logits
 from PIL import Image
 from random_models import in_dtype
 from rounding import assert_same, rounded_otherwise
@@ -188,6 +188,15 @@ def test_a_saved_model_opens_in_transformers(family: Family, seed: int, tmp_path
     check_saved(model, hf, batch, positioned(batch), tmp_path / "b")
 
 
+def in_half_precision(
+    family: Family, folder: Path, dtype: torch.dtype, chance: random.Random
+) -> tuple[Any, Any, Any]:
+    """Write a random checkpoint; transformers' model, a batch, and what that model is given."""
+    hf = in_dtype(random_idefics(family), dtype)
+    batch = random_batch(write(family, folder, hf), [1, 2], chance)
+    return hf, batch, positioned(batch)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("listening", [False, True], ids=["fused", "all hooks listen"])
 @pytest.mark.slow
@@ -195,24 +204,15 @@ def test_half_precision_is_as_exact_as_hugging_face(
     dtype: torch.dtype, listening: bool, seed: int, tmp_path: Path
 ) -> None:
     """Texts of one tag a token reach position 160, tags in many tokens position 700."""
-    ratios = []
-    families = list(FAMILIES.values())
-    for index in range(36):
-        family, folder = families[index % len(families)], tmp_path / str(index)
-        hf = in_dtype(random_idefics(family), dtype)
-        batch = random_batch(write(family, folder, hf), [1, 2], random.Random(seed + index))
-        ratios.append(
-            error_ratios(
-                load(folder),
-                hf,
-                batch,
-                positioned(batch),
-                listening=listening,
-                visual_tokens=lambda output: torch.cat(output.image_outputs.pooler_output),
-            )
-        )
-    for name in ("logits", "visual tokens"):
-        check_half_precision([each[name] for each in ratios], name)
+    check_towers_and_logits(
+        list(FAMILIES.values()),
+        in_half_precision,
+        lambda output: torch.cat(output.image_outputs.pooler_output),
+        dtype=dtype,
+        listening=listening,
+        seed=seed,
+        folder=tmp_path,
+    )
 
 
 # Geometry

@@ -20,7 +20,7 @@ from checkpoint_checks import (
     positioned,
 )
 from checkpoint_folders import load, merge_config, refused
-from half_precision import check_half_precision, error_ratios
+from half_precision import check_towers_and_logits
 from internvl_models import (
     FAMILIES,
     Family,
@@ -262,30 +262,30 @@ def test_a_saved_model_opens_in_transformers(family: Family, seed: int, tmp_path
     )
 
 
+def in_half_precision(
+    family: Family, folder: Path, dtype: torch.dtype, chance: random.Random
+) -> tuple[Any, Any, Any]:
+    """Write a random checkpoint; transformers' model, a batch, and what that model is given."""
+    hf = in_dtype(random_internvl(family), dtype)
+    batch = random_batch(write(family, folder, hf), [1, 2], chance)
+    return hf, batch, positioned(batch)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("listening", [False, True], ids=["fused", "all hooks listen"])
 @pytest.mark.slow
 def test_half_precision_is_as_exact_as_hugging_face(
     dtype: torch.dtype, listening: bool, seed: int, tmp_path: Path
 ) -> None:
-    ratios = []
-    families = list(FAMILIES.values())
-    for index in range(36):
-        family, folder = families[index % len(families)], tmp_path / str(index)
-        hf = in_dtype(random_internvl(family), dtype)
-        batch = random_batch(write(family, folder, hf), [1, 2], random.Random(seed + index))
-        ratios.append(
-            error_ratios(
-                load(folder),
-                hf,
-                batch,
-                positioned(batch),
-                listening=listening,
-                visual_tokens=lambda output: output.image_outputs.pooler_output.flatten(0, 1),
-            )
-        )
-    for name in ("logits", "visual tokens"):
-        check_half_precision([each[name] for each in ratios], name)
+    check_towers_and_logits(
+        list(FAMILIES.values()),
+        in_half_precision,
+        lambda output: output.image_outputs.pooler_output.flatten(0, 1),
+        dtype=dtype,
+        listening=listening,
+        seed=seed,
+        folder=tmp_path,
+    )
 
 
 @EVERY

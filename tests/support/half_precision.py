@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint_folders import load
 from random_models import in_dtype
 from torch import Tensor
 
@@ -77,3 +80,42 @@ def error_ratios(
         name: rms_error(ours[name], right) / rms_error(others[name], right)
         for name, right in exact.items()
     }
+
+
+def check_towers_and_logits(
+    families: Sequence[Any],
+    written: Callable[[Any, Path, torch.dtype, random.Random], tuple[Any, Any, Any]],
+    visual_tokens: Callable[[Any], Tensor],
+    *,
+    dtype: torch.dtype,
+    listening: bool,
+    seed: int,
+    folder: Path,
+    n: int = 36,
+) -> None:
+    """Check logits and visual tokens of random checkpoints in half precision.
+
+    Args:
+        families: which, one after the other.
+        written: writes one of a family into a folder, and gives transformers' model in that dtype,
+            the batch, and what transformers is called with.
+        visual_tokens: as in `error_ratios`.
+        dtype: of the weights.
+        listening: as in `error_ratios`.
+        seed: of the batches.
+        folder: where checkpoints go.
+        n: how many.
+    """
+    ratios = []
+    for index in range(n):
+        place = folder / str(index)
+        hf, batch, given = written(
+            families[index % len(families)], place, dtype, random.Random(seed + index)
+        )
+        ratios.append(
+            error_ratios(
+                load(place), hf, batch, given, listening=listening, visual_tokens=visual_tokens
+            )
+        )
+    for name in ("logits", "visual tokens"):
+        check_half_precision([each[name] for each in ratios], name)
