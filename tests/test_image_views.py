@@ -355,7 +355,7 @@ def test_all_of_an_image_is_every_token_that_shows_some(seed, size):
 
 
 def test_a_box_that_is_smaller_than_a_patch(tiled):
-    """It is never nothing: the patches that hold most of it, of every view that does so equally."""
+    """It is never nothing: the patches that hold most of it, in the whole image and in tiles."""
     _, inputs = tiled
     image = inputs.images[0]
     for view, (rows, cols) in enumerate(image.grids):
@@ -368,5 +368,11 @@ def test_a_box_that_is_smaller_than_a_patch(tiled):
         found = inputs.patches((x - 1e-3, y - 1e-3, x + 1e-3, y + 1e-3)).tolist()
         assert inputs.patch(row, col, view=view) in found
         assert len(found) <= 4 * len(image.grids)
+        assert any(image.cells[at - image.start, 0] == 0 for at in found)
+        mask = np.zeros((height, width), dtype=bool)
+        mask[int(y), int(x)] = True
+        marked = masked_positions(inputs, mask)
+        in_tiles = image.cells[marked - image.start, 0] > 0
+        assert bool((~in_tiles).any()) and (view == 0 or bool(in_tiles.any()))
     with pytest.raises(ValueError, match="no visual token shows the box"):
         inputs.patches((-5000.0, -5000.0, -4999.0, -4999.0))

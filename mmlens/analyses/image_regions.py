@@ -91,7 +91,8 @@ def masked_positions(inputs: MultimodalInputs, mask: np.ndarray) -> Region:
     """Return the visual tokens, of every view, of which at least half lies in a mask.
 
     What a cell shows beyond the image's edge, which is padding, does not count. Where that is none,
-    since what it shows is smaller than the cells, those that hold most of it.
+    since what it shows is smaller than the cells, those that hold most of it: of the whole image,
+    and of its tiles together.
     """
     image = inputs.images[0]
     if image.image is None or mask.shape != image.image.size[::-1]:
@@ -99,21 +100,21 @@ def masked_positions(inputs: MultimodalInputs, mask: np.ndarray) -> Region:
         raise ValueError(f"a mask of {mask.shape} pixels for an image of {known} (height, width)")
     # Sums over rectangles, by the integral of the mask.
     area = np.pad(mask.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    shares = {}
-    for offset, (view, row, column) in enumerate(image.cells.tolist()):
-        if view < 0:
-            continue
-        cell = image.seen(image.views[view].cell_box(row, column))
-        left, right = np.clip([round(cell.left), round(cell.right)], 0, mask.shape[1])
-        top, bottom = np.clip([round(cell.top), round(cell.bottom)], 0, mask.shape[0])
-        held = area[bottom, right] - area[top, right] - area[bottom, left] + area[top, left]
-        size = (cell.right - cell.left) * (cell.bottom - cell.top)
-        shares[image.start + offset] = float(held / size)
-    most = max(shares.values(), default=0.0)
-    if not most:
+    found: list[int] = []
+    for cells in image.seen_cells():
+        shares = {}
+        for position, cell in cells.items():
+            left, right = np.clip([round(cell.left), round(cell.right)], 0, mask.shape[1])
+            top, bottom = np.clip([round(cell.top), round(cell.bottom)], 0, mask.shape[0])
+            held = area[bottom, right] - area[top, right] - area[bottom, left] + area[top, left]
+            size = (cell.right - cell.left) * (cell.bottom - cell.top)
+            shares[position] = float(held / size)
+        most = max(shares.values(), default=0.0)
+        bound = 0.5 if most >= 0.5 else most * (1 - 1e-6)
+        found += [position for position, share in shares.items() if share and share >= bound]
+    if not found:
         raise ValueError("no visual token shows what the mask marks")
-    bound = 0.5 if most >= 0.5 else most * (1 - 1e-6)
-    return torch.tensor([at for at, share in shares.items() if share >= bound], dtype=torch.long)
+    return torch.tensor(sorted(found), dtype=torch.long)
 
 
 def random_regions(

@@ -93,8 +93,8 @@ class ImagePlaces:
         """Return the positions of all visual tokens, of every view, that show a box of the image.
 
         A token shows the box if at least half of its patch lies in it, padding beyond the image's
-        edge left aside. A box that is smaller than
-        the patches is shown by the tokens that hold most of it.
+        edge left aside. A box that is smaller than the patches is shown by the tokens that hold
+        most of it: of the whole image, and of its tiles together.
 
         Args:
             box: `(left, top, right, bottom)` in pixels of the image as it was given.

@@ -175,7 +175,8 @@ class ImageTokens:
         """Return the positions of every view's cells of which at least half lies in a box.
 
         What a cell shows beyond the image's edge, which is padding, does not count. Where that is
-        none, since the box is smaller than the cells, those that hold most of it.
+        none, since the box is smaller than the cells, those that hold most of it: of the whole
+        image, and of its tiles together.
 
         Args:
             box: (left, top, right, bottom), in pixels of the image.
@@ -189,21 +190,21 @@ class ImageTokens:
         if not (left < right and top < bottom):
             raise ValueError(f"the box {tuple(box)} (left, top, right, bottom) is empty")
         asked = Box(left, top, right, bottom)
-        cells = {
-            self.start + offset: self.seen(self.views[view].cell_box(row, col))
-            for offset, (view, row, col) in self._cells()
-        }
-        found = [position for position, cell in cells.items() if _share(cell, asked) >= 0.5]
+        found = [at for cells in self.seen_cells() for at in _inside(cells, asked)]
         if not found:
-            held = {position: _share(asked, cell) for position, cell in cells.items()}
-            most = max(held.values(), default=0.0)
-            if not most:
-                raise ValueError(
-                    f"no visual token shows the box {tuple(box)} (left, top, right, bottom): it "
-                    "lies outside of what the model sees of the image"
-                )
-            found = [position for position, share in held.items() if share > most * (1 - 1e-6)]
-        return torch.tensor(found, dtype=torch.long)
+            raise ValueError(
+                f"no visual token shows the box {tuple(box)} (left, top, right, bottom): it "
+                "lies outside of what the model sees of the image"
+            )
+        return torch.tensor(sorted(found), dtype=torch.long)
+
+    def seen_cells(self) -> tuple[dict[int, Box], dict[int, Box]]:
+        """Return what cells of the whole image, and those of its tiles, show, by position."""
+        whole, tiles = {}, {}
+        for offset, (view, row, col) in self._cells():
+            cells = tiles if view else whole
+            cells[self.start + offset] = self.seen(self.views[view].cell_box(row, col))
+        return whole, tiles
 
     def seen(self, cell: Box) -> Box:
         """Return the part of a cell that is no padding; all of it where it shows nothing else."""
@@ -283,6 +284,16 @@ def _tiles_in_whole(image: ImageTokens) -> list[Box]:
 
 def _percent(box: Box) -> str:
     return ", ".join(f"{side:.0%}" for side in box)
+
+
+def _inside(cells: Mapping[int, Box], asked: Box) -> list[int]:
+    """The cells that lie in a box by half or more, or else those that hold most of it."""
+    found = [position for position, cell in cells.items() if _share(cell, asked) >= 0.5]
+    if found:
+        return found
+    held = {position: _share(asked, cell) for position, cell in cells.items()}
+    most = max(held.values(), default=0.0)
+    return [position for position, share in held.items() if share and share > most * (1 - 1e-6)]
 
 
 def _share(cell: Box, box: Box) -> float:
