@@ -95,6 +95,18 @@ def test_resample(site: str, seed: int) -> None:
     assert seen == set(among)
 
 
+def test_a_position_that_one_run_lacks(seed: int) -> None:
+    """Whether that is an error does not hang on which run is drawn."""
+    model, inputs, _ = models_and_prompts(seed)
+    whole = model.record(inputs, [("mlp_out", 1)])
+    last, held = inputs.n_pos - 1, whole["mlp_out", 1]
+    shorter = {hook_name("mlp_out", 1): held[:, :last]}
+    for draw in range(8):
+        edit = Intervention("mlp_out", 1, last, resample([whole.cache, shorter], seed=draw))
+        with pytest.raises(ValueError, match=f"0 ... {last - 1}; there is no {last}"):
+            edited(model, inputs, edit, hook_name("mlp_out", 1))
+
+
 def test_freeze(seed: int) -> None:
     """In a branch whose earlier layer changed, a frozen component is what it was."""
     model, inputs, _ = models_and_prompts(seed)

@@ -192,7 +192,7 @@ class TestImagesInParquet:
         assert [pair.source for pair in pairs] == ["a/0", "a/2", "a/3", "a/4"]
         assert pairs[1].counterfactual.open_image().tobytes() == pictures[2][1].tobytes()
         assert pairs[2].clean.open_image().tobytes() == pictures[3][0].tobytes()
-        with pytest.raises(ValueError, match="the image is not an image"):
+        with pytest.raises(ValueError, match="the file is not an image"):
             pairs[3].clean.open_image()
         (tmp_path / "b.parquet").write_bytes(b"PAR1 is how it begins")
         with pytest.raises(ValueError, match=r"b\.parquet is no parquet file"):

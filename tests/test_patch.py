@@ -147,6 +147,7 @@ def test_what_cannot_be_patched(seed: int) -> None:
         (lambda: patch(recording, {0: cell}, "logit_diff"), "needs contrast"),
         (lambda: patch(recording, {0: cell}, "kl", contrast=5), "contrast=5 is for"),
         (lambda: patch(recording, {0: cell}, "kl", positions=[1]), "positions are for a function"),
+        (lambda: patch(recording, {0: cell}, "loss", reference=recording), "'loss' has no use for"),
         (lambda: patch(recording, {0: cell}, torch.sum), r"'sum' gives \(\) for 1 row"),
         (lambda: patch(recording, {0: cell}, lambda logits: 1.0), "gives float for 1 row"),
         (lambda: unchecked("accuracy", None), "metric='accuracy'; it is 'probability'"),

@@ -316,6 +316,8 @@ def test_how_each_kind_of_answer_is_scored() -> None:
     assert scored(disputed, "no") == {"kind": "answer", "score": expected}
     options = VisualQuestion("Is it?", None, answers=("No",), options=("Yes", "No"), choice="B")
     assert scored(options, "B") == {"kind": "answer", "score": 1.0}
+    of_mmmu = VisualQuestion("Is it?", None, answers=("Yes",), extra={"difficulty": "Easy"})
+    assert scored(of_mmmu, "Perhaps")["score"] == 0.0
     with pytest.raises(ValueError, match="has no answer to score by"):
         kind_of(VisualQuestion("What?", None, source="mine/1"))
     assert objects_in("no objects") == []

@@ -68,7 +68,8 @@ class AttentionSinks(SavedResult):
     """The metric with attention to text sinks cut, to visual ones, and to all, in every layer; NaN
     where there are none."""
     control: Float[Tensor, "cut draw"]
-    """The same for as many other positions, of text and image alike, drawn at random."""
+    """The same for as many other positions, of text and image alike, drawn at random; for all of
+    them where there are fewer."""
     baseline: float
     metric: str
     answer: str = ""

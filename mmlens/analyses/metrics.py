@@ -66,13 +66,15 @@ def followed(
         reference: whose next token "kl" compares with; by default the recorded run.
 
     Raises:
-        ValueError: an unknown name, a contrast that is missing or that nothing reads, positions for
-            a name, an answer without tokens; when it is called, a function that does not return
-            something for each row.
+        ValueError: an unknown name, a contrast that is missing, a contrast or a reference that
+            nothing reads, positions for a name, an answer without tokens; when it is called, a
+            function that does not return something for each row.
     """
     model, inputs = recording.model, recording.inputs
     check_metric(metric, contrast)
     name = name_of(metric)
+    if reference is not None and metric != "kl":
+        raise ValueError(f"reference is what 'kl' compares with; metric={name!r} has no use for it")
     if not isinstance(metric, str):
         metric = of_each_row(metric)
     if isinstance(metric, str) and positions is not None:

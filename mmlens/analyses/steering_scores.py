@@ -115,8 +115,8 @@ def kind_of(question: VisualQuestion) -> str:
         return "caption"
     if not question.answers:
         raise ValueError(f"{question.source} has no answer to score by")
-    # One of several options, or an answer that others gave, too, is no yes or no of POPE's.
-    is_pope = not question.options and "raw_answers" not in question.extra
+    # One of several options, or an answer of OK-VQA's or MMMU's, is no yes or no of POPE's.
+    is_pope = not question.options and not {"raw_answers", "difficulty"} & question.extra.keys()
     said = {each.lower() for each in question.answers}
     return "yes or no" if is_pope and said <= set(YES_NO) else "answer"
 

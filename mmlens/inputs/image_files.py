@@ -44,7 +44,7 @@ def open_image(file: str | Path | BytesIO) -> Image.Image:
         >>> with open_image("flag.png") as image:
         ...     image.load()
     """
-    name = "the image" if isinstance(file, BytesIO) else str(file)
+    name = "the file" if isinstance(file, BytesIO) else str(file)
     if not isinstance(file, BytesIO):
         check_file(Path(file))
     try:

@@ -242,10 +242,11 @@ def resample(
         source = found[row : row + 1]
         check_width((*source.shape[1:axis], *source.shape[axis + 1 :]), activation, hook)
         at = list(here) if among is None else drawn_from(among, here, (seed, hook.name))
-        if max(at, default=0) >= source.shape[axis]:
+        # Of every run, so that the draw does not decide whether this is an error.
+        n_there = min(run.shape[axis] for run, _ in rows)
+        if max(at, default=0) >= n_there:
             raise ValueError(
-                f"{hook.name}: the other run has positions 0 ... {source.shape[axis] - 1}; there "
-                f"is no {max(at)}"
+                f"{hook.name}: another run has positions 0 ... {n_there - 1}; there is no {max(at)}"
             )
         taken = at_positions(source, axis, torch.tensor(at, dtype=torch.long))
         return taken.to(activation).expand_as(activation)
