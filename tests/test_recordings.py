@@ -43,6 +43,15 @@ def behind_images(inputs):
     return int((inputs.tokens == IMAGE).nonzero()[:, 1].max()) + 2 if inputs.n_images[0] else 2
 
 
+def test_a_recording_holds_no_memory_of_others(seed):
+    """Keys and values are slices of what is computed together with the queries."""
+    model = small_model(seed, n_heads=6, d_model=48, n_key_value_heads=2)
+    inputs = small_inputs(model, seed)
+    own = model.record(inputs).own
+    for tensor in (*own.resid, *(each for pair in own.keys_values for each in pair)):
+        assert tensor.untyped_storage().nbytes() <= 2 * tensor.nbytes
+
+
 def assert_same_recording(found, expected, branches):
     for ours, theirs in zip(found.resid, expected.resid, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)

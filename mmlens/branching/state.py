@@ -168,10 +168,10 @@ def outputs_kept(
     replaced = [name for name in names if not is_hook_point(model.get_submodule(name))]
 
     def keep(activation: Tensor, hook: HookPoint) -> None:
-        kept[str(hook.name)] = activation
+        kept[str(hook.name)] = by_itself(activation)
 
     def keep_as(name: str, module: nn.Module, given: Any, output: Tensor) -> None:
-        kept[name] = output
+        kept[name] = by_itself(output)
 
     hooks = [(name, reading(keep)) for name in names if name not in replaced]
     with ExitStack() as stack, model.hooks(fwd_hooks=hooks):
@@ -179,3 +179,12 @@ def outputs_kept(
             module = model.get_submodule(name)
             stack.enter_context(module.register_forward_hook(partial(keep_as, name)))
         yield kept
+
+
+def by_itself(activation: Tensor) -> Tensor:
+    """Return a copy of what is a small part of a larger tensor: values share that of the queries.
+
+    Who keeps a view keeps all of the memory that it is a view of.
+    """
+    held = activation.untyped_storage().nbytes()
+    return activation.clone() if held > 2 * activation.nbytes else activation
