@@ -200,7 +200,8 @@ class ImageTokens:
 
     def seen_cells(self) -> tuple[dict[int, Box], dict[int, Box]]:
         """Return what cells of the whole image, and those of its tiles, show, by position."""
-        whole, tiles = {}, {}
+        whole: dict[int, Box] = {}
+        tiles: dict[int, Box] = {}
         for offset, (view, row, col) in self._cells():
             cells = tiles if view else whole
             cells[self.start + offset] = self.seen(self.views[view].cell_box(row, col))
