@@ -39,7 +39,8 @@ def probabilities(logits):
 def decoder_edit(model, inputs, chance, site=None):
     """A random intervention in the decoder."""
     site = site or chance.choice(sites_of(model))
-    layers = window(site, chance.randrange(model.cfg.n_layers), chance.choice([1, 3, 6]), model)
+    having = [i for i in range(model.cfg.n_layers) if hook_name(site, i) in model.hook_dict]
+    layers = window(site, chance.choice(having), chance.choice([1, 3, 6]), model)
     n_pos = inputs.n_pos
     positions = chance.choice(
         [
