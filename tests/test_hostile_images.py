@@ -96,7 +96,7 @@ def test_images_that_others_have_opened(limited: None, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="251 x 200"):
             load_image(opened)
         assert getattr(opened, "_im", None) is None  # not decoded
-    with pytest.raises(ValueError, match="the image has 251 x 200"):
+    with pytest.raises(ValueError, match="the file has 251 x 200"):
         open_image(BytesIO((tmp_path / "large.png").read_bytes()))
 
 
