@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from family_cases import EVERY, LOGITS, Case, edited
-from sklearn.decomposition import PCA
+from steering_formula import direction
 from torch import Tensor
 
 from mmlens import SteeringVector, VisualQuestion, steering_scores, steering_vector
@@ -45,15 +45,6 @@ def pairs_of(case: Case, what: str, n: int) -> list[list[Batch]]:
                 batch["pixel_values"] = torch.randn_like(batch["pixel_values"])
             side.append(batch)
     return sides
-
-
-def direction(differences: np.ndarray[Any, Any], method: str) -> np.ndarray[Any, Any]:
-    """What differences [pair, d] have in common."""
-    if method == "mean_difference":
-        return differences.mean(axis=0)
-    halves = np.concatenate([differences / 2, -differences / 2])  # centred pair by pair
-    component = PCA(n_components=1, svd_solver="full").fit(halves).components_[0]
-    return component * (differences @ component).mean()
 
 
 def sharpness(differences: np.ndarray[Any, Any], method: str) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.decomposition import PCA
 from small_models import any_family, picture, small_inputs, small_model, worded_model
+from steering_formula import direction
 from torch import Tensor
 
 from mmlens import Intervention, SteeringVector, hook_name, steering_vector
@@ -35,15 +35,6 @@ def activations(
         _, cache = model.run_with_cache(inputs)
         found.append(cache[name][0, inputs.span(where)].numpy().astype(np.float64).mean(axis=0))
     return np.stack(found)
-
-
-def by_formula(differences: np.ndarray[Any, Any], method: str) -> np.ndarray[Any, Any]:
-    """The direction of differences [pair, d]."""
-    if method == "mean_difference":
-        return differences.mean(axis=0)
-    halves = np.concatenate([differences / 2, -differences / 2])  # centred pair by pair
-    component = PCA(n_components=1, svd_solver="full").fit(halves).components_[0]
-    return component * (differences @ component).mean()
 
 
 @pytest.mark.parametrize("method", ["mean_difference", "pca"])
@@ -74,17 +65,17 @@ def test_vectors_are_those_of_the_formula(seed: int, method: Method) -> None:
         if gap < 0.02:
             continue
         allowed = 1e-5 * norms.max() / gap
-        expected = by_formula(differences, method)
+        expected = direction(differences, method)
         assert np.abs(found.vectors[at].flatten().numpy() - expected).max() <= allowed
         for pair in range(n):
             others = np.delete(differences, pair, axis=0)
-            direction = by_formula(others, method)
+            along = direction(others, method)
             singular = np.append(np.linalg.svd(others, compute_uv=False), 0.0)
             gap = 1.0 if method != "pca" else (singular[0] - singular[1]) / singular[0]
-            size = np.linalg.norm(direction)
+            size = np.linalg.norm(along)
             if gap < 0.02 or size < 0.02 * norms.max():
                 continue
-            margin = differences[pair] @ direction / size
+            margin = differences[pair] @ along / size
             allowed = 1e-4 * norms.max() ** 2 / (gap * size)
             assert abs(float(found.margins[at, pair]) - margin) <= allowed
 
