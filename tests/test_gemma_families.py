@@ -63,7 +63,7 @@ def test_prompts_equal_transformers(family: Family, seed: int, tmp_path: Path) -
         asked = text if template is None else text.replace("<image>", "")
         inputs = ours(asked, images, template=template)
         same_batch(inputs, batch)
-        again = ours.from_tokens(batch.pop("input_ids"), **without_labels(batch))
+        again = ours.from_tokens(batch.pop("input_ids"), **batch)
         assert torch.equal(again.blocks, inputs.blocks)
         for one, same in zip(again.images, inputs.images, strict=True):
             assert (one.start, one.grids) == (same.start, same.grids)
@@ -87,10 +87,6 @@ def bos(processor: Any) -> int:
     return processor.tokenizer.bos_token_id
 
 
-def without_labels(batch: Any) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
 @EVERY
 @pytest.mark.parametrize("images", [[1], [1, 2]], ids=str)
 def test_logits_and_every_hook_equal_hugging_face(
@@ -100,7 +96,7 @@ def test_logits_and_every_hook_equal_hugging_face(
     chance = random.Random(seed)
     batch = random_batch(family, write(family, tmp_path, hf), images, chance)
     model = load(tmp_path)
-    places = model.record(inputs_of(model, without_labels(batch))).places
+    places = model.record(inputs_of(model, batch)).places
 
     def visible(name: str) -> torch.Tensor:
         """What the rule of that layer lets queries attend to."""
@@ -122,7 +118,7 @@ def test_text_is_generated_as_by_transformers(family: Family, seed: int, tmp_pat
     # In float64 eager attention of padding is NaN here, but Gemma 2 has no other.
     hf.set_attn_implementation("eager" if family.kind == "paligemma2" else "sdpa")
     batch["pixel_values"] = batch["pixel_values"].double()
-    check_greedy_generation(model, hf, without_labels(batch), 8, cached=[True, False])
+    check_greedy_generation(model, hf, batch, 8, cached=[True, False])
 
 
 @EVERY
@@ -137,7 +133,7 @@ def test_branches_equal_plain_runs(family: Family, seed: int, tmp_path: Path) ->
     chance = random.Random(seed)
     batch = random_batch(family, write(family, tmp_path), [1, 2], chance)
     model = load(tmp_path)
-    inputs = inputs_of(model, without_labels(batch))
+    inputs = inputs_of(model, batch)
     visual = inputs.images[1].positions.tolist()
     layer = chance.randrange(4)
     site = "attn.out" if layer % 2 and model.cfg.post_norms else "v"

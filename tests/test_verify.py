@@ -9,20 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gemma_models
 import internvl_models
 import pytest
 import qwen_models
 import torch
-from anyres_checkpoints import random_anyres
+from anyres_checkpoints import random_anyres, written
 from checkpoint_folders import edit_config
 from random_models import IMAGE, SHAPES, VOCABULARY, random_language_model, random_llava
 from tiled_models import FAMILIES, random_idefics, write
 from tiny_checkpoint import write_tiny_llava
+from transformers.models.smolvlm import processing_smolvlm
 
 from mmlens.checkpoints import parity
 from mmlens.checkpoints.hub import find_folder
+from mmlens.checkpoints.processor_parity import compare_processors
 from mmlens.cli import main
 from mmlens.demo import VARIANTS
+from mmlens.inputs.processor import Processor
 from mmlens.model.transformer import HookedMultimodalTransformer
 from mmlens.sweeps.run import absolute_if_there
 
@@ -76,14 +80,20 @@ def test_a_multimodal_checkpoint(name: str, verify: Any, seed: int, tmp_path: Pa
 
 @pytest.mark.parametrize(("name", "dtype"), [("idefics3", "float32"), ("smolvlm", "bfloat16")])
 def test_idefics3_and_smolvlm(
-    name: str, dtype: str, verify: Any, seed: int, tmp_path: Path
+    name: str,
+    dtype: str,
+    verify: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # as if it were installed
     write(FAMILIES[name], tmp_path, random_idefics(FAMILIES[name]))
     code, rows, err = verify(tmp_path, "--device", "cpu", "--dtype", dtype)
     assert code == 0, (rows, err)
     assert f"{FAMILIES[name].n_tokens} of each tile" in rows["visual tokens"]
     judged = PARITY if dtype == "float32" else ("embeddings", "each block alone", "generation")
-    for check in (*judged, "hooks"):
+    for check in ("processor", *judged, "hooks"):
         assert rows[check].startswith("✓"), rows[check]
 
 
@@ -92,7 +102,7 @@ def test_qwen(family: str, verify: Any, seed: int, tmp_path: Path) -> None:
     qwen_models.write(family, tmp_path, qwen_models.random_qwen(family, random.Random(seed)))
     code, rows, err = verify(tmp_path, "--device", "cpu")
     assert code == 0, (rows, err)
-    for check in (*PARITY, "hooks"):
+    for check in ("processor", *PARITY, "hooks"):
         assert rows[check].startswith("✓"), rows[check]
 
 
@@ -103,7 +113,7 @@ def test_internvl(name: str, verify: Any, seed: int, tmp_path: Path) -> None:
     code, rows, err = verify(tmp_path, "--device", "cpu")
     assert code == 0, (rows, err)
     assert f"{family.n_tokens} of each tile" in rows["visual tokens"]
-    for check in (*PARITY, "hooks"):
+    for check in ("processor", *PARITY, "hooks"):
         assert rows[check].startswith("✓"), rows[check]
 
 
@@ -159,6 +169,60 @@ def test_a_wrong_weight_is_an_exit_code(
     assert failed & alone == {where}  # it says where
     assert "logits" in failed
     assert rows["hooks"].startswith("✓")
+
+
+@pytest.mark.parametrize("family", gemma_models.FAMILIES)
+def test_processors_of_gemma(family: str, seed: int, tmp_path: Path) -> None:
+    gemma_models.write(gemma_models.FAMILIES[family], tmp_path)
+    check = compare_processors(Processor.from_pretrained(tmp_path), tmp_path, seed)
+    assert check.passed, check
+
+
+@pytest.mark.parametrize("name", ["NeXT, several layers of SigLIP", "OneVision"])
+def test_processors_of_tiles(name: str, seed: int, tmp_path: Path) -> None:
+    model = written(name, tmp_path).model
+    check = compare_processors(model.processor, tmp_path, seed)
+    assert check.passed, check
+
+
+PROCESSED: dict[str, tuple[dict[str, Any], str]] = {
+    "pixels": ({"image_std": [0.5, 0.5, 0.25]}, "pixel_values differs, for an image of 201 x 130"),
+    "ids": ({"max_image_size": {"longest_edge": 12}}, " tokens instead of "),
+}
+
+
+@pytest.mark.parametrize("case", PROCESSED)
+def test_a_processor_that_differs_is_an_exit_code(
+    case: str, verify: Any, monkeypatch: pytest.MonkeyPatch, seed: int, tmp_path: Path
+) -> None:
+    family = FAMILIES["idefics3"]
+    write(family, tmp_path, random_idefics(family))
+    change, message = PROCESSED[case]
+    kind = type(Processor.from_pretrained(tmp_path).image_processor)
+    ours = kind.from_pretrained(tmp_path, **change)
+    spoil(monkeypatch, lambda model: setattr(model, "image_processor", ours))
+    code, rows, _ = verify(tmp_path, "--device", "cpu")
+    assert code == 1
+    assert rows["processor"].startswith("✗") and message in rows["processor"]
+    assert rows["logits"].startswith("✓")
+
+
+def test_num2words_is_asked_for_where_it_is_missing(
+    verify: Any, monkeypatch: pytest.MonkeyPatch, seed: int, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    write(FAMILIES["smolvlm"], tmp_path, random_idefics(FAMILIES["smolvlm"]))
+    code, rows, _ = verify(tmp_path, "--device", "cpu")
+    assert code == 0  # what is not compared does not fail
+    assert rows["processor"].startswith(" ")
+    assert "needs num2words: pip install 'mmlens[smolvlm]'" in rows["processor"]
+
+
+def test_a_folder_without_processor(verify: Any, seed: int, tmp_path: Path) -> None:
+    random_llava().save_pretrained(tmp_path)
+    code, rows, _ = verify(tmp_path, "--device", "cpu")
+    assert code == 0
+    assert rows["processor"].startswith(" ") and "the folder has no tokenizer" in rows["processor"]
 
 
 def test_a_model_without_reference(verify: Any, seed: int, tmp_path: Path) -> None:

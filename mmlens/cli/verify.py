@@ -35,17 +35,20 @@ def verify(
 ) -> None:
     """Say what a checkpoint is, and compare it with transformers on a random prompt.
 
-    Where transformers knows the format: embeddings, every block's residual, logits and generated
-    tokens. For every format: are all hooks alive? Exit code 1 if anything fails. Half precision is
-    judged block by block; --dtype float32 is the strict comparison.
+    Where transformers knows the format: ids and pixels, embeddings, every block's residual, logits
+    and generated tokens. For every format: are all hooks alive? Exit code 1 if anything fails. Half
+    precision is judged block by block; --dtype float32 is the strict comparison.
     """
     options.check_device(device)
     with waiting("loading mmlens ..."):
-        from mmlens.checkpoints import parity
+        from mmlens.checkpoints import parity, processor_parity
     checks, reference = reference_run(model, device, dtype)
     loaded = trace.open_model(model, device, dtype)
     with waiting("comparing ..."):
         if reference is not None:
+            if loaded.vision is not None and loaded.checkpoint is not None:
+                folder = loaded.checkpoint
+                checks.append(processor_parity.compare_processors(loaded.processor, folder, SEED))
             checks += parity.compare(loaded, reference)
         elif not checks:
             checks += parity.without_reference(loaded, SEED)

@@ -33,7 +33,12 @@ from mmlens.inputs.checks import (
 )
 from mmlens.inputs.collation import collate
 from mmlens.inputs.images import load_images
-from mmlens.inputs.layouts import ImageLayout, ProcessedImage, image_layout
+from mmlens.inputs.layouts import (
+    ImageLayout,
+    ProcessedImage,
+    drop_what_is_known,
+    image_layout,
+)
 from mmlens.inputs.layouts.any_grid import AnyGrid, with_pixel_bounds
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.named_phrases import (
@@ -319,13 +324,14 @@ class Processor:
                 rows. They stay unmasked, for nothing before them attends to them.
             visual: what else that processor returns, such as `image_sizes`. Of `token_type_ids` and
                 `mm_token_type_ids` PaliGemma's alone count: 0 in the prompt, 1 at what follows it.
+                Its `labels` of a prompt, which are of no token, are left out.
 
         Raises:
             ValueError: everything that does not fit: image tokens and images, ids outside of the
                 vocabulary, a mask of another shape or with padding elsewhere, positions outside.
         """
         cfg, tokenizer = self.cfg, self.tokenizer
-        visual.pop("mm_token_type_ids", None)  # which ids are image tokens is known here
+        drop_what_is_known(visual)
         if tokens.ndim not in (1, 2):
             raise ValueError(f"tokens must be [batch, pos] or [pos], not {tuple(tokens.shape)}")
         tokens = tokens.reshape(-1, tokens.shape[-1]).long()
@@ -335,7 +341,6 @@ class Processor:
             mask = attention_mask.bool()
             mask = mask[None] if mask.ndim == 1 else mask
         check_mask(tokens, mask)
-        visual.pop("mm_token_type_ids", None)
         types = visual.pop("token_type_ids", None)
         real = mask
         if padding_side == "right":

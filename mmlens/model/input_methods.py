@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmlens.inputs.checks import image_positions
-from mmlens.inputs.layouts import BATCH_KEYS
+from mmlens.inputs.layouts import BATCH_KEYS, drop_what_is_known
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.processor import Processor
 from mmlens.inputs.special_tokens import Side, padding_at, padding_token
@@ -18,8 +18,6 @@ from mmlens.model.loss import next_token_loss
 from mmlens.model.text import TokenMethods, Tokens
 
 Input = MultimodalInputs | Tensor | str | list[str]
-NO_LABEL = -100
-"""In transformers' labels, what stands where no token is to be predicted."""
 
 
 def batch_arguments(input: Any, others: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -31,10 +29,7 @@ def batch_arguments(input: Any, others: dict[str, Any]) -> tuple[Any, dict[str, 
     Raises:
         TypeError: neither or both of `input` and `input_ids`.
     """
-    others.pop("mm_token_type_ids", None)  # which ids are image tokens is known here
-    labels = others.get("labels")
-    if isinstance(labels, Tensor) and bool((labels == NO_LABEL).all()):
-        others.pop("labels")  # PaliGemma's processor makes them of every prompt
+    drop_what_is_known(others)
     ids = others.pop("input_ids", None)
     if (input is None) == (ids is None):
         raise TypeError("give either inputs, token ids or text, or input_ids= of a batch")

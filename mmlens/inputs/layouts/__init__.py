@@ -15,12 +15,20 @@ from mmlens.inputs.layouts.layout import (
     ImageLayout,
     MultimodalConfig,
     ProcessedImage,
+    drop_what_is_known,
 )
 from mmlens.inputs.layouts.one_grid import OneGrid
 from mmlens.inputs.layouts.row_col import RowCol
 from mmlens.inputs.layouts.thumbnail import Thumbnail
 
-__all__ = ["BATCH_KEYS", "LAYOUTS", "ImageLayout", "ProcessedImage", "image_layout"]
+__all__ = [
+    "BATCH_KEYS",
+    "LAYOUTS",
+    "ImageLayout",
+    "ProcessedImage",
+    "drop_what_is_known",
+    "image_layout",
+]
 
 LAYOUTS: dict[str, Callable[[MultimodalConfig], ImageLayout]] = {
     "one_grid": OneGrid,

@@ -25,6 +25,20 @@ BATCH_KEYS = (
     "token_type_ids",
 )
 """What transformers' processors return of images and videos; a layout refuses what is not its."""
+NO_LABEL = -100
+"""In transformers' labels, what stands where no token is to be predicted."""
+
+
+def drop_what_is_known(batch: dict[str, Any]) -> None:
+    """Take out of a processor's batch what says nothing more about its tokens and images.
+
+    These are `mm_token_type_ids` (which ids are image tokens is known), and `labels` of no token,
+    as PaliGemma's processor makes them of every prompt.
+    """
+    batch.pop("mm_token_type_ids", None)
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and bool((labels == NO_LABEL).all()):
+        batch.pop("labels")
 
 
 @dataclass(frozen=True, eq=False)
