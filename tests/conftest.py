@@ -12,6 +12,7 @@
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import os
 import random
@@ -20,7 +21,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -41,7 +41,8 @@ TYPECHECK = os.environ.get("MMLENS_TYPECHECK", "first")
 CHECKED_CALLS = float("inf") if TYPECHECK == "all" else 5
 """Of each function in each test."""
 
-calls: Counter[CodeType] = Counter()
+calls: Counter[int] = Counter()
+"""By the code's identity: hashing code takes longer than many a call."""
 check_all = jaxtyping.jaxtyped
 
 
@@ -58,11 +59,11 @@ def check_first_calls(made: Any = None, *, typechecker: Any = None) -> Any:
 
     @functools.wraps(made)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # By the code: an inner function is made, and would be checked, again and again.
-        calls[made.__code__] += 1
-        first = calls[made.__code__] <= CHECKED_CALLS
-        return (checked() if first else made)(*args, **kwargs)
+        calls[code] += 1
+        return (checked() if calls[code] <= CHECKED_CALLS else made)(*args, **kwargs)
 
+    # Of the code: an inner function is made, and would be checked, again and again.
+    code = id(made.__code__)
     checked = functools.cache(lambda: check_all(made, typechecker=typechecker))
     return call
 
@@ -152,3 +153,9 @@ def require() -> Callable[[Any, str], None]:
         pytest.skip(reason)
 
     return check
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of garbage collection: going through it takes half a second."""
+    gc.collect()
+    gc.freeze()

@@ -10,6 +10,7 @@ import pytest
 
 from mmlens.data import demo_questions, is_right, normalise_answer
 from mmlens.demo import language_model
+from mmlens.demo.integrity import damage
 
 DEMO = Path(language_model.__file__).parent
 TRAINING = Path(__file__).parents[1] / "training" / "demo"
@@ -148,8 +149,15 @@ def test_a_wrong_file_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPa
         language_model.language_model_folder()
 
 
-def test_a_folder_that_is_there_is_taken(empty_cache: Path) -> None:
+@pytest.mark.slow
+def test_a_folder_that_is_cut_off_is_made_anew(
+    empty_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the real wheel; in `test_demo_cache.py` a small folder stands in for the model."""
     folder = empty_cache / language_model.FOLDER_NAME
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"")
     assert language_model.language_model_folder() == folder
+    assert damage(folder) is None and "damaged" in capsys.readouterr().err
+    assert language_model.language_model_folder() == folder
+    assert "damaged" not in capsys.readouterr().err

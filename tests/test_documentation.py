@@ -151,7 +151,15 @@ def demo_model(name: str, **options: object) -> HookedMultimodalTransformer:
     return load(name, **options) if Path(name).is_dir() else embedded_model(name, **options)
 
 
-LONG_PAGES = {"attention", "editing", "findings", "sweeps"}
+LONG_PAGES = {
+    "attention",
+    "editing",
+    "findings",
+    "getting-started",
+    "steering",
+    "sweeps",
+    "tracing",
+}
 """Pages whose blocks take from half a minute to one and a half."""
 
 
@@ -180,12 +188,14 @@ def test_every_block_runs(page: Path, folder: Path, monkeypatch) -> None:
 
 
 LONG = {
+    "ablate_an_object",
     "edit_a_fact",
+    "path_patching",
     "patchscopes_on_visual_tokens",
     "reproduce_the_paper",
     "steer_against_a_hallucination",
 }
-"""Notebooks that take most of a minute."""
+"""Notebooks that take from a quarter of a minute to most of one."""
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,11 @@ class HookPoint(TransformerLensHookPoint):
             handle.user_hook = hook
         return handle
 
+    def remove_hooks(self, dir: str = "fwd", *args: Any, **options: Any) -> None:
+        """Remove hooks; see TransformerLens, which writes two lists where there are none, too."""
+        if self.fwd_hooks or self.bwd_hooks or dir not in ("fwd", "bwd", "both"):
+            super().remove_hooks(dir, *args, **options)
+
     def clear_context(self) -> None:
         """Forget what hooks have kept in `ctx`."""
         self.ctx = {}  # TransformerLens deletes it first
