@@ -75,6 +75,7 @@ def test_branches_that_begin_anywhere_share_passes(seed, batch_rows):
     assert_equal_to_plain_runs(model, inputs, branches, chance, batch_rows=batch_rows)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bf16_is_as_exact_as_plain_runs(seed: int) -> None:
     """The error against float64 runs of the same weights is at most 1.1 x that of plain runs.

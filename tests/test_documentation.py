@@ -154,6 +154,7 @@ def demo_model(name: str, **options: object) -> HookedMultimodalTransformer:
 LONG_PAGES = {
     "attention",
     "editing",
+    "experiments",
     "findings",
     "getting-started",
     "steering",
@@ -194,6 +195,7 @@ LONG = {
     "patchscopes_on_visual_tokens",
     "reproduce_the_paper",
     "steer_against_a_hallucination",
+    "your_own_intervention",
 }
 """Notebooks that take from a quarter of a minute to most of one."""
 

@@ -175,10 +175,13 @@ RUNS = (
     "causal_trace",
     "contributions",
 )
+LONG_RUNS = {"causal_trace", "contributions"}
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("most", [30, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=[pytest.mark.slow] * (run in LONG_RUNS)) for run in RUNS]
+)
+@pytest.mark.parametrize("most", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_hook_survives(model, inputs, run, most):
     model.requires_grad_(run == "gradients")
     body = usual_runs(model, inputs)[run]

@@ -39,6 +39,7 @@ def cases(tmp_path):
     return edit_cases(questions, n_neighbours=2)
 
 
+@pytest.mark.slow
 def test_rows_are_means_of_evaluations(seed, cases, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "pushed", pushed)
     model = made_model(seed)
