@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import internvl_models
 import numpy as np
 import pytest
+import qwen_models
+import tiled_models
 import torch
 from checkpoint_folders import load
 from limits import GIGABYTE, peak_of, time_limit
@@ -22,6 +26,7 @@ from transformers import (
     GotOcr2ImageProcessor,
     Idefics3ImageProcessor,
     LlavaImageProcessorPil,
+    Qwen2VLImageProcessor,
     SiglipImageProcessor,
 )
 
@@ -236,6 +241,43 @@ def test_a_processor_for_much_larger_images(seed: int, tmp_path: Path) -> None:
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
     with pytest.raises(CheckpointError, match=r"scales images to 100,000 .* takes 24"):
         load(folder)
+
+
+LARGE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a crop": ("clip", {"crop_size": {"height": 10**5, "width": 10**5}}, "100,000 .*crop_size"),
+    "tiles": ("idefics3", {"max_image_size": {"longest_edge": 10**5}}, "100,000 .*max_image_size"),
+    "an area": (
+        "qwen",
+        {"size": {"shortest_edge": 10**12, "longest_edge": 10**13}},
+        "at least 1,0",
+    ),
+    "many tiles": ("internvl", {"max_patches": 10**6}, "1,000,000 tiles .*may have 256"),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_every_field_of_a_processor_that_makes_images_large(
+    case: str, seed: int, tmp_path: Path
+) -> None:
+    kind, fields, message = LARGE[case]
+    if kind == "clip":
+        write_tiny_llava(tmp_path, seed)
+        CLIPImageProcessor(size={"shortest_edge": 24}, **fields).save_pretrained(tmp_path)
+    elif kind == "idefics3":
+        family = tiled_models.FAMILIES["idefics3"]
+        tiled_models.write(family, tmp_path, tiled_models.random_idefics(family), **fields)
+    elif kind == "qwen":
+        hf = qwen_models.random_qwen("qwen2", random.Random(seed))
+        qwen_models.write("qwen2", tmp_path, hf)
+        Qwen2VLImageProcessor(**fields).save_pretrained(tmp_path)
+        (tmp_path / "processor_config.json").unlink(missing_ok=True)
+    else:
+        family = internvl_models.FAMILIES["Qwen2"]
+        made = internvl_models.write(family, tmp_path, internvl_models.random_internvl(family))
+        made.image_processor.max_patches = fields["max_patches"]
+        made.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
 
 
 BOMB = """

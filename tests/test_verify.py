@@ -16,12 +16,14 @@ import qwen_models
 import torch
 from anyres_checkpoints import random_anyres, written
 from checkpoint_folders import edit_config
+from PIL import Image
 from random_models import IMAGE, SHAPES, VOCABULARY, random_language_model, random_llava
 from tiled_models import FAMILIES, random_idefics, write
 from tiny_checkpoint import write_tiny_llava
 from transformers.models.smolvlm import processing_smolvlm
 
 from mmlens.checkpoints import parity
+from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.hub import find_folder
 from mmlens.checkpoints.processor_parity import compare_processors
 from mmlens.cli import main
@@ -205,6 +207,29 @@ def test_a_processor_that_differs_is_an_exit_code(
     assert code == 1
     assert rows["processor"].startswith("✗") and message in rows["processor"]
     assert rows["logits"].startswith("✓")
+
+
+def test_images_that_mmlens_refuses_are_an_exit_code(
+    verify: Any, seed: int, tmp_path: Path
+) -> None:
+    """Patches in squares of another size would be taken for other places of the image."""
+    made = qwen_models.write(
+        "qwen2", tmp_path, qwen_models.random_qwen("qwen2", random.Random(seed))
+    )
+    made.image_processor.merge_size *= 2
+    made.save_pretrained(tmp_path)
+    model = HookedMultimodalTransformer.from_pretrained(tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=r"merge_size=\d, but the model merges squares of \d"):
+        model.prepare("Which?", Image.new("RGB", (90, 60)))
+    code, rows, err = verify(tmp_path, "--device", "cpu")
+    assert code == 1 and "Traceback" not in err
+    assert rows["processor"].startswith("✗") and "mmlens refuses it" in rows["processor"]
+
+
+@pytest.mark.parametrize("option", ["device_map", "vision_tower"])
+def test_the_embedded_models_take_no_option_of_folders(option: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{option}='auto'.* checkpoint folders take it"):
+        HookedMultimodalTransformer.from_pretrained("demo", **{option: "auto"})
 
 
 def test_num2words_is_asked_for_where_it_is_missing(

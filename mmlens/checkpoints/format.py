@@ -29,6 +29,8 @@ class Decoder:
     """The output layer."""
     activation: str = "hidden_act"
     """Where the configuration says which activation function the MLPs have."""
+    partial_rotary: bool = False
+    """Whether `partial_rotary_factor` counts; transformers rotates whole heads of the others."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from mmlens.checkpoints.devices import DeviceMap
 from mmlens.checkpoints.errors import CheckpointError
@@ -28,8 +29,9 @@ from mmlens.checkpoints.processors import (
 from mmlens.checkpoints.towers.named_towers import Tower, with_tower
 from mmlens.checkpoints.weight_files import warn_of_another_set, weight_files
 from mmlens.config import MultimodalConfig
+from mmlens.config.images import MOST_TILES
 from mmlens.demo import is_embedded
-from mmlens.inputs.images import largest_edge
+from mmlens.inputs.images import largest_edge, sides_of
 from mmlens.inputs.processor import Processor
 from mmlens.model.transformer import HookedMultimodalTransformer
 
@@ -59,11 +61,18 @@ def load_model(
     if device is not None and device_map is not None:
         raise ValueError(f"device={device!r} and device_map={device_map!r}: give one of the two")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    file = Path(os.path.expanduser(name_or_path))
+    whole = is_embedded(name_or_path) or (file.suffix == ".gguf" and file.exists())
+    for name, given in (("device_map", device_map), ("vision_tower", vision_tower)):
+        if whole and given is not None:
+            raise CheckpointError(
+                f"{name}={str(given)!r}: {name_or_path} is loaded as it is, and to one device; "
+                "checkpoint folders take it"
+            )
     if is_embedded(name_or_path):
         from mmlens.checkpoints.formats import demo
 
         return demo.load(str(name_or_path), where, dtype or torch.float32)
-    file = Path(os.path.expanduser(name_or_path))
     if file.suffix == ".gguf" and file.exists():
         from mmlens.checkpoints.formats import gguf
 
@@ -183,14 +192,34 @@ def processor_of(cfg: MultimodalConfig, folder: Path, tower: Tower | None) -> Pr
 
 
 def check_processor(processor: Any, cfg: MultimodalConfig, folder: Path) -> None:
-    """Raise a CheckpointError where images are made far larger than the tower takes them."""
-    edge = largest_edge(processor)
-    if cfg.vision is not None and cfg.vision.packed:  # whose "edges" are areas
+    """Raise a CheckpointError where images are made far larger than the tower takes them.
+
+    Whether an image itself is too large is seen when it is given.
+    """
+    if cfg.vision is None or processor is None:
         return
-    if cfg.vision is not None and edge > 8 * max(cfg.vision.image_size):
+    if cfg.vision.packed:  # whose "edges" are areas
+        area, most = sides_of(processor.size).get("shortest_edge", 0), Image.MAX_IMAGE_PIXELS
+        if most is not None and area > most:
+            raise CheckpointError(
+                f"{folder}: its image processor scales images to at least {area:,} pixels, more "
+                f"than {most:,}"
+            )
+        return
+    edges, tower = {"size": largest_edge(processor)}, max(cfg.vision.image_size)
+    for name in ("crop_size", "max_image_size"):
+        edges[name] = max(sides_of(getattr(processor, name, None)).values(), default=0)
+    for name, edge in edges.items():
+        if edge > 8 * tower:
+            raise CheckpointError(
+                f"{folder}: its image processor scales images to {edge:,} pixels ({name}), but "
+                f"its tower takes {tower:,}"
+            )
+    n_tiles = getattr(processor, "max_patches", None) or 0
+    if n_tiles > MOST_TILES:
         raise CheckpointError(
-            f"{folder}: its image processor scales images to {edge:,} pixels, but its tower takes "
-            f"{max(cfg.vision.image_size):,}"
+            f"{folder}: its image processor cuts images into {n_tiles:,} tiles (max_patches); an "
+            f"image may have {MOST_TILES}"
         )
 
 

@@ -51,8 +51,13 @@ def compare_processors(processor: Processor, folder: Path, seed: int) -> Check:
             batch = theirs_of(theirs, processor, image)
         except Exception as error:  # as above
             return Check(NAME, None, f"not compared: transformers' failed: {one_line(error)}")
-        if difference := first_difference(processor, processor(QUESTION, image), batch):
-            return Check(NAME, False, f"{difference}, for an image of {width} x {height} pixels")
+        size = f"for an image of {width} x {height} pixels"
+        try:
+            difference = first_difference(processor, processor(QUESTION, image), batch)
+        except ValueError as error:
+            return Check(NAME, False, f"mmlens refuses it {size}: {one_line(error)}")
+        if difference:
+            return Check(NAME, False, f"{difference}, {size}")
     sizes = " and ".join(f"{width} x {height}" for width, height in SIZES)
     return Check(NAME, True, f"ids and pixels equal, for images of {sizes} pixels")
 

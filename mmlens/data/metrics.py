@@ -21,6 +21,11 @@ import numpy as np
 LEADING = re.compile(r"^(the|a|an|city of|country of|republic of|kingdom of|state of)\s+")
 #: apostrophes, and the points of "D.C." but not that of "Guinea.A photo"
 ABBREVIATION = re.compile(r"['ʻ’]|(?<=\b[a-z])\.")
+#: the minus sign, and what NFKD has in a fraction
+IN_NUMBERS = {0x2212: "-", 0x2044: "/"}
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+#: no part of a word or a number
+NO_PART = re.compile(r"[^\w\s.:/-]|(?<!\d)[.:/]|[.:/](?!\d)")
 
 # The tables of the VQA evaluation (GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/
 # vqaEval.py; described on visualqa.org/evaluation.html).
@@ -53,10 +58,14 @@ EDGES = ",.!?;:'"
 
 
 def normalise_answer(text: str) -> str:
-    """Lower the case; drop accents, punctuation (hyphens stay), quotes and leading articles."""
-    text = unicodedata.normalize("NFKD", text)
+    """Lower the case; drop accents, punctuation, quotes and leading articles.
+
+    Hyphens stay, and what a number has in it ("3.5", "10:30", "1/2"), but for its commas ("1,500").
+    """
+    text = unicodedata.normalize("NFKD", text).translate(IN_NUMBERS)
     text = "".join(letter for letter in text if not unicodedata.combining(letter)).lower()
-    text = " ".join(re.sub(r"[^\w\s-]", " ", ABBREVIATION.sub("", text)).split())
+    text = NO_PART.sub(" ", THOUSANDS.sub("", ABBREVIATION.sub("", text)))
+    text = " ".join(text.split())
     while (shorter := LEADING.sub("", text)) != text:
         text = shorter
     return text
@@ -85,7 +94,8 @@ def is_right(continuation: str, answers: Sequence[str]) -> bool:
     """
     said = normalise_answer(continuation)
     accepted = filter(None, map(normalise_answer, answers))
-    return any(re.match(rf"{re.escape(answer)}s?(?![\w-])", said) for answer in accepted)
+    # What a number has in it stands there between digits alone.
+    return any(re.match(rf"{re.escape(answer)}s?(?![\w.:/-])", said) for answer in accepted)
 
 
 def normalise_vqa_answer(text: str) -> str:

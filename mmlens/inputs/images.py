@@ -108,14 +108,20 @@ def largest_edge(processor: Any) -> int:
         processor: transformers', or one of torchvision's transforms.
     """
     size = getattr(processor, "size", None)
-    if isinstance(size, Mapping):
-        size = SimpleNamespace(**size)
     sides = list(size) if isinstance(size, list | tuple) else [size]
-    sides += [getattr(size, name, None) for name in ("height", "width")]
-    if not getattr(size, "longest_edge", None):  # with one, these two bound an area
-        sides.append(getattr(size, "shortest_edge", None))
-    sides += [largest_edge(part) for part in getattr(processor, "transforms", ())]
+    named = sides_of(size)
+    if named.pop("longest_edge", None):  # with one, these two bound an area
+        named.pop("shortest_edge", None)
+    sides += [*named.values(), *map(largest_edge, getattr(processor, "transforms", ()))]
     return max((side for side in sides if isinstance(side, int)), default=0)
+
+
+def sides_of(size: Any) -> dict[str, int]:
+    """Return the sides that a size of transformers' image processors names; {} for another one."""
+    size = SimpleNamespace(**size) if isinstance(size, Mapping) else size
+    names = ("height", "width", "shortest_edge", "longest_edge")
+    found = {name: getattr(size, name, None) for name in names}
+    return {name: side for name, side in found.items() if isinstance(side, int)}
 
 
 def has_fixed_size(processor: Any) -> bool:

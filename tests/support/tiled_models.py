@@ -121,7 +121,7 @@ def processor_of(family: Family, **settings: Any) -> Any:
         processing_smolvlm.num2words = had
 
 
-def random_idefics(family: Family, **text: Any) -> Any:
+def random_idefics(family: Family, decoder_kind: Any = LlamaConfig, **text: Any) -> Any:
     """Transformers' model in float32 with lively weights, drawn from torch's generator."""
     tokenizer = tokenizer_of(family)
     sizes: dict[str, Any] = {
@@ -132,7 +132,7 @@ def random_idefics(family: Family, **text: Any) -> Any:
         "patch_size": family.patch,
         "image_size": family.side,
     }
-    decoder = LlamaConfig(
+    decoder = decoder_kind(
         vocab_size=len(tokenizer) + 3,
         hidden_size=30,
         intermediate_size=41,

@@ -31,6 +31,8 @@ __all__ = [
     "decoder_fields_in",
     "decoder_names",
     "inner_names",
+    "visual_scale",
+    "without_its_head",
 ]
 
 DECODERS = {
@@ -51,9 +53,8 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
         raise CheckpointError(
             f"a {config.model_type!r} decoder; supported are {', '.join(DECODERS)}"
         )
-    decoder, eos = DECODERS[config.model_type], getattr(config, "eos_token_id", None)
-    head_dim = getattr(config, "head_dim", None)
-    return {
+    decoder, head_dim = DECODERS[config.model_type], getattr(config, "head_dim", None)
+    fields = {
         "decoder_type": config.model_type,
         "n_layers": config.num_hidden_layers,
         "d_model": config.hidden_size,
@@ -69,9 +70,35 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
         "rope_parameters": dict(config.rope_parameters),
         "tie_word_embeddings": getattr(config, "tie_word_embeddings", False),
         "bos_token_id": getattr(config, "bos_token_id", None),
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None),
+        "eos_token_ids": as_ids(getattr(config, "eos_token_id", None)),
         "pad_token_id": config.pad_token_id,
     } | decoder.choices(config)
+    if not decoder.partial_rotary:
+        for name in ("rope_parameters", "local_rope_parameters"):
+            fields[name] = whole_heads(fields.get(name))
+    return fields
+
+
+def whole_heads(rope: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return rotary parameters without a share of each head, which transformers ignores there.
+
+    Raises:
+        CheckpointError: angles of a kind of which transformers would make too few for a head.
+    """
+    share, kind = (rope or {}).get("partial_rotary_factor"), (rope or {}).get("rope_type")
+    if rope is None or share is None:
+        return rope
+    if share != 1 and kind not in (None, "default"):
+        raise CheckpointError(
+            f"partial_rotary_factor is {share} with rope_type {kind!r}, but this decoder rotates "
+            "whole heads"
+        )
+    return {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+
+
+def as_ids(ids: Any) -> tuple[int, ...]:
+    """Return token ids of a configuration, which may be one, several or none, as a tuple."""
+    return tuple(ids) if isinstance(ids, list) else (ids,) * (ids is not None)
 
 
 def decoder_fields_in(
@@ -82,12 +109,31 @@ def decoder_fields_in(
     Args:
         folder: of the checkpoint; its generation_config.json may name more end tokens.
         decoder: transformers' configuration of the decoder.
-        whole: that of a model with images, which then says whether embeddings are tied.
+        whole: that of a model with images, which then says whether embeddings are tied, and whose
+            end tokens come before the decoder's.
     """
     fields = decoder_fields(decoder)
     if whole is not None:
         fields["tie_word_embeddings"] = whole.tie_word_embeddings
+        ends = as_ids(getattr(whole, "eos_token_id", None))
+        fields["eos_token_ids"] = ends or fields["eos_token_ids"]
     return fields | {"eos_token_ids": generation_ends(folder, fields["eos_token_ids"])}
+
+
+def without_its_head(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return `decoder_fields` of a decoder under an output layer of the whole model's own.
+
+    transformers' LLaVA, Idefics3 and InternVL cap and scale no logits, whatever the decoder does.
+    """
+    return fields | {"logits_softcap": None, "logits_scale": 1.0}
+
+
+def visual_scale(fields: dict[str, Any]) -> float:
+    """Return what visual tokens are multiplied by on their way into a decoder with these fields.
+
+    Granite scales whatever comes in, visual tokens too; Gemma its own embeddings alone.
+    """
+    return fields["embed_scale"] if fields["decoder_type"] == "granite" else 1.0
 
 
 def decoder_names(cfg: MultimodalConfig, outer: str = "") -> dict[str, str]:

@@ -37,4 +37,4 @@ def choices(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-GPT_NEOX = Decoder(NAMES, choices, prefix="gpt_neox.")
+GPT_NEOX = Decoder(NAMES, choices, prefix="gpt_neox.", partial_rotary=True)

@@ -31,6 +31,10 @@ NAMES = {
 }
 
 
+WINDOWED = {"mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text"}
+"""Whose windows transformers applies: the others may have the fields, which say nothing there."""
+
+
 def choices(config: PreTrainedConfig) -> dict[str, Any]:
     """Return what they have in common, and where they differ: biases, windows, norms of queries.
 
@@ -38,19 +42,7 @@ def choices(config: PreTrainedConfig) -> dict[str, Any]:
         CheckpointError: layers that have a window, and no window.
     """
     biased = getattr(config, "attention_bias", False)
-    types: Any = None
-    if not getattr(config, "sliding_window", None):
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            raise CheckpointError(
-                "layer_types has sliding_attention, but there is no sliding_window (in Qwen2 it "
-                "needs use_sliding_window as well)"
-            )
-    else:
-        # Mistral has no list of layers: all of them have the window.
-        listed = getattr(config, "layer_types", None) or ["sliding_attention"] * (
-            config.num_hidden_layers
-        )
-        types = attn_types(listed)
+    types = windows(config) if config.model_type in WINDOWED else None
     return {
         "normalization_type": "RMS",
         "eps": config.rms_norm_eps,
@@ -62,6 +54,24 @@ def choices(config: PreTrainedConfig) -> dict[str, Any]:
         "window_size": config.sliding_window if types else None,
         "attn_types": types,
     }
+
+
+def windows(config: PreTrainedConfig) -> Any:
+    """Return which layers have a window; None where none has.
+
+    Raises:
+        CheckpointError: layers that have a window, and no window.
+    """
+    listed = getattr(config, "layer_types", None)
+    if getattr(config, "sliding_window", None):
+        # Mistral has no list of layers: all of them have the window.
+        return attn_types(listed or ["sliding_attention"] * config.num_hidden_layers)
+    if "sliding_attention" in (listed or ()):
+        raise CheckpointError(
+            "layer_types has sliding_attention, but there is no sliding_window (in Qwen2 it "
+            "needs use_sliding_window as well)"
+        )
+    return None
 
 
 LLAMA = Decoder(NAMES, choices)

@@ -40,4 +40,4 @@ def choices(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-PHI = Decoder(NAMES, choices)
+PHI = Decoder(NAMES, choices, partial_rotary=True)

@@ -21,7 +21,12 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from mmlens.checkpoints.decoders import decoder_fields_in, inner_names
+from mmlens.checkpoints.decoders import (
+    decoder_fields_in,
+    inner_names,
+    visual_scale,
+    without_its_head,
+)
 from mmlens.checkpoints.format import Format
 from mmlens.checkpoints.hf_configs import known_activation, vision_config
 from mmlens.checkpoints.names import HF_PROJECTOR, TOWER, under
@@ -65,7 +70,7 @@ def model_config(
     hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     text, vision = hf.text_config, hf.vision_config
     taken = vision_config(vision, hf.vision_feature_layer, hf.vision_feature_select_strategy)
-    fields = decoder_fields_in(folder, text, hf)
+    fields = without_its_head(decoder_fields_in(folder, text, hf))
     projector = ProjectorConfig(
         d_in=vision.hidden_size * len(taken.feature_layers),
         d_hidden=text.hidden_size,
@@ -73,11 +78,8 @@ def model_config(
         act_fn=known_activation(hf.projector_hidden_act, "projector_hidden_act"),
         bias=hf.multimodal_projector_bias,
         anyres=None if tiles is None else tiles(hf, taken),
-        # Granite scales whatever comes in, visual tokens too; Gemma its own embeddings alone.
-        out_scale=fields["embed_scale"] if text.model_type == "granite" else 1.0,
+        out_scale=visual_scale(fields),
     )
-    # transformers' LLaVA caps and scales no logits, whatever its decoder does.
-    fields |= {"logits_softcap": None, "logits_scale": 1.0}
     # Phi's output layer has a bias; transformers' LLaVA kept it in its first two layouts only.
     fields["unembed_bias"] = fields.get("unembed_bias", False) and has_tensor(
         folder, r"(language_model\.)?lm_head\.bias"

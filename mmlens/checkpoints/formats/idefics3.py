@@ -20,7 +20,12 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mmlens.checkpoints.decoders import decoder_fields_in, inner_names
+from mmlens.checkpoints.decoders import (
+    decoder_fields_in,
+    inner_names,
+    visual_scale,
+    without_its_head,
+)
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Format
 from mmlens.checkpoints.hf_configs import tower_fields
@@ -59,8 +64,9 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
             f"scale_factor is {factor}, but a tile has {side} x {side} patches, which must be cut "
             "into squares of that side"
         )
+    fields = without_its_head(decoder_fields_in(folder, text, hf))
     return MultimodalConfig(
-        **decoder_fields_in(folder, text, hf),
+        **fields,
         image_token_id=hf.image_token_id,
         image_layout="row_col",
         vision=VisionConfig(
@@ -81,6 +87,7 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
             n_layers=1,
             bias=False,
             pixel_shuffle=factor,
+            out_scale=visual_scale(fields),
         ),
         original_architecture=CLASSES[hf.model_type],
     )

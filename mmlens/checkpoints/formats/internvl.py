@@ -20,7 +20,12 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from mmlens.checkpoints.decoders import decoder_fields_in, inner_names
+from mmlens.checkpoints.decoders import (
+    decoder_fields_in,
+    inner_names,
+    visual_scale,
+    without_its_head,
+)
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.format import Format
 from mmlens.checkpoints.formats import hf_llava
@@ -89,8 +94,9 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
             f"downsample_ratio is {hf.downsample_ratio}, but a tile has {vision.grid[0]} x "
             f"{vision.grid[1]} patches, which must be cut into squares of 1 / downsample_ratio"
         )
+    fields = without_its_head(decoder_fields_in(folder, text, hf))
     return MultimodalConfig(
-        **decoder_fields_in(folder, text, hf),
+        **fields,
         image_token_id=hf.image_token_id,
         image_layout="thumbnail",
         image_placeholder="<IMG_CONTEXT>",
@@ -102,6 +108,7 @@ def config(folder: Path, tower: Tower | None = None) -> MultimodalConfig:
             d_out=text.hidden_size,
             act_fn=known_activation(hf.projector_hidden_act, "projector_hidden_act"),
             pixel_shuffle=factor,
+            out_scale=visual_scale(fields),
             normalization_type="LN",
             eps=PROJECTOR_EPS,
             norm_merged=True,

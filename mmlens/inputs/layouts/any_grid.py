@@ -52,6 +52,11 @@ class AnyGrid:
         Raises:
             ValueError: the image processor gives what the model does not take.
         """
+        if (squares := getattr(image_processor, "merge_size", self.side)) != self.side:
+            raise ValueError(
+                f"the image processor lays out patches in squares of merge_size={squares}, but the "
+                f"model merges squares of {self.side}: give both one size"
+            )
         batch = image_processor(images=list(images), return_tensors="pt")
         pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
         parts = pixels.split(self._patches(pixels, grids))
