@@ -13,6 +13,7 @@ import torch
 from random_models import N_SPECIAL, VOCABULARY, Shape, hooked, random_llama
 from small_models import picture, small_inputs, small_model, worded_model
 from small_tokenizers import KINDS
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from mmlens import causal_trace, collate, noise_span, swap_span
 from mmlens.analyses.corruptions import blur_image, mean_image, noise_image, swap_image
@@ -123,6 +124,21 @@ def test_noise_hits_its_spans_with_its_size(model):
     assert torch.equal(noisy.tokens, inputs.tokens)
 
 
+def test_noise_has_the_size_of_embeddings_that_are_scaled(seed):
+    """As Gemma's are, of whose embeddings transformers has a class."""
+    model = small_model(seed, embed_scale=random.uniform(10, 60))
+    inputs = small_inputs(model, seed, images=(0,), spans={"word": [1, 2]})
+    cfg, at = model.cfg, inputs.span("word")
+    hf = Gemma3TextScaledWordEmbedding(cfg.d_vocab, cfg.d_model, 0, cfg.embed_scale)
+    hf.weight.data.copy_(model.W_E)
+    noise = noise_span(model, inputs, "word", multiple=2.0, samples=3, seed=seed).noise
+    drawn = torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed))[:, at]
+    std = hf(torch.arange(cfg.d_vocab)).double().std()
+    # A sum of n float32 numbers is off by n roundings at most, relatively.
+    off = model.W_E.numel() * torch.finfo(torch.float32).eps
+    assert torch.allclose(noise[:, at].double(), 2.0 * std * drawn.double(), rtol=off, atol=0)
+
+
 def test_noise_repeats(model):
     inputs = asked(model)
     first, again, other = (
@@ -156,6 +172,9 @@ def test_what_cannot_be_made_noisy(model):
         noise_span(model, inputs, "constraint", samples=0)
     with pytest.raises(ValueError, match="noise already"):
         noise_span(model, noise_span(model, inputs, "constraint"), "image")
+    for std in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"std={std}; it is 0 or more"):
+            noise_span(model, inputs, "constraint", std=std)
 
 
 def test_generation_has_a_row_for_every_sample_of_noise(model):

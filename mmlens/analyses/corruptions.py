@@ -7,6 +7,7 @@ here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -130,16 +131,17 @@ def noise_span(
     Args:
         span: one span of a single prompt, or several ("constraint", "image").
         multiple: standard deviation of the noise, in units of `std`.
-        std: by default the embeddings' own: that of all token embeddings for text positions, that
-            of the prompt's visual tokens for visual ones. (ROME takes that of the tokens of its
-            data set's subjects, `model.W_E[tokens].std()`.)
+        std: by default the embeddings' own, as they enter the first layer: that of all token
+            embeddings for text positions, that of the prompt's visual tokens for visual ones. (ROME
+            takes that of the tokens of its data set's subjects, which is
+            `model.W_E[tokens].std() * model.cfg.embed_scale`.)
         samples: how many draws.
         seed: of the draws.
 
     Raises:
         UnknownSpanError: (a KeyError) no span of that name.
-        ValueError: a batch, inputs that have noise already, no samples, a negative `multiple` or
-            one without end.
+        ValueError: a batch, inputs that have noise already, no samples, a `multiple` or `std`
+            that is negative, infinite or NaN.
 
     Example:
         >>> corrupted = noise_span(model, inputs, ["constraint", "image"], samples=5)
@@ -148,6 +150,8 @@ def noise_span(
     check_one_prompt(len(inputs), "noise_span")
     check_no_noise(inputs)
     check_samples(samples, multiple)
+    if std is not None and not 0 <= std < math.inf:
+        raise ValueError(f"std={std}; it is 0 or more, and no infinity")
     names = [span] if isinstance(span, str) else list(span)
     hit = torch.cat([inputs.span(name) for name in names]).unique()
     visual = inputs.is_image[0]
@@ -157,7 +161,8 @@ def noise_span(
     if std is not None:
         unit[0], unit[:, visual] = std, std
     else:
-        unit[0, ~visual] = model.W_E.float().std()
+        # Noise is added to what the embedding returns, which multiplies its rows by a scale.
+        unit[0, ~visual] = model.W_E.float().std() * model.cfg.embed_scale
         if bool(visual[hit].any()):
             found = model.all_embeddings(inputs)[0, visual].float()
             unit[:, visual] = found.unflatten(1, (parts, -1)).std(dim=(0, 2))[:, None]
