@@ -37,7 +37,7 @@ def tower_config(hf: PreTrainedConfig) -> VisionConfig:
         raise CheckpointError(f"a {hf.model_type!r} tower; supported are {', '.join(READERS)}")
     own = READERS[hf.model_type](hf)
     side, merge = one_size(hf, "patch_size"), hf.spatial_merge_size
-    rope = hf.rope_parameters or {}
+    rope = getattr(hf, "rope_parameters", None) or {}  # transformers 5.9 has none
     if rope.get("rope_type", "axial") != "axial":
         raise CheckpointError(f"the tower's rope_type is {rope['rope_type']!r}; it must be 'axial'")
     if merge < 1 or own["d_model"] % hf.num_heads or own["d_model"] // hf.num_heads % 4:
@@ -158,7 +158,12 @@ def qwen3(hf: Any) -> dict[str, Any]:
     }
 
 
-READERS = {"qwen2_vl_vision": qwen2, "qwen2_5_vl_vision": qwen2_5, "qwen3_vl_vision": qwen3}
+READERS = {
+    "qwen2_vl_vision": qwen2,
+    "qwen2_5_vl_vision": qwen2_5,
+    "qwen3_vl_vision": qwen3,
+    "qwen3_vl": qwen3,  # in published files, which transformers 5.9 leaves as they are
+}
 
 
 def one_size(hf: Any, name: str) -> int:
