@@ -87,11 +87,13 @@ def test_every_door_knows_how_long_a_run_may_be(seed: int) -> None:
     model.cfg.n_ctx = 40
     fits = torch.randint(4, 20, (1, 40))
     longer = torch.cat([fits, fits[:, :1]], dim=1)
+    recording = model.record(fits[:, :9])
     doors = [
         model,
         model.run_with_cache,
         model.record,
         lambda x: model.record_many([x]),
+        lambda x: recording.record(model.inputs_from_tokens(x)),
         lambda x: model.generate(x, 1, return_type="tokens"),
         lambda x: model(model.embed(x), start_at_layer=0),
         lambda x: model.inputs_from_tokens(x) and model(model.inputs_from_tokens(x)),

@@ -135,6 +135,29 @@ def test_the_reference_of_kl(seed: int) -> None:
         assert found.baseline > 1e-9
 
 
+@pytest.mark.parametrize("samples", [0, 2])
+def test_a_reference_of_another_length(samples: int, seed: int) -> None:
+    """Its own last position is read; its only row serves every row of the recording."""
+    model, inputs = case(seed, samples)
+    longer = case(seed)[1].append(torch.randint(2, 60, (1, 3)))
+    recording, n = model.record(inputs), inputs.n_pos
+    cells = {layer: [Intervention("mlp_out", layer, n - 1, scale(-0.5))] for layer in range(3)}
+    expected = model(longer)[:, -1].log_softmax(-1)
+    for answer in (None, 7):
+        found = patch(recording, cells, "kl", reference=model.record(longer), answer=answer)
+        for value, branch in [(found.baseline, []), *zip(found.values, cells.values(), strict=True)]:
+            log_probs = plain_logits(model, inputs, branch)[:, -1].log_softmax(-1)
+            kl = (expected.exp() * (expected - log_probs)).sum(-1).mean()
+            assert float(value) == pytest.approx(float(kl), rel=1e-9, abs=1e-9)
+
+
+def test_a_reference_of_other_rows_is_refused(seed: int) -> None:
+    model, inputs = case(seed)
+    rows = model.record(noise_span(model, inputs, "text", samples=2, seed=seed))
+    with pytest.raises(ValueError, match="reference of 2 rows for a recording of 1: 'kl' compares"):
+        patch(model.record(inputs), {0: [Intervention("z", 1, 1, zero())]}, "kl", reference=rows)
+
+
 def test_what_cannot_be_patched(seed: int) -> None:
     model, inputs = case(seed)
     recording = model.record(inputs)

@@ -143,6 +143,7 @@ def test_an_image_after_a_cache_goes_on_counting(family: str, seed: int, tmp_pat
     after = model(rest, past_kv_cache=recorded, attention_mask=torch.ones_like(rest))
     grown = model(inputs.append(rest[0]))[:, -1:]
     assert float((after - grown).abs().max()) < 1e-9
+    assert torch.equal(model(rest, past_kv_cache=cache.prefix(0)), model(rest))
 
 
 @EVERY

@@ -197,6 +197,24 @@ def test_words_and_images_make_pairs(seed: int, tmp_path: Any) -> None:
     alone.plot()
 
 
+@pytest.mark.parametrize("n_key_value_heads", [None, 1, 2])
+def test_a_vector_fits_the_model_it_was_made_with(
+    n_key_value_heads: int | None, seed: int
+) -> None:
+    """Whatever its number of key and value heads; another number does not fit."""
+    given: dict[str, Any] = {"n_layers": 2, "n_heads": 4}
+    model = small_model(seed, n_key_value_heads=n_key_value_heads, **given)
+    other = small_model(seed, n_key_value_heads={None: 2, 1: None, 2: 1}[n_key_value_heads], **given)
+    for site in ("q", "k", "v", "rot_k", "z", "resid_post", "post"):
+        [positive], [negative] = pairs_of(model, seed, 1)
+        vector = steering_vector(model, [positive], [negative], site=site, positions="text")
+        vector.check(model)
+        if site in ("k", "v", "rot_k"):
+            n = n_key_value_heads or 4
+            with pytest.raises(ValueError, match=rf"a vector of \({n}, .* for {site}, which has"):
+                vector.check(other)
+
+
 def test_what_cannot_be_steered_is_refused(seed: int) -> None:
     model = worded_model(seed)
     prompts = [model.prepare("What is this?", picture(seed)) for _ in range(2)]

@@ -63,11 +63,12 @@ def followed(
         contrast: the other answer of "logit_diff".
         positions: where a function reads; by default where the answer's tokens are predicted, or
             else the last position.
-        reference: whose next token "kl" compares with; by default the recorded run.
+        reference: whose next token, after its own last position, "kl" compares with: of one row, or
+            of as many as the recording; by default the recorded run.
 
     Raises:
         ValueError: an unknown name, a contrast that is missing, a contrast or a reference that
-            nothing reads, positions for a name, an answer without tokens; when it is called, a
+            nothing reads, a reference of another number of rows, positions for a name, an answer without tokens; when it is called, a
             function that does not return something for each row.
     """
     model, inputs = recording.model, recording.inputs
@@ -75,6 +76,11 @@ def followed(
     name = name_of(metric)
     if reference is not None and metric != "kl":
         raise ValueError(f"reference is what 'kl' compares with; metric={name!r} has no use for it")
+    if reference is not None and reference.n_rows not in (1, recording.n_rows):
+        raise ValueError(
+            f"a reference of {reference.n_rows} rows for a recording of {recording.n_rows}: 'kl' "
+            "compares all rows with the reference's only one, or each with its own"
+        )
     if not isinstance(metric, str):
         metric = of_each_row(metric)
     if isinstance(metric, str) and positions is not None:
@@ -90,7 +96,7 @@ def followed(
         at = target.positions if positions is None else flat_positions(positions)
         return Followed(recording, metric, at, name, target)
     other = None if contrast is None else given_answer(model, inputs, contrast)
-    function = metric_of(metric, target, other, recording if reference is None else reference)
+    function = metric_of(metric, target, other, recording, reference)
     return Followed(recording, function, target.positions, name, target)
 
 
@@ -157,9 +163,17 @@ def most_probable(recording: Recording) -> Answer:
 
 
 def metric_of(
-    metric: Metric, answer: Answer, contrast: Answer | None, reference: Recording
+    metric: Metric,
+    answer: Answer,
+    contrast: Answer | None,
+    recording: Recording,
+    reference: Recording | None = None,
 ) -> MetricFunction:
-    """Return a metric as a function of logits at the answer's positions."""
+    """Return a metric as a function of logits at the answer's positions.
+
+    "kl" compares with the recording there, or with the last position of `reference`, whose prompt
+    may be of another length.
+    """
     if not isinstance(metric, str):
         return metric
     if metric == "probability":
@@ -168,5 +182,5 @@ def metric_of(
         return lambda logits: -answer.log_probability(logits) / len(answer.tokens)
     if metric == "logit_diff":
         return Measure(answer, contrast).logit_difference
-    clean = reference.logits(answer.positions[:1])[:, 0]
-    return Measure(answer, clean=clean).kl
+    clean = recording.logits(answer.positions[:1]) if reference is None else reference.logits()
+    return Measure(answer, clean=clean[:, 0]).kl

@@ -105,7 +105,8 @@ def patch(
         contrast: the answer whose logit "logit_diff" subtracts.
         positions: where a function reads logits; by default at the last position, or where the
             tokens of `answer` are predicted.
-        reference: the run whose next token "kl" compares with; by default the recorded one.
+        reference: the run whose next token (after its own last position) "kl" compares with, of one
+            row or of as many as the recording; by default the recorded run.
         batch_rows: the most rows computed at once; None takes what fits into free memory.
         progress: called with (cells done, cells in all).
         plain: make every cell a full hooked run, the reference for the others.

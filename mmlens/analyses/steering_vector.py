@@ -151,7 +151,7 @@ class SteeringVector(SavedResult):
         sizes = {
             "d_model": cfg.d_model,
             "head": cfg.n_heads,
-            "kv_head": cfg.n_key_value_heads,
+            "kv_head": cfg.n_kv_heads,
             "d_head": cfg.d_head,
             "d_mlp": cfg.d_mlp,
         }

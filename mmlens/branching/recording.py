@@ -208,6 +208,7 @@ class Recording(RecordedRun):
         rows_fit, cached = self.n_rows in (1, inputs.n_rows), self._joinable(names)
         if not (first and rows_fit and cached) or listens(self.model):
             return Recording.of(self.model, inputs, sites, self.encoded_images)
+        self.model.cfg.check_length(inputs.n_pos, inputs.attention_mask)
         encoded_images = EncodedImages.encoded(self.model, inputs, known=self.encoded_images)
         visual = None if encoded_images is None else encoded_images.visual
         resid = self.model.input_embeddings(inputs, visual)[:, first:]

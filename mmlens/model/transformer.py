@@ -182,7 +182,8 @@ class HookedMultimodalTransformer(
             start_at_layer: skip what is below this layer.
             stop_at_layer: return the residual stream that would enter this layer; `n_layers` gives
                 the one before the final norm. Negative counts from the end.
-            past_kv_cache: earlier positions to attend to; grows unless it is frozen.
+            past_kv_cache: earlier positions to attend to; grows unless it is frozen, or the run
+                fails.
             deepstack: with `start_at_layer`, what images add in block 0, 1, ... (`hook_deepstack`).
             others: what else that processor returns, so that `model(**batch)` works: `input_ids`
                 for `input`, `image_sizes`, ...; and transformers' and TransformerLens's, such as
@@ -207,6 +208,8 @@ class HookedMultimodalTransformer(
             raise ValueError(f"return_type={return_type!r}; it is 'logits', 'loss', 'both' or None")
         first = self._layer("start_at_layer", start_at_layer, default=0)
         last = self._layer("stop_at_layer", stop_at_layer, default=self.cfg.n_layers)
+        if past_kv_cache is not None:
+            past_kv_cache.check_layers(range(first, last))
         inputs: MultimodalInputs | None = None
         real: Any = None
         resid: Any = input

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mmlens.inputs.rope_positions import counted
 from mmlens.model.run_positions import computing, current_pass
+from mmlens.utils.temporary import Changes, temporary
 
 F = TypeVar("F", bound=Callable[..., Any])
 Keys = Float[Tensor, "batch pos kv_head d_head"]
@@ -62,7 +64,7 @@ class KeyValueCache:
 
     def next_position(self) -> Int[Tensor, "batch 1"] | int:
         """The rotary position of the token after those that are held."""
-        if self.rope_positions is not None:
+        if self.rope_positions is not None and self.rope_positions.shape[2]:
             return self.rope_positions.amax(dim=(0, 2))[:, None] + 1
         return len(self) if self.key_mask is None else self.key_mask.sum(dim=1, keepdim=True)
 
@@ -95,22 +97,51 @@ class KeyValueCache:
         """A frozen view of the first `n_pos` positions; nothing is copied.
 
         Raises:
-            ValueError: there are fewer positions than that.
+            ValueError: there are fewer positions than that, or it is negative.
         """
-        if n_pos > len(self):
-            raise ValueError(f"a prefix of {n_pos} positions of a cache that holds {len(self)}")
+        if not 0 <= n_pos <= len(self):
+            raise ValueError(
+                f"a prefix of {n_pos} positions of a cache that holds {len(self)}: it has 0 ... "
+                f"{len(self)} of them"
+            )
         view = KeyValueCache(len(self.entries))
-        if n_pos:
-            view.entries = [
-                None if entry is None else (entry[0][:, :n_pos], entry[1][:, :n_pos])
-                for entry in self.entries
-            ]
+        view.frozen = True
+        if not n_pos:  # nothing of any row, which serves every number of rows
+            return view
+        view.entries = [
+            None if entry is None else (entry[0][:, :n_pos], entry[1][:, :n_pos])
+            for entry in self.entries
+        ]
         if self.key_mask is not None:
             view.key_mask = self.key_mask[:, :n_pos]
         if self.rope_positions is not None:
             view.rope_positions = self.rope_positions[..., :n_pos]
-        view.frozen = True
         return view
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Check that each of these layers, which are about to run, holds every position.
+
+        Raises:
+            ValueError: earlier runs left out some of them.
+        """
+        held = [0 if entry is None else entry[0].shape[1] for entry in self.entries]
+        if {held[layer] for layer in layers} - {len(self)}:
+            raise ValueError(
+                f"past_kv_cache holds {held} positions in layers 0 ... {len(held) - 1}, and layers "
+                f"{layers[0]} ... {layers[-1]} are to run after {len(self)}: a run with "
+                "start_at_layer or stop_at_layer fills only its own layers. Begin with a new "
+                "KeyValueCache(model.cfg.n_layers), and run the same layers with it every time"
+            )
+
+    def put_back(
+        self,
+        entries: Sequence[tuple[Tensor, Tensor] | None],
+        key_mask: Tensor | None,
+        rope_positions: Tensor | None,
+    ) -> None:
+        """Hold these again, and nothing that was added since."""
+        self.entries = list(entries)
+        self.key_mask, self.rope_positions = key_mask, rope_positions
 
 
 def for_rows(past: Tensor, rows: int) -> Tensor:
@@ -166,18 +197,37 @@ def check_cache(cache: Any, n_layers: int) -> None:
         )
 
 
+@temporary
+def added_whole(cache: KeyValueCache) -> Changes[Callable[[], None]]:
+    """Put a cache back as it was, unless what runs inside says at its end that all was added."""
+    before = (list(cache.entries), cache.key_mask, cache.rope_positions)
+    unfinished = [before]
+    yield lambda: [cache.put_back(*each) for each in unfinished]
+    return unfinished.clear
+
+
 def continuing(forward: F) -> F:
-    """Let a model's `forward` check its cache, and note that it computes the positions after it."""
+    """Let a model's `forward` check its cache, and note that it computes the positions after it.
+
+    A pass that fails, or that runs no layer, adds nothing to the cache.
+    """
 
     @functools.wraps(forward)
     def run(self: Any, *args: Any, past_kv_cache: Any = None, **kwargs: Any) -> Any:
         around = current_pass()  # generation knows how long the text will be
-        first, total = 0, around.total
-        if past_kv_cache is not None:
-            check_cache(past_kv_cache, self.cfg.n_layers)
-            first = len(past_kv_cache)
-            total = total or (0 if past_kv_cache.frozen else math.inf)
-        with computing(first, total, around.prompt):
-            return forward(self, *args, past_kv_cache=past_kv_cache, **kwargs)
+        if past_kv_cache is None:
+            with computing(0, around.total, around.prompt):
+                return forward(self, *args, **kwargs)
+        check_cache(past_kv_cache, self.cfg.n_layers)
+        total = around.total or (0 if past_kv_cache.frozen else math.inf)
+        held = list(past_kv_cache.entries)
+        with (
+            computing(len(past_kv_cache), total, around.prompt),
+            added_whole(past_kv_cache) as finish,
+        ):
+            out = forward(self, *args, past_kv_cache=past_kv_cache, **kwargs)
+            if any(map(operator.is_not, past_kv_cache.entries, held)):
+                finish()
+            return out
 
     return run  # type: ignore[return-value]
