@@ -145,10 +145,11 @@ def test_a_reference_of_another_length(samples: int, seed: int) -> None:
     expected = model(longer)[:, -1].log_softmax(-1)
     for answer in (None, 7):
         found = patch(recording, cells, "kl", reference=model.record(longer), answer=answer)
-        for value, branch in [(found.baseline, []), *zip(found.values, cells.values(), strict=True)]:
+        values = [found.baseline, *found.values.tolist()]
+        for value, branch in zip(values, [[], *cells.values()], strict=True):
             log_probs = plain_logits(model, inputs, branch)[:, -1].log_softmax(-1)
             kl = (expected.exp() * (expected - log_probs)).sum(-1).mean()
-            assert float(value) == pytest.approx(float(kl), rel=1e-9, abs=1e-9)
+            assert value == pytest.approx(float(kl), rel=1e-9, abs=1e-9)
 
 
 def test_a_reference_of_other_rows_is_refused(seed: int) -> None:

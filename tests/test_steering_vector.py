@@ -198,13 +198,12 @@ def test_words_and_images_make_pairs(seed: int, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("n_key_value_heads", [None, 1, 2])
-def test_a_vector_fits_the_model_it_was_made_with(
-    n_key_value_heads: int | None, seed: int
-) -> None:
+def test_a_vector_fits_the_model_it_was_made_with(n_key_value_heads: int | None, seed: int) -> None:
     """Whatever its number of key and value heads; another number does not fit."""
     given: dict[str, Any] = {"n_layers": 2, "n_heads": 4}
     model = small_model(seed, n_key_value_heads=n_key_value_heads, **given)
-    other = small_model(seed, n_key_value_heads={None: 2, 1: None, 2: 1}[n_key_value_heads], **given)
+    another = {None: 2, 1: None, 2: 1}[n_key_value_heads]
+    other = small_model(seed, n_key_value_heads=another, **given)
     for site in ("q", "k", "v", "rot_k", "z", "resid_post", "post"):
         [positive], [negative] = pairs_of(model, seed, 1)
         vector = steering_vector(model, [positive], [negative], site=site, positions="text")

@@ -68,8 +68,9 @@ def followed(
 
     Raises:
         ValueError: an unknown name, a contrast that is missing, a contrast or a reference that
-            nothing reads, a reference of another number of rows, positions for a name, an answer without tokens; when it is called, a
-            function that does not return something for each row.
+            nothing reads, a reference of another number of rows, positions for a name, an answer
+            without tokens; when it is called, a function that does not return something for each
+            row.
     """
     model, inputs = recording.model, recording.inputs
     check_metric(metric, contrast)
