@@ -426,6 +426,27 @@ def test_rows_of_samples_of_noise_share_their_image(seed: int) -> None:
         torch.testing.assert_close(
             second[name], value.expand_as(second[name]), atol=1e-4, rtol=1e-4
         )
+    assert second.batch_size == 1
+    assert torch.equal(second.inputs.noise, noise[1:2])
+    with pytest.raises(IndexError):
+        second.apply_slice_to_batch_dim([0, 1])
+    assert second.remove_batch_dim()["resid_post", 1].ndim == 2
+    last = cache.apply_slice_to_batch_dim([2, 0])
+    assert last.batch_size == 2 and torch.equal(last.inputs.noise, noise[[2, 0]])
+    assert torch.equal(last["resid_post", 1], cache["resid_post", 1][[2, 0]])
+
+
+def test_rows_of_a_batch_with_noise_have_images_of_their_own(seed: int) -> None:
+    """There is one vector of noise for each row, so that the rows are prompts, not samples."""
+    model = small_model(seed, n_layers=2)
+    batch = small_inputs(model, seed, images=(1, 2))
+    batch = dataclasses.replace(batch, noise=torch.randn(2, batch.n_pos, model.cfg.d_model))
+    _, cache = model.run_with_cache(batch)
+    second = cache.apply_slice_to_batch_dim([1])
+    _, alone = model.run_with_cache(batch.rows([1]))
+    assert second.batch_size == 1 and torch.equal(second.inputs.noise, batch.noise[1:])
+    for name, value in alone.items():
+        torch.testing.assert_close(second[name], value, atol=1e-4, rtol=1e-4)
 
 
 def test_what_was_run_is_kept(seed: int) -> None:

@@ -220,6 +220,10 @@ def test_what_cannot_be_steered_is_refused(seed: int) -> None:
     other = [model.prepare("What is that?", picture(seed)) for _ in range(2)]
     with pytest.raises(ValueError, match="2 positive prompts and 1 negative ones"):
         steering_vector(model, prompts, other[:1])
+    with pytest.raises(TypeError, match=r"positive='I love you' is one text, .* a list, positive="):
+        steering_vector(model, "I love you", "I hate you", layer=1)
+    with pytest.raises(TypeError, match="negative='No' is one text"):
+        steering_vector(model, ["Is", "it"], "No")
     with pytest.raises(ValueError, match="0 positive prompts"):
         steering_vector(model, [], [])
     for site in ("pattern", "vision.resid_post", "input_embed", "projector.out"):

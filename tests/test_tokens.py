@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from random_models import SHAPES, Prompts, Shape, hooked, random_language_model, random_llava
 from rounding import assert_same, rounded_otherwise
-from small_models import language_model
+from small_models import language_model, small_inputs, small_model
 from small_tokenizers import KINDS, tokenizer_with
 from torch import Tensor
 from transformers import (
@@ -616,6 +616,33 @@ def test_the_loss_of_tokens_and_of_inputs(bare: HookedMultimodalTransformer) -> 
     torch.testing.assert_close(loss, torch.cat(each, dim=1).mean())
     by_token = bare.loss_fn(logits, tokens, per_token=True)
     torch.testing.assert_close(by_token.sum() / sum(one.numel() for one in each), loss)
+
+
+def test_the_loss_of_samples_of_noise(seed: int) -> None:
+    """One row for each sample; the tokens are those of the one prompt."""
+    model = small_model(seed, n_layers=2).double()
+    inputs = small_inputs(model, seed)
+    inputs = inputs.with_pixels(inputs.pixel_values.double())
+    noise = torch.randn(3, inputs.n_pos, model.cfg.d_model, dtype=torch.float64)
+    noisy = replace(inputs, noise=noise)
+    logits, loss = model(noisy, return_type="both")
+    counted = [at for at in range(1, inputs.n_pos) if not inputs.is_image[0, at]]
+    expected = torch.zeros(3, len(counted), dtype=torch.float64)
+    for sample in range(3):
+        alone = model(replace(inputs, noise=noise[sample : sample + 1]))[0].log_softmax(-1)
+        for number, at in enumerate(counted):
+            expected[sample, number] = -alone[at - 1, inputs.tokens[0, at]]
+    per_token = model(noisy, return_type="loss", loss_per_token=True)
+    assert per_token.shape == (3, inputs.n_pos - 1)
+    index = torch.tensor(counted) - 1
+    for found, wanted in [
+        (loss, expected.mean()),
+        (per_token[:, index], expected),
+        (model.loss_fn(logits, noisy), expected.mean()),
+        (model.loss_fn(logits, noisy.tokens), expected.mean()),
+        (model.loss_fn(logits, noisy, per_token=True)[:, index], expected),
+    ]:
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow

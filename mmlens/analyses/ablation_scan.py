@@ -29,6 +29,7 @@ from mmlens.interventions.functions import HookFunction, mean, resample, zero
 from mmlens.interventions.intervention import Intervention, SiteLayers, site_of, stack_config
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.progress import Progress
+from mmlens.utils.texts import check_several
 from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def ablation_scan(
         >>> scan.effect.flatten().argsort()[:5]
         >>> ablation_scan(model, inputs, "regions", "mean", regions={"flag": box}, control=20)
     """
+    check_several(inputs=inputs, references=references)
     prompts = [inputs] if isinstance(inputs, MultimodalInputs) else list(inputs)
     check(prompts, over, by, size=size, control=control)
     if over == "regions":

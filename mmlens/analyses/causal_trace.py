@@ -37,6 +37,7 @@ from mmlens.interventions.functions import restore
 from mmlens.interventions.intervention import Intervention, hook_names
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.progress import Progress
+from mmlens.utils.texts import check_several
 from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
@@ -205,6 +206,7 @@ def causal_trace_many(
         >>> pairs = [(clean, swap_span(model, clean, "constraint")) for clean in prompts]
         >>> traces = causal_trace_many(model, pairs, window=3)
     """
+    check_several(answers=answers, contrasts=contrasts)
     pairs = list(pairs)
     nothing = [None] * len(pairs)
     followed = [nothing if each is None else list(each) for each in (answers, contrasts)]

@@ -27,6 +27,7 @@ from mmlens.model.hook_points import HookPoint
 from mmlens.model.sites import split_site
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.tensors import flat_positions, listed_numbers
+from mmlens.utils.texts import check_several
 from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
@@ -231,6 +232,7 @@ def steering_vector(
 
     Raises:
         UnknownSpanError: (a KeyError) a prompt has no span of that name.
+        TypeError: a single text in the place of a list.
         ValueError: no pairs, prompts without counterpart, batches, layers or positions that are
             not there, a site that steering cannot use, or pairs that do not differ there.
 
@@ -241,6 +243,7 @@ def steering_vector(
     """
     if method not in get_args(Method):
         raise ValueError(f"method={method!r}; it is {' or '.join(map(repr, get_args(Method)))}")
+    check_several(positive=positive, negative=negative)
     if not len(positive) == len(negative) > 0:
         raise ValueError(
             f"{len(positive)} positive prompts and {len(negative)} negative ones: there must be as "

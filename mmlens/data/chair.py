@@ -13,6 +13,8 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from mmlens.utils.texts import check_several
+
 SYNONYMS = {
     "person": "people, man, men, woman, women, child, children, boy, girl, kid, baby, babies, guy, "
     "lady, ladies, toddler, adult, teenager, player, skier, surfer, skateboarder, snowboarder, "
@@ -245,6 +247,7 @@ def chair_scores(captions: Sequence[str], objects: Sequence[Collection[str]]) ->
         >>> chair_scores(["A dog and a cat on a couch."], [{"dog", "couch", "person"}]).chair_i
         0.3333333333333333
     """
+    check_several(captions=captions)
     if not captions or len(captions) != len(objects):
         raise ValueError(f"{len(captions)} captions of {len(objects)} images; at least one of each")
     return pooled(list(map(chair_counts, captions, objects)))

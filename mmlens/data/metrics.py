@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmlens.utils.texts import check_several
+
 #: what a model may say before the answer itself: "the Republic of Senegal" is Senegal
 LEADING = re.compile(r"^(the|a|an|city of|country of|republic of|kingdom of|state of)\s+")
 #: apostrophes, and the points of "D.C." but not that of "Guinea.A photo"
@@ -92,6 +94,7 @@ def is_right(continuation: str, answers: Sequence[str]) -> bool:
 
     A plural "s" counts as the same word ("Austrians" for "Austrian").
     """
+    check_several(answers=answers)
     said = normalise_answer(continuation)
     accepted = filter(None, map(normalise_answer, answers))
     # What a number has in it stands there between digits alone.
@@ -137,6 +140,7 @@ def soft_accuracy(said: str, answers: Sequence[str], *, leave_one_out: bool = Fa
         >>> soft_accuracy("Pony tails", ["pony tail", "pony tails", "pony tails", "braids"])
         0.6666666666666666
     """
+    check_several(answers=answers)
     if not answers:
         return 0.0
     wanted = normalise_vqa_answer(said)
@@ -154,6 +158,7 @@ def exact_match(said: str, answers: Sequence[str]) -> bool:
         >>> exact_match("The Eiffel Tower.", ["Eiffel tower"])
         True
     """
+    check_several(answers=answers)
     wanted = normalise_vqa_answer(said)
     return any(normalise_vqa_answer(answer) == wanted for answer in answers)
 
@@ -175,6 +180,7 @@ def parse_choice(said: str, options: Sequence[str]) -> int | None:
         >>> parse_choice("The answer is (B).", ["a cat", "a dog"])
         1
     """
+    check_several(options=options)
     text = f" {said.strip().strip(EDGES).strip()} "
     letters = list(map(letter, range(len(options))))
     for form in ("({})", " {} "):
@@ -234,6 +240,7 @@ def yes_no_scores(said: Sequence[str], answers: Sequence[str]) -> YesNoScores:
     """
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
+    check_several(said=said, answers=answers)
     wanted = [answer.strip().lower() for answer in answers]
     if not wanted or len(said) != len(wanted) or set(wanted) - {"yes", "no"}:
         others = sorted(set(wanted) - {"yes", "no"})[:3]

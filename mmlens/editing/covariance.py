@@ -24,6 +24,7 @@ from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.spans import PLACEHOLDER
 from mmlens.interventions.intervention import hook_names
 from mmlens.utils.grad_mode import without_gradients
+from mmlens.utils.texts import check_several
 from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
@@ -80,8 +81,10 @@ def key_covariance(
             else written. One that is damaged is written anew, with a warning.
 
     Raises:
+        TypeError: a single text in the place of a list.
         ValueError: no texts, or layers that are not there.
     """
+    check_several(texts=texts)
     chosen = layers_of(model, layers)
     prompts = [
         model.to_inputs(text if isinstance(text, MultimodalInputs) else cut(model, text))

@@ -42,6 +42,7 @@ from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.intervention import hook_name
 from mmlens.utils.grad_mode import without_gradients
+from mmlens.utils.texts import check_several
 from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
@@ -258,6 +259,7 @@ def keys_of(
         >>> kept = keys_of(model, [prepared(question) for question in others], layer=8)
         >>> edit = multedit(model, request, layer=8, kept=kept)
     """
+    check_several(prompts=prompts)
     name, found = hook_name("post", one_layer(model, layer)), []
     for inputs in prompts:
         check_one_prompt(len(inputs), "keys_of")

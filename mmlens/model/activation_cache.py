@@ -12,6 +12,7 @@ It is TransformerLens's class, with what images and unfolded weights ask for:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,8 +181,9 @@ class ActivationCache(ComponentParts):
             if seen:
                 raise ValueError("cache.inputs is None, so it is not known whose images are cached")
             return None, None
-        if self.inputs.noise is not None:  # the rows are samples of one prompt
-            return self.inputs, None
+        if len(self.inputs) < self.inputs.n_rows:  # the rows are samples of noise of one prompt
+            assert self.inputs.noise is not None
+            return replace(self.inputs, noise=self.inputs.noise[rows]), None
         return self.inputs.rows(rows), self.inputs.images_of(rows)
 
     def _of_images(self, name: str, value: Tensor, images: list[int]) -> Tensor:

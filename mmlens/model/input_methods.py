@@ -267,14 +267,14 @@ class InputMethods(TokenMethods):
     def loss_fn(
         self,
         logits: Float[Tensor, "batch pos d_vocab"],
-        tokens: Tokens | MultimodalInputs,
-        attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+        tokens: Int[Tensor, "rows pos"] | MultimodalInputs,
+        attention_mask: Bool[Tensor, "rows pos"] | Int[Tensor, "rows pos"] | None = None,
         per_token: bool = False,
     ) -> Float[Tensor, ""] | Float[Tensor, "batch pos_but_first"]:
         """Return the mean negative log likelihood (nats) of every next token that is text.
 
         Args:
-            logits: of a run on the tokens.
+            logits: of a run on the tokens; of several samples of noise, on the same row.
             tokens: what it ran on.
             attention_mask: False where nothing is counted; by default at padding, as in `forward`.
             per_token: the loss of each next token instead, 0 where it is not counted.

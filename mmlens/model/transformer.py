@@ -48,6 +48,7 @@ from mmlens.model.stream import StreamMethods
 from mmlens.model.verify_hooks import dead_hooks
 from mmlens.model.vision_tower import HookedVisionTransformer
 from mmlens.model.weights import WeightProperties
+from mmlens.utils.texts import check_several
 from mmlens.utils.threads import on_free_cores
 from mmlens.utils.transformer_lens_names import Refusing, refuse_arguments
 from mmlens.utils.transformers_arguments import take_transformers_arguments
@@ -371,10 +372,11 @@ class HookedMultimodalTransformer(
     def record_many(self, inputs: Sequence[Input], sites: Sequence[Any] = ()) -> list[Recording]:
         """Record prompts that share what they have in common: questions on one image, say.
 
-        `sites` are kept besides, as in `record`.
+        `sites` are kept besides, as in `record`. A single text is a TypeError.
         """
         from mmlens.branching.recording import Recording
 
+        check_several(inputs=inputs)
         return Recording.of_all(self, map(self.to_inputs, inputs), sites)
 
     def verify_hooks(self, input: Input) -> list[str]:

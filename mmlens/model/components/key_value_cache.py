@@ -202,7 +202,12 @@ def added_whole(cache: KeyValueCache) -> Changes[Callable[[], None]]:
     """Put a cache back as it was, unless what runs inside says at its end that all was added."""
     before = (list(cache.entries), cache.key_mask, cache.rope_positions)
     unfinished = [before]
-    yield lambda: [cache.put_back(*each) for each in unfinished]
+
+    def undo() -> None:
+        for each in unfinished:
+            cache.put_back(*each)
+
+    yield undo
     return unfinished.clear
 
 
