@@ -12,7 +12,7 @@ import pytest
 import qwen_models
 import torch
 from checkpoint_folders import load
-from small_models import picture, worded_model
+from small_models import any_attention, picture, small_inputs, worded_model
 from tiled_models import random_image
 
 from mmlens.model.drafts import FinishedPrompt, GreedyContinuations
@@ -82,4 +82,42 @@ def test_what_follows_several_prompts_is_as_in_plain_runs(
     found = GreedyContinuations(model, several).follow(told)
     for inputs, tokens, logits in zip(prompts, told, found, strict=True):
         plain = model(inputs.append(torch.tensor(tokens)))[0, inputs.n_pos - 1 :]
+        assert (logits - plain).abs().max() < 1e-9
+
+
+@torch.no_grad()
+def test_padding_of_a_prompt_out_of_a_batch_is_no_key(seed: int) -> None:
+    """Its continuations are those of the same prompt alone."""
+    chance = random.Random(seed)
+    model = any_attention(seed).double()
+    n_words = chance.sample(range(4, 20), 3)
+    batch = small_inputs(model, seed, images=(1, 0, 1), words=tuple(n_words))
+    batch = batch.with_pixels(batch.pixel_values.double())
+    rows = [batch.rows([row]) for row in range(3)]
+    assert not batch.attention_mask.all()
+    told = [tuple(chance.choices(range(2, 60), k=n)) for n in (2, 3, 1)]
+    found = GreedyContinuations(model, [FinishedPrompt.of(model.record(row)) for row in rows])
+    for row, tokens, logits in zip(rows, told, found.follow(told), strict=True):
+        alone = model.inputs_from_tokens(row.tokens[:, row.attention_mask[0]], row.pixel_values)
+        plain = model(alone.append(torch.tensor(tokens)))[0, alone.n_pos - 1 :]
+        assert (logits - plain).abs().max() < 1e-9
+
+
+@torch.no_grad()
+def test_rotary_positions_of_a_prompt_out_of_a_batch(seed: int, tmp_path: Path) -> None:
+    """Words alone are counted without the padding, beside a prompt whose image has rows."""
+    chance = random.Random(seed)
+    write("qwen3", tmp_path, chance)
+    model = load(tmp_path).double()
+    image = random_image((chance.randint(20, 90), chance.randint(20, 90)), seed)
+    asked = [("Which of these countries is it?", [image]), ("In words", [])]
+    batch = model.prepare([text for text, _ in asked], [images for _, images in asked])
+    rows = [batch.rows([row]) for row in range(2)]
+    assert not rows[1].attention_mask.all()
+    words = [at for at in range(5, model.cfg.d_vocab) if at != model.cfg.image_token_id]
+    told = [tuple(chance.choices(words, k=n)) for n in (2, 3)]
+    found = GreedyContinuations(model, [FinishedPrompt.of(model.record(row)) for row in rows])
+    for one, tokens, logits in zip(asked, told, found.follow(told), strict=True):
+        alone = model.prepare(one[0], one[1] or None)
+        plain = model(alone.append(torch.tensor(tokens)))[0, alone.n_pos - 1 :]
         assert (logits - plain).abs().max() < 1e-9

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import DECODERS, SHAPES, hooked, random_llava, random_prompts
-from small_models import any_family, small_inputs, small_model, worded_model
+from small_models import (
+    BOS,
+    IMAGE,
+    any_attention,
+    any_family,
+    small_inputs,
+    small_model,
+    worded_model,
+)
 from torch import Tensor
 
 from mmlens import EditRequest, Intervention, multedit, multedit_many
@@ -400,6 +408,35 @@ def test_values_everywhere_are_of_each_prompt(seed: int) -> None:
         found = [model(each)[0, -1].softmax(-1)[request.target] for each in request.prompts]
     mean = float(torch.stack(found).mean())
     assert edit.metadata["probability"] == [pytest.approx(mean, rel=1e-6)]
+
+
+@pytest.mark.parametrize("case", ["padded", "image before BOS"])
+@pytest.mark.parametrize("kind", ["words", "all"])
+def test_bos_and_padding_are_no_keys_wherever_they_are(seed: int, kind: str, case: str) -> None:
+    """The keys are those of a plain run of the prompt without padding."""
+    model = any_attention(seed, n_layers=3).double()
+    if case == "padded":
+        inputs = small_inputs(model, seed, images=(1, 0), words=(4, 25)).rows([0])
+        assert not inputs.attention_mask[0, 0]
+    else:  # as PaliGemma
+        image, words = [IMAGE] * model.cfg.vision.n_visual_tokens, random.choices(range(2, 60), k=5)
+        inputs = small_inputs(model, seed, words=(4,))
+        tokens = torch.tensor([[*image, BOS, *words]])
+        inputs = model.inputs_from_tokens(tokens, inputs.pixel_values)
+    inputs = inputs.with_pixels(inputs.pixel_values.double())
+    real = inputs.attention_mask[0]
+    alone = model.inputs_from_tokens(inputs.tokens[:, real], inputs.pixel_values)
+    edit = multedit(
+        model, inputs, 5, layer=1, settings=ONE_KEY, positions=kind, steps=1, preserve="nothing"
+    )
+    with torch.no_grad():
+        _, cache = model.run_with_cache(alone)
+    unwanted = {BOS} if kind == "all" else {BOS, IMAGE}
+    places = [at for at, token in enumerate(alone.tokens[0].tolist()) if token not in unwanted]
+    expected = cache[hook_name("post", 1)][0, places].T
+    found = edit.keys[down_weight(1)]
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) < 1e-9 * max(1.0, float(expected.abs().max()))
 
 
 def test_gradients_of_the_model_are_as_before(seed: int) -> None:

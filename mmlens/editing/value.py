@@ -22,6 +22,7 @@ from torch import Tensor
 from mmlens.analyses.targets import Answer, given_answer, with_answer
 from mmlens.branching.recording import Recording
 from mmlens.editing.request import EditRequest
+from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import add
 from mmlens.interventions.intervention import Intervention, hook_name
 from mmlens.utils.grad_mode import gradients, without_gradients
@@ -157,12 +158,10 @@ def record_prompts(
             answer = replace(answer, tokens=answer.tokens[:1], positions=answer.positions[:1])
         earlier = [each.recording for each in found]
         [recording] = Recording.of_all(model, [with_answer(inputs, answer)], names, earlier)
-        begin = len(inputs.spans[0].get("bos", ()))
         keys, own, first = [request.position(inputs)], (0, 1), 0
         if everywhere is not None:
-            keys = list(range(begin, inputs.n_pos))
+            keys = key_positions(inputs, words=everywhere != "all")
             if everywhere != "all":
-                keys = [at for at in keys if not inputs.is_image[0, at]]
                 first = min(keys)
             if everywhere == "answer":
                 keys = answer.positions.tolist()
@@ -170,6 +169,18 @@ def record_prompts(
         n_values = own[1]
         found.append(KeyPrompt(recording, answer, keys, own, first))
     return found
+
+
+def key_positions(inputs: MultimodalInputs, *, words: bool) -> list[int]:
+    """Return every position of a prompt but BOS and padding, or those of its words alone.
+
+    BOS is not always the first: there may be padding before it, or an image (PaliGemma).
+    """
+    chosen = inputs.attention_mask[0].clone()
+    if words:
+        chosen = chosen & ~inputs.is_image[0]
+    chosen[inputs.spans[0].get("bos", [])] = False
+    return chosen.nonzero()[:, 0].tolist()
 
 
 def record_neighbours(

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import StopStringCriteria
 
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.inputs.rope_positions import counted
 from mmlens.model.components import KeyValueCache
 from mmlens.model.components.norm import float32_or_wider
 
@@ -132,17 +133,24 @@ def side_by_side(pasts: Sequence[KeyValueCache]) -> KeyValueCache:
         keys, values = zip(*filter(None, layer), strict=True)
         entries.append((torch.cat([*map(padded, keys)]), torch.cat([*map(padded, values)])))
     device = entries[0][0].device
-    lengths = torch.tensor([len(past) for past in pasts], device=device)
-    mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
+    # A prompt out of a batch has padding of its own.
+    masks = [pad(real_keys(past).to(device), (longest - len(past), 0)) for past in pasts]
     rotary = None  # where one counts them; else an image's tokens have its rows and columns
     if any(past.rope_positions is not None for past in pasts):
         rotary = torch.cat([places_of(past, longest).to(device) for past in pasts], dim=1)
-    return KeyValueCache.holding(entries, mask, rotary)
+    return KeyValueCache.holding(entries, torch.cat(masks), rotary)
+
+
+def real_keys(past: KeyValueCache) -> Bool[Tensor, "1 pos"]:
+    """Return which positions of one prompt are no padding."""
+    if past.key_mask is None:
+        return torch.ones(1, len(past), dtype=torch.bool)
+    return past.key_mask
 
 
 def places_of(past: KeyValueCache, n_pos: int) -> Int[Tensor, "axis 1 pos"]:
     """The rotary positions of one prompt, padded on the left."""
     found = past.rope_positions
     if found is None:
-        found = torch.arange(len(past)).expand(3, 1, -1)
+        found = counted(real_keys(past))[None].expand(3, -1, -1)
     return pad(found, (n_pos - len(past), 0))
