@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from small_models import small_inputs, worded_model
+from small_models import picture, worded_model
 
 from mmlens import causal_trace_many
 from mmlens.data.chair import chair_scores
@@ -21,7 +21,7 @@ def test_prompts(seed: int) -> None:
     assert len(model.record_many(["Hello"])) == 1
     with pytest.raises(TypeError, match="texts='Hello' is one text"):
         key_covariance(model, "Hello", [0])
-    inputs = small_inputs(model, seed)
+    inputs = model.prepare("What is this?", picture(seed))
     for name in ("answers", "contrasts"):
         with pytest.raises(TypeError, match=f"{name}='Rome' is one text"):
             causal_trace_many(model, [(inputs, inputs)] * 4, **{name: "Rome"})
