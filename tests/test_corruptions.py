@@ -214,6 +214,31 @@ def test_another_image(model, seed, level):
         assert corrupted.pixel_values is inputs.pixel_values
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_another_images_visual_tokens_come_back(seed, dtype):
+    """What is added is after - before, in float32, and the sum is rounded once.
+
+    With u = 2^-24 the sum is off by at most 2 u (|before| + |after|) (and a little), and rounds to
+    `after` where that is less than half the distance of its neighbours: at least 2^-9 |after| in
+    bfloat16, 2^-12 |after| in float16 (above its subnormals, whose distances are larger).
+    """
+    model = worded_model(seed).to(dtype)
+    inputs = several(model, seed)
+    corrupted = swap_image(model, inputs, picture(seed + 9), which=1, level="embeddings")
+    there = swap_image(model, inputs, picture(seed + 9), which=1)
+    before, after, found = map(model.input_embeddings, (inputs, there, corrupted))
+    assert found.dtype == dtype and not torch.equal(before, after)
+    before, after, found = (each.double() for each in (before, after, found))
+    off = 4 * 2.0**-24 * (before.abs() + after.abs())
+    if dtype == torch.float32:
+        assert ((found - after).abs() <= off).all()
+    else:
+        half_gap = (2.0**-9 if dtype == torch.bfloat16 else 2.0**-12) * after.abs()
+        surely = off < half_gap
+        assert surely.double().mean() > 0.9
+        assert torch.equal(found[surely], after[surely])
+
+
 def gaussian_blur(maps, sigma):
     """Sums over reflected neighbours with normalised Gaussian weights, radius 3 sigma."""
     for axis in (2, 3):

@@ -150,6 +150,21 @@ def test_dead_hooks_are_found(case: Case) -> None:
     assert sorted(model.verify_hooks(case.inputs)) == dead
 
 
+@pytest.mark.parametrize("where", ["last norm", "block", "tower"])
+def test_hooks_of_a_model_that_gives_nan_are_not_called_live(where: str, case: Case) -> None:
+    """NaN differs from itself, so that every edit would seem to change something."""
+    model = case.model
+    weights = {
+        "last norm": model.ln_final.w,
+        "block": model.blocks[1].mlp.W_out,
+        "tower": model.vision.blocks[0].mlp.W_out,
+    }
+    weight = weights[where].data  # a view of the parameter
+    weight[(0,) * weight.ndim] = torch.nan
+    with pytest.raises(ValueError, match="are NaN or infinite without any edit"):
+        model.verify_hooks(case.inputs)
+
+
 def test_hooks_of_images_are_dead_without_images(case: Case) -> None:
     text = case.model.inputs_from_tokens(torch.tensor([[1, 8, 9, 10]]))
     dead = case.model.verify_hooks(text)

@@ -618,6 +618,20 @@ def test_the_loss_of_tokens_and_of_inputs(bare: HookedMultimodalTransformer) -> 
     torch.testing.assert_close(by_token.sum() / sum(one.numel() for one in each), loss)
 
 
+@pytest.mark.parametrize("images", [(1, 2), (0, 0)], ids=str)
+def test_a_run_with_images_goes_on_from_its_embeddings(images: tuple[int, ...], seed: int) -> None:
+    """With what `resuming` says where images attend to themselves in both directions."""
+    model = small_model(seed, n_layers=3, attention_blocks="image")
+    inputs = small_inputs(model, seed, images=images)
+    resid, *_, mask = model.input_to_embed(inputs)
+    assert torch.equal(mask, inputs.attention_mask)
+    logits = model(resid, start_at_layer=0, **model.resuming(inputs, 0))
+    assert torch.equal(logits[mask], model(inputs)[mask])
+    alone = model(resid, start_at_layer=0, attention_mask=mask)
+    if not any(images):
+        assert torch.equal(alone[mask], logits[mask])
+
+
 def test_the_loss_of_samples_of_noise(seed: int) -> None:
     """One row for each sample; the tokens are those of the one prompt."""
     model = small_model(seed, n_layers=2).double()

@@ -26,6 +26,7 @@ from mmlens.inputs.image_tokens import check_same_cells
 from mmlens.inputs.images import fitted, load_image
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.visual import Visual
+from mmlens.model.components.norm import float32_or_wider
 from mmlens.utils.grad_mode import without_gradients
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def swap_image(
         image: what `model.prepare` takes for an image.
         which: of the prompt's images.
         level: "embeddings" leaves the vision tower's run as it is and exchanges the visual tokens;
-            the decoder sees the same.
+            the decoder sees the same, to the rounding of float32.
         fit: bring the other image to this one's size first, so that both have the same patches in
             families whose number of visual tokens depends on the image.
 
@@ -236,7 +237,7 @@ def edit_images(
         others = {i: as_image(edit(as_maps(image_at(inputs, i, name)))) for i in chosen}
         return with_images(model, inputs, others)
     check_no_noise(inputs)
-    before = model.all_embeddings(inputs)[0]
+    before = float32_or_wider(model.all_embeddings(inputs))[0]
     after = before.clone()
     for image in (inputs.images[i] for i in chosen):
         for view, grid in enumerate(image.grids):
@@ -267,8 +268,8 @@ def with_embeddings_of(
 ) -> MultimodalInputs:
     """The inputs, with a row for each of `others` that has the others' visual tokens."""
     check_no_noise(inputs)
-    before = model.all_embeddings(inputs)
-    after = torch.cat([model.all_embeddings(other) for other in others])
+    before = float32_or_wider(model.all_embeddings(inputs))  # half precision would round again
+    after = torch.cat([float32_or_wider(model.all_embeddings(other)) for other in others])
     return replace(inputs, noise=(after - before).float())
 
 

@@ -259,7 +259,10 @@ class InputMethods(TokenMethods):
         """Return the residual stream that enters block 0, tokens, None, and the attention mask.
 
         TransformerLens's method; the third is None for every model with rotary positions. The run
-        goes on with `model(resid, start_at_layer=0, attention_mask=mask)`.
+        goes on with `model(resid, start_at_layer=0, attention_mask=mask)` where there is no image.
+        With images this leaves out their rotary positions, which of them attend to themselves in
+        both directions, and what they add in first blocks, where a family has these: then it goes
+        on with `model(resid, start_at_layer=0, **model.resuming(inputs, 0))`.
         """
         inputs, _ = self._given(input, pixel_values, attention_mask, prepend_bos, padding_side)
         return self.input_embeddings(inputs), inputs.tokens, None, inputs.attention_mask

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.model.components.attention import Residual
+from mmlens.model.components.norm import float32_or_wider
 from mmlens.model.components.past import Past
 from mmlens.model.components.rotary import Angles
 from mmlens.model.hooked_root_module import exclusively
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from mmlens.config import MultimodalConfig
 
 Visual = Float[Tensor, "1 visual_token d_visual"]
+
+
+def added(
+    x: Float[Tensor, "row pos d_model"], noise: Float[Tensor, "sample pos d_model"]
+) -> Float[Tensor, "rows pos d_model"]:
+    """Return `x` with noise, rounded once: of x + (y - x) in half precision y comes back."""
+    wide = float32_or_wider(x)
+    return (wide + noise.to(wide)).to(x.dtype)
 
 
 class StreamMethods:
@@ -64,7 +73,7 @@ class StreamMethods:
             spliced = visual[..., : self.cfg.d_model].to(resid)
             resid = resid.masked_scatter(is_image[..., None], spliced)
         if inputs.noise is not None:
-            resid = resid + inputs.noise[..., : self.cfg.d_model].to(resid)
+            resid = added(resid, inputs.noise[..., : self.cfg.d_model])
         return self.hook_input_embed(resid)
 
     def deepstack(
@@ -82,11 +91,11 @@ class StreamMethods:
         where = inputs.is_image[..., None].to(visual.device)
         zeros = torch.zeros(*inputs.tokens.shape, self.cfg.d_model).to(visual)
         _, *parts = visual.split(self.cfg.d_model, dim=-1)
-        added = [zeros.masked_scatter(where, part) for part in parts]
+        adds = [zeros.masked_scatter(where, part) for part in parts]
         noise = () if inputs.noise is None else inputs.noise.split(self.cfg.d_model, dim=-1)[1:]
         for layer, part in enumerate(noise):
-            added[layer] = added[layer] + part.to(visual)
-        return tuple(added)
+            adds[layer] = added(adds[layer], part)
+        return tuple(adds)
 
     def all_embeddings(self, inputs: MultimodalInputs) -> Float[Tensor, "row pos d_visual"]:
         """Return what enters block 0, and along the last axis what images add in block 0, 1, ..."""

@@ -382,6 +382,7 @@ class HookedMultimodalTransformer(
     def verify_hooks(self, input: Input) -> list[str]:
         """The hook points that do not fire, or whose activation nothing depends on.
 
-        Perturbs each hook point in turn. An empty list means that every declared hook is live.
+        Perturbs each hook point in turn. An empty list means that every declared hook is live. A
+        ValueError says that the model gives NaN or infinity without an edit.
         """
         return dead_hooks(self, self.to_inputs(input))

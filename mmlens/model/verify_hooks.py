@@ -21,6 +21,9 @@ def dead_hooks(model: Any, inputs: MultimodalInputs) -> list[str]:
     decoder block is looked for in that block's output, this (`hook_resid_post`) in that of the next
     block, tower and projector in what enters block 0 (after the blocks to which images add), and
     that (`hook_input_embed`) and the last block's output in the logits.
+
+    Raises:
+        ValueError: NaN or infinity without an edit, which would change with none or with any.
     """
     entering = [model.SITES.hook_name("resid_pre", layer) for layer in range(model.cfg.n_layers)]
     _, cache = model.run_with_cache(inputs, names_filter=entering)
@@ -45,12 +48,23 @@ def dead_hooks(model: Any, inputs: MultimodalInputs) -> list[str]:
 
 @without_gradients
 def is_alive(model: HookedRootModule, name: str, *args: Any, **kwargs: Any) -> bool:
-    """Whether a hook point fires, and the output of `model(*args, **kwargs)` depends on it."""
+    """Whether a hook point fires, and the output of `model(*args, **kwargs)` depends on it.
+
+    Raises:
+        ValueError: the output is not finite without an edit.
+    """
     # Listening alone may choose another kernel, so the unedited run listens as well.
     unedited, edited = (
         model.run_with_hooks(*args, fwd_hooks=[(name, hook)], **kwargs)
         for hook in (lambda activation, hook: None, perturb)
     )
+    if not bool(unedited.isfinite().all()):
+        n_bad = int((~unedited.isfinite()).sum())
+        raise ValueError(
+            f"{n_bad} of {unedited.numel()} numbers that depend on {name} are NaN or infinite "
+            "without any edit, so it cannot be seen what an edit changes: look for NaN in the "
+            "weights, or run in float32"
+        )
     return not torch.equal(unedited, edited)
 
 

@@ -278,5 +278,8 @@ class HookedVisionTransformer(HookedRootModule):
 
         Args:
             options: of `forward`.
+
+        Raises:
+            ValueError: the tower gives NaN or infinity without an edit.
         """
         return [name for name in self.hook_dict if not is_alive(self, name, pixels, **options)]
