@@ -153,6 +153,8 @@ def test_traces_that_do_not_fit_are_refused(seed):
             aggregate_traces(others, each)
     with pytest.raises(ValueError, match="3 clusters for 1"):
         aggregate_traces([trace], [roles], clusters=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"right\[1\] is nan, which is neither right nor wrong"):
+        aggregate_traces([trace, trace], [roles] * 2, right=[1.0, math.nan])
 
 
 # Intervals

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import small_inputs, small_model
+from small_models import any_attention, small_inputs, small_model
 from torch import Tensor
 
 from mmlens import AttentionSinks, attention_sinks
@@ -100,3 +100,23 @@ def test_attention_that_rounds_to_zero_is_a_mean_of_zeros(seed: int) -> None:
         given = cache["pattern", layer][0].double().mean(dim=0)[2:, 1]
         assert not given[::2].any()
         assert float(found.received[layer, 1]) == pytest.approx(float(given.sum()) / (n - 2))
+
+
+def test_padding_is_no_position(seed: int) -> None:
+    """A row out of a batch has the sinks, and the controls, of the same prompt alone."""
+    model = any_attention(seed, n_layers=3).double()
+    batch = small_inputs(model, seed, images=(1, 0), words=(5, 30))
+    padded = batch.with_pixels(batch.pixel_values.double()).rows([0])
+    n = int((~padded.attention_mask).sum())
+    assert n > 10
+    alone = model.inputs_from_tokens(padded.tokens[:, n:], padded.pixel_values)
+    options: Any = {"factor": 0.8, "share": 0.3, "draws": 3, "answer": 5, "seed": seed}
+    one, other = (attention_sinks(model, inputs, **options) for inputs in (alone, padded))
+    assert one.sinks
+    assert other.sinks == tuple(at + n for at in one.sinks)
+    assert other.received[:, :n].isnan().all()
+    for name in ("received", "value_norms", "massive"):
+        expected, found = getattr(one, name), getattr(other, name)[:, n:]
+        assert torch.allclose(found, expected, atol=1e-9, equal_nan=True)
+    assert torch.allclose(other.values, one.values, atol=1e-9, equal_nan=True)
+    assert torch.allclose(other.control, one.control, atol=1e-9, equal_nan=True)

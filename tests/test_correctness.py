@@ -54,6 +54,18 @@ def test_what_has_no_auroc():
             auroc(scores, right)
 
 
+@pytest.mark.parametrize("unknown", [float("nan"), float("inf"), None])
+def test_an_answer_that_is_not_known_is_refused(seed, unknown):
+    right = [1.0, 0.0, *some_right(6)]
+    at = random.randrange(2, 8)
+    right[at] = unknown
+    scores = np.random.default_rng(seed).normal(size=8)
+    with pytest.raises(ValueError, match=rf"right\[{at}\] is {unknown}.*1 of 8 are not finite"):
+        auroc(scores, right)
+    with pytest.raises(ValueError, match="neither right nor wrong"):
+        predict_correctness(np.stack([scores, scores], axis=1), scores, right, width=1, folds=2)
+
+
 def questions(n=60, n_layers=6, planted=3):
     """Contributions in which one layer separates right from wrong."""
     right = np.array([i % 3 > 0 for i in range(n)])

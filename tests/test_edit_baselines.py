@@ -185,6 +185,39 @@ def test_the_covariance_is_kept_in_a_file(seed: int, tmp_path, monkeypatch) -> N
         key_covariance(model, [], [1])
 
 
+def test_a_file_is_not_of_other_weights_below_nor_of_another_mask(seed: int, tmp_path) -> None:
+    """Whatever changes the keys, the file's covariance is not taken for theirs."""
+    model, file = small_model(seed, n_layers=3), tmp_path / "covariance.safetensors"
+    inputs = small_inputs(model, seed)
+
+    def check() -> None:
+        found = key_covariance(model, [inputs], [2], cache=file)
+        assert torch.equal(found.moments, key_covariance(model, [inputs], [2]).moments)
+
+    check()
+    before = key_covariance(model, [inputs], [2]).moments
+    names = ["embed.W_E", "blocks.0.mlp.down.weight", "blocks.2.attn.o.weight"]
+    names += ["vision.blocks.0.attn.qkv.weight"]
+    for name in names:
+        weight = model.get_parameter(name)
+        with torch.no_grad():
+            weight[int(inputs.tokens[0, -1]) if name == "embed.W_E" else 0] += 1.0
+        check()
+        after = key_covariance(model, [inputs], [2]).moments
+        assert not torch.equal(before, after)
+        before = after
+    for name in ("blocks.2.mlp.down.weight", "ln_final.w"):  # which no key depends on
+        with torch.no_grad():
+            model.get_parameter(name).add_(1.0)
+    source = key_covariance(model, [inputs], [2]).source
+    assert source == KeyCovariance.load(file).source
+    tokens = torch.tensor([[0, BOS, *random.choices(range(2, 60), k=6)]])
+    for real in (1, 0):  # token 0 as a word, and as padding
+        mask = torch.tensor([[real] + [1] * 7])
+        inputs = model.inputs_from_tokens(tokens, attention_mask=mask)
+        check()
+
+
 def test_a_damaged_file_of_the_covariance_is_written_anew(seed: int, tmp_path) -> None:
     model, file = worded_model(seed), tmp_path / "covariance.safetensors"
     first = key_covariance(model, ["Some words."], [1], cache=file)

@@ -176,3 +176,35 @@ def test_demonstrations_stand_before_every_question(seed: int) -> None:
         edit.check()
     with pytest.raises(ValueError, match="a text"):
         in_context(model, replace(request, target=5))
+
+
+def test_demonstrations_within_demonstrations(seed: int) -> None:
+    """An inner block's come after the outer one's; after it, those of the outer block stay."""
+    model = worded_model(seed)
+    request, plain = a_request(model, seed), model.prepare("who?").texts[0]
+    outer, inner = (in_context(model, replace(request, target=to)) for to in ("one", "two"))
+    assert outer.demonstrations != inner.demonstrations
+    with outer.applied(model):
+        expected = model.prepare("who?").texts[0]
+        assert outer.demonstrations in expected
+        with inner.applied(model):
+            both = model.prepare("who?").texts[0]
+            assert outer.demonstrations + inner.demonstrations + "who?" in both
+        assert model.prepare("who?").texts[0] == expected
+    assert model.prepare("who?").texts[0] == plain
+    assert "prepare" not in vars(model)
+
+
+def test_spans_of_a_list_of_questions_come_after_the_demonstrations(seed: int) -> None:
+    model = worded_model(seed)
+    edit = in_context(model, a_request(model, seed))
+    questions, spans = ["Hello big world", "who?", "so?"], [{"asked": (6, 9)}, {"asked": "who"}]
+    with edit.applied(model):
+        alone = [model.prepare(*each) for each in zip(questions, [None] * 3, strict=True)]
+        found = model.prepare(questions, spans=[*spans, None])
+        same = model.prepare(["Hello big world"], spans={"asked": (6, 9)})
+    for inputs, row, phrase in ((found, 0, "big"), (found, 1, "who"), (same, 0, "big")):
+        begin, end = inputs.char_spans[row]["asked"]
+        assert inputs.texts[row][begin:end] == phrase
+    assert "asked" not in found.char_spans[2]
+    assert [each.texts[0] for each in alone] == list(found.texts)

@@ -265,6 +265,17 @@ def test_the_result(seed: int, tmp_path: Path) -> None:
     assert list(paths.to_dataframe().columns) == ["sender", "value", "effect"]
 
 
+def test_a_head_at_two_positions_has_no_cell_of_its_own(seed: int) -> None:
+    model, clean, corrupted = pair(seed)
+    n = clean.n_pos
+    senders = [("z[0]", 2, [n - 1]), ("z[0]", 1, [n - 1]), ("z[0]", 2, [n - 2])]
+    paths = path_patch(model, clean, corrupted, senders, answer=5)
+    with pytest.raises(ValueError, match=rf"head 0 of layer 2 .* 'z\[0\] 2 at {n - 2}'"):
+        paths.by_head()
+    grid = path_patch(model, clean, corrupted, senders[:2], answer=5).by_head()
+    assert torch.allclose(grid[1:, 0], paths.effect[[1, 0]].to(grid), atol=1e-5)
+
+
 def test_what_cannot_be_patched(seed: int) -> None:
     model, clean, corrupted = pair(seed)
     sender = [("z[0]", 0)]

@@ -32,6 +32,7 @@ from mmlens.utils.statistics import (
     Clusters,
     MeanInterval,
     bootstrap_mean,
+    check_known,
     known_values,
     sign_flip_test,
 )
@@ -188,7 +189,7 @@ def aggregate_traces(
     *,
     effect: str = "indirect_effect",
     clusters: Clusters | None = None,
-    right: Sequence[bool] | None = None,
+    right: Sequence[bool] | Sequence[float] | None = None,
     minimum_gap: float | None = None,
     samples: int = 2000,
     level: float = 0.95,
@@ -216,7 +217,8 @@ def aggregate_traces(
 
     Raises:
         ValueError: no traces (or none that pass the filters); other sites, layers, windows or
-            metrics; other numbers of roles, clusters or answers; no role has a group.
+            metrics; other numbers of roles, clusters or answers; no role has a group; an answer
+            that is NaN.
     """
     if not traces or len(roles) != len(traces):
         raise ValueError(f"{len(roles)} roles for {len(traces)} traces; there must be some")
@@ -262,11 +264,15 @@ def aggregate_traces(
 
 
 def passing_traces(
-    traces: Sequence[CausalTrace], right: Sequence[bool] | None, minimum_gap: float | None
+    traces: Sequence[CausalTrace],
+    right: Sequence[bool] | Sequence[float] | None,
+    minimum_gap: float | None,
 ) -> tuple[list[int], dict[str, Any]]:
     """Which traces pass, and a record: what was asked of them, and how many fell to what."""
     if right is not None and len(right) != len(traces):
         raise ValueError(f"{len(right)} answers for {len(traces)} traces")
+    if right is not None:
+        check_known(right)
     answered = [i for i in range(len(traces)) if right is None or right[i]]
     gaps = [gap(traces[i].metric, traces[i].clean, traces[i].corrupted) for i in answered]
     kept = [

@@ -147,7 +147,8 @@ def attention_sinks(
         [x.abs().amax(dim=-1) / x.pow(2).mean(dim=-1).sqrt().clamp(min=1e-30) for x in streams]
     )
     often = received > factor * received.nanmean(dim=1, keepdim=True)
-    quiet = norms < norms.median(dim=1, keepdim=True).values
+    real = inputs.attention_mask[0].cpu()
+    quiet = (norms < norms[:, real].median(dim=1, keepdim=True).values) & real
     sinks = ((often & quiet).double().mean(dim=0) >= share).nonzero().flatten()
     largest = Counter(int(x[at].abs().argmax()) for x in streams for at in sinks.tolist())
     is_image = inputs.is_image[0].cpu()
@@ -181,6 +182,8 @@ def attention_received(recording: Recording, layer: int) -> Float[Tensor, " pos"
     pattern = float32_or_wider(found["pattern", layer][0, 0])
     rule = recording.model.rules[recording.model.cfg.kind(layer)]
     seen = rule.mask(recording.places, recording.places)[0].to(pattern.device).fill_diagonal_(False)
+    real = recording.inputs.attention_mask[0].to(seen)  # padding neither gives nor receives
+    seen = seen & real[:, None] & real
     given = pattern.mean(dim=0).masked_fill(~seen, 0.0).sum(dim=0)
     return (given / seen.sum(dim=0)).cpu()
 
@@ -198,10 +201,12 @@ def cut_sets(
     recording = what.recording
     generator = torch.Generator().manual_seed(seed)
     chosen: list[Tensor] = []
+    padding = (~recording.inputs.attention_mask[0]).nonzero().flatten().cpu()
+    taken = torch.cat([sinks, padding])
     for each in sets:
         chosen.append(each)
         for _ in range(draws):
-            drawn = [like(each, kind, sinks, is_image, generator) for kind in (False, True)]
+            drawn = [like(each, kind, taken, is_image, generator) for kind in (False, True)]
             chosen.append(torch.cat(drawn))
     branches = []
     for each in chosen:
@@ -222,12 +227,12 @@ def cut_sets(
 def like(
     positions: Int[Tensor, " _"],
     visual: bool,
-    sinks: Int[Tensor, " _"],
+    taken: Int[Tensor, " _"],
     is_image: Tensor,
     generator: torch.Generator,
 ) -> Int[Tensor, " _"]:
-    """Return as many positions of the image, or of the text, as are given, none of them a sink."""
+    """Return as many positions of the image, or of the text, as are given, none of them taken."""
     n = int((is_image[positions] == visual).sum())
     alike = (is_image == visual).nonzero().flatten()
-    others = alike[~torch.isin(alike, sinks)]
+    others = alike[~torch.isin(alike, taken)]
     return others[torch.randperm(len(others), generator=generator)[:n]]

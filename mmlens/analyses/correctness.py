@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmlens.utils.statistics import Clusters, bootstrap_weights, cluster_of
+from mmlens.utils.statistics import Clusters, bootstrap_weights, check_known, cluster_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,6 +44,7 @@ def auroc(scores: Numbers, right: Numbers) -> float:
 
 def _checked(scores: Numbers, right: Numbers) -> tuple[np.ndarray, np.ndarray]:
     score = np.asarray(scores, dtype=np.float64)
+    check_known(right)
     is_right = np.asarray(right).astype(bool)
     if score.ndim != 1 or score.shape != is_right.shape or not np.isfinite(score).all():
         raise ValueError(

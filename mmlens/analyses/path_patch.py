@@ -73,7 +73,7 @@ class PathPatch(Patched):
         """Return the effects of senders that are heads ("z[3]"), NaN where there is none.
 
         Raises:
-            ValueError: senders that are something else.
+            ValueError: senders that are something else, or one head at several positions.
         """
         found = {}
         for label, effect in zip(self.coordinates[0], self.effect, strict=True):
@@ -81,7 +81,13 @@ class PathPatch(Patched):
             units = split_site(site)[1]
             if site_of(split_site(site)[0]).units != "heads" or units is None or len(units) > 1:
                 raise ValueError(f"the sender {label!r} is not one head")
-            found[int(layer), units[0]] = float(effect)
+            head = int(layer), units[0]
+            if head in found:
+                raise ValueError(
+                    f"head {head[1]} of layer {head[0]} is several senders, the last of them "
+                    f"{label!r}: their effects are in `effect`, in the order of the senders"
+                )
+            found[head] = float(effect)
         shape = [1 + max(key[axis] for key in found) for axis in range(2)]
         grid = torch.full(shape, torch.nan)
         for key, value in found.items():

@@ -20,6 +20,7 @@ from torch import Tensor
 from mmlens.analyses.arguments import layers_of
 from mmlens.analyses.result import SavedResult
 from mmlens.editing.fingerprints import fingerprint
+from mmlens.editing.reference_keys import weights_below
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.spans import PLACEHOLDER
 from mmlens.interventions.intervention import hook_names
@@ -44,7 +45,7 @@ class KeyCovariance(SavedResult):
     n_tokens: int
     """How many positions it was estimated from."""
     source: str
-    """A hash of the model's MLPs in these layers and of the texts."""
+    """A hash of the layers, of the texts, and of the weights on which their keys depend."""
     digest: str = ""
     """A hash of the moments, by which a file that was changed since is known."""
 
@@ -151,14 +152,13 @@ def cut(model: HookedMultimodalTransformer, text: str) -> Tensor:
 def hash_of(
     model: HookedMultimodalTransformer, prompts: Sequence[MultimodalInputs], layers: Sequence[int]
 ) -> str:
-    """Of the prompts, and of the weights that make the keys."""
+    """Return a hash of the prompts, and of the weights on which the keys depend."""
     digest = hashlib.sha256(str(list(layers)).encode())
     for inputs in prompts:
-        digest.update(str(inputs.tokens.tolist()).encode())
+        digest.update(str((inputs.tokens.tolist(), inputs.attention_mask.tolist())).encode())
         if inputs.pixel_values is not None:
             digest.update(fingerprint(inputs.pixel_values).encode())
-    for layer in layers:
-        for part in ("gate", "up") if model.cfg.gated_mlp else ("up",):
-            weight = model.get_parameter(f"blocks.{layer}.mlp.{part}.weight")
-            digest.update(fingerprint(weight).encode())
+    # The keys of the last layer depend on all the weights that those of the others do.
+    for name, weight in weights_below(model, max(layers)):
+        digest.update(f"{name} {fingerprint(weight)}".encode())
     return digest.hexdigest()

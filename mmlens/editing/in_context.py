@@ -48,15 +48,14 @@ class InContextEdit(Edit):
         plain: Callable[..., MultimodalInputs] = model.prepare
 
         def prepare(text: str | Sequence[str], image: Any = None, **options: Any) -> Any:
+            moved = {**options, "spans": self.moved_rows(options.get("spans"))}
             if isinstance(text, str):
-                spans = options.get("spans")
-                moved = {**options, "spans": self.moved(spans) if spans else spans}
                 return plain(self.demonstrations + text, image, **moved)
-            texts = [self.demonstrations + each for each in text]
-            return plain(texts, image, **options)
+            return plain([self.demonstrations + each for each in text], image, **moved)
 
         yield model.exclusive()
-        yield lambda: model.__dict__.pop("prepare", None)
+        around = model.__dict__.get("prepare")  # that of an outer block
+        yield lambda: put_back(model, around)
         model.__dict__["prepare"] = prepare
         return model
 
@@ -67,6 +66,12 @@ class InContextEdit(Edit):
             name: span if isinstance(span, str) else (span[0] + n, span[1] + n)
             for name, span in spans.items()
         }
+
+    def moved_rows(self, spans: Any) -> Any:
+        """Return the spans of one question, of all, or a list of each one's."""
+        if isinstance(spans, list | tuple):
+            return [self.moved_rows(row) for row in spans]
+        return self.moved(spans) if spans else spans
 
     def apply(self, model: HookedMultimodalTransformer) -> None:
         """Refuse: there is no weight to change.
@@ -83,6 +88,13 @@ class InContextEdit(Edit):
             ValueError: always.
         """
         raise ValueError("this edit changes what model.prepare makes: use mmlens.editing.evaluate")
+
+
+def put_back(model: HookedMultimodalTransformer, prepare: Any) -> None:
+    """Let `model.prepare` be what it was before a block: an outer block's, or None, the class's."""
+    model.__dict__.pop("prepare", None)
+    if prepare is not None:
+        model.__dict__["prepare"] = prepare
 
 
 def in_context(

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -244,12 +244,19 @@ def digest_of(model: HookedMultimodalTransformer, layer: int) -> str:
     changes all or many of them.
     """
     digest = hashlib.sha256(f"{layer} {model.cfg.dtype}".encode())
-    for name, weight in model.named_parameters():
-        block = BLOCK.fullmatch(name)
-        above = block and (int(block[1]), block[2].startswith("mlp.down")) >= (layer, True)
-        if above or name.startswith(("ln_final", "unembed")):
-            continue
+    for name, weight in weights_below(model, layer):
         values = weight.detach().flatten()
         few = values[:: max(1, len(values) // SAMPLED)].cpu().float()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + few.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def weights_below(
+    model: HookedMultimodalTransformer, layer: int
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the weights on which the keys of a layer depend, with their names."""
+    for name, weight in model.named_parameters():
+        block = BLOCK.fullmatch(name)
+        above = block and (int(block[1]), block[2].startswith("mlp.down")) >= (layer, True)
+        if not above and not name.startswith(("ln_final", "unembed")):
+            yield name, weight

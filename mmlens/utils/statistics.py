@@ -31,6 +31,20 @@ class MeanInterval(NamedTuple):
     high: Float[Tensor, "*cell"]
 
 
+def check_known(right: Any) -> None:
+    """Refuse answers of which it is not known whether they are right: NaN would count as right.
+
+    Raises:
+        ValueError: a value that is not finite.
+    """
+    unknown = np.flatnonzero(~np.isfinite(np.asarray(right, dtype=np.float64)))
+    if len(unknown):
+        raise ValueError(
+            f"right[{unknown[0]}] is {right[int(unknown[0])]}, which is neither right nor wrong "
+            f"({len(unknown)} of {np.size(right)} are not finite): leave these questions out"
+        )
+
+
 def bootstrap_mean(
     values: Float[Tensor, "question ..."],
     clusters: Clusters | None = None,
