@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 from small_models import small_inputs, small_model
+from test_trace_effects import words_swapped
 
 import mmlens
 from mmlens import Intervention, Recording, ablation_scan
 from mmlens.analyses.arguments import layers_of, positions_of
+from mmlens.analyses.attribution_patching import attribution_patching
+from mmlens.analyses.causal_trace import causal_trace
 from mmlens.analyses.attention_knockout import attention_knockout
 from mmlens.analyses.image_regions import named_regions
-from mmlens.analyses.trace_grid import parts_of
+from mmlens.analyses.trace_grid import layer_centres, parts_of
 from mmlens.branching.reads import Read
-from mmlens.interventions.functions import add, batched, knockout, mean, transplant, zero
+from mmlens.interventions.functions import add, batched, knockout, mean, restore, transplant, zero
 from mmlens.interventions.intervention import names_of
 from mmlens.interventions.of_runs import drawn_from
 from mmlens.utils.tensors import flat_positions, listed_numbers
@@ -88,12 +91,48 @@ def test_numbers_of_numpy_and_torch(seed: int, tmp_path: Path) -> None:
         listed_numbers(1.5)
 
 
+def test_layers_of_traces_are_numbers_of_python(seed: int) -> None:
+    """A trace of numpy's layers could not be saved after all of it was done."""
+    model, _ = case(seed)
+    for layers in (np.arange(2), torch.arange(2), iter(range(2))):
+        found = unwrap(layer_centres)(model, ("mlp_out",), layers)
+        assert found == [0, 1] and {type(layer) for layer in found} == {int}
+
+
 def test_a_metric_may_count(seed: int) -> None:
     """Whether an answer is the most probable one, say."""
     model, inputs = case(seed)
     token = int(model(inputs)[0, -1].argmax())
     found = mmlens.patch(model.record(inputs), {0: []}, lambda x: x[:, -1].argmax(-1) == token)
     assert (found.baseline, found.values.tolist()) == (1.0, [1.0])
+
+
+def test_a_traced_metric_may_count(seed: int) -> None:
+    """The rank of a token, as plain runs with hooks have it."""
+    model, inputs = case(seed)
+    other, last = words_swapped(inputs, seed), inputs.n_pos - 1
+    token = random.randrange(2, 50)
+
+    def rank(logits: torch.Tensor) -> torch.Tensor:
+        return (logits[:, -1] > logits[:, -1, token, None]).sum(-1)
+
+    trace = causal_trace(
+        model, inputs, other, sites=("z",), positions=[[last]], answer=token, metric=rank
+    )
+    _, cache = model.run_with_cache(inputs)
+    for layer in range(3):
+        edit = Intervention("z", layer, [last], restore(cache))
+        restored = rank(model.run_with_hooks(other, interventions=[edit]))
+        assert trace.restored[0, 0, layer].item() == float(restored)
+    assert (trace.clean, trace.corrupted) == (float(rank(model(inputs))), float(rank(model(other))))
+    cut = attention_knockout(model, inputs, [0], [last], answer=token, metric=rank)
+    for layer in range(3):
+        edit = Intervention("attn_scores", layer, [last], knockout([0]))
+        assert cut.values[layer].item() == float(
+            rank(model.run_with_hooks(inputs, interventions=[edit]))
+        )
+    with pytest.raises(ValueError, match="the metric has no gradient"):
+        attribution_patching(model, inputs, other, answer=token, metric=rank)
 
 
 def test_an_activation_is_read_at_all_positions_by_default(seed: int) -> None:

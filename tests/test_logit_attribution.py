@@ -20,7 +20,7 @@ from small_models import (
     worded_model,
 )
 
-from mmlens import causal_trace, noise_span
+from mmlens import causal_trace, hook_name, noise_span
 from mmlens.analyses.attribution_patching import AttributionPatching, attribution_patching
 from mmlens.analyses.direct_logit_attribution import (
     DirectLogitAttribution,
@@ -199,6 +199,59 @@ def test_attribution_patching_is_the_derivative(seed):
     assert found.corrupted == pytest.approx(float(metric(model(corrupted))))
 
 
+def slope(model, clean, corrupted, place, positions, token):
+    """The derivative of a logit, towards the clean activation at some positions, by autograd."""
+    name = hook_name(*place)
+    axis = 2 if place[0] in ("pattern", "attn_scores") else 1  # of the queries
+    kept = model.run_with_cache(clean, names_filter=name)[1][name]
+    with torch.enable_grad():
+        share = torch.zeros((), dtype=torch.double, requires_grad=True)
+
+        def move(activation, hook):
+            at = torch.zeros(activation.shape[axis], dtype=torch.bool)
+            at[positions] = True
+            at = at.view(-1, *[1] * (activation.ndim - axis - 1)) & activation.isfinite()
+            return activation + share * (kept - activation).masked_fill(~at, 0.0).detach()
+
+        logits = model.run_with_hooks(corrupted, fwd_hooks=[(name, move)])
+        return torch.autograd.grad(logits[0, -1, token], share)[0].item()
+
+
+@pytest.mark.parametrize(
+    "site", ["pattern", "attn_scores", "z", "k", "ln1.scale", "embed", "input_embed"]
+)
+def test_attribution_patching_of_any_site(seed, site):
+    """Wherever its axis of positions is, with masked scores, and without layers."""
+    model = small_model(seed, n_layers=2).double()
+    clean, corrupted = (
+        inputs.with_pixels(inputs.pixel_values.double()) for inputs in pair(model, seed)
+    )
+    token, last = random.randrange(D_VOCAB), clean.n_pos - 1
+    at = random.randrange(last)
+    found = attribution_patching(
+        model,
+        clean,
+        corrupted,
+        sites=(site,),
+        positions=[[at], [last], [at, last], [last, at, last]],
+        answer=token,
+        metric=lambda logits: logits[:, 0, token],
+    )
+    groups = [[at], [last], [at, last], [last, at]]
+    assert found.groups == tuple(map(tuple, groups))
+    layers = range(2) if "embed" not in site else [None]
+    expected = torch.tensor(
+        [
+            [slope(model, clean, corrupted, (site, layer), group, token) for layer in layers]
+            for group in groups
+        ],
+        dtype=torch.double,
+    )
+    # Both are the same gradient in float64.
+    bound = 1e-9 * (1 + expected.abs().max())
+    assert (found.indirect_effect[0] - expected).abs().max() <= bound
+
+
 def test_attribution_patching_is_exact_where_the_model_is_linear(seed):
     """The last layer's sites, the final norm's scale held: the logit is linear in them."""
     model = small_model(seed, normalization_type="RMS").double()
@@ -240,6 +293,12 @@ def test_the_error_is_that_against_a_causal_trace(seed, tmp_path):
     assert len(found.to_dataframe()) == found.indirect_effect.numel()
     with pytest.raises(ValueError, match="other answer_tokens"):
         found.error(replace(trace, answer_tokens=(answer + 1,)))
+    by_logits = {"metric": "logit_diff", "positions": groups, "answer": answer}
+    one, other = random.sample(range(D_VOCAB), 2)
+    followed = attribution_patching(model, clean, corrupted, contrast=one, **by_logits)
+    contrasted = causal_trace(model, clean, corrupted, contrast=other, **by_logits)
+    with pytest.raises(ValueError, match="the trace has other contrast"):
+        followed.error(contrasted)
     with pytest.raises(ValueError, match="3 layers together"):
         found.error(replace(trace, window=3))
     with pytest.raises(ValueError, match="of the decoder"):

@@ -214,6 +214,14 @@ def test_what_cannot_be_traced_together(seed):
     ):
         with pytest.raises(ValueError, match=message):
             causal_trace(model, clean, corrupted, **options)
+    for options, message in (
+        ({"sites": ("z", "z")}, "one of them is there twice"),
+        ({"layers": [1, 0, 1]}, r"layers \[1, 0, 1\]: one of them is there twice"),
+        ({"sites": ("input_embed", "input_embed")}, "one of them is there twice"),
+    ):
+        for analysis in (causal_trace, attribution_patching):
+            with pytest.raises(ValueError, match=message):
+                analysis(model, clean, corrupted, **options)
     with pytest.raises(ValueError, match="unknown site"):
         attribution_patching(model, clean, corrupted, sites=("z[0]",))
 

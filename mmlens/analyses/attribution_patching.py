@@ -92,7 +92,10 @@ class AttributionPatching(SavedResult):
         """
         if exact.window != 1:
             raise ValueError(f"the trace restores {exact.window} layers together, this is of one")
-        for name in ("sites", "layers", "groups", "answer_tokens", "metric"):
+        compared = ["sites", "layers", "groups", "answer_tokens", "metric"]
+        if self.metric == "logit_diff":  # a trace may follow a contrast beside another metric
+            compared.append("contrast")
+        for name in compared:
             if getattr(self, name) != getattr(exact, name):
                 raise ValueError(
                     f"the trace has other {name}: {getattr(exact, name)} instead of "
@@ -138,7 +141,7 @@ def attribution_patching(
         contrast: the answer whose logit "logit_diff" subtracts.
 
     Raises:
-        ValueError: as `causal_trace`; sites of the vision tower.
+        ValueError: as `causal_trace`; sites of the vision tower; a metric without a gradient.
 
     Example:
         >>> attribution_patching(model, clean, corrupted).indirect_effect   # [site, group, layer]
@@ -152,7 +155,8 @@ def attribution_patching(
     groups = position_groups(model, clean, corrupted, sites, positions)
     for site in sites:
         model.SITES[site]  # an error for units: the gradient is that of the whole activation
-    places = [(site, layer) for site in sites for layer in chosen]
+    columns = chosen if site_of(sites[0]).is_layered else [None]
+    places = [(site, layer) for site in sites for layer in columns]
     recording, target = record_with_answer(model, clean, answer, places)
     other_answer = None if contrast is None else given_answer(model, clean, contrast)
     measure = metric_of(metric, target, other_answer, recording)
@@ -162,13 +166,14 @@ def attribution_patching(
     derivatives, corrupted_value = derivatives_at(other, places, measure, target.positions)
     first_order = {}  # dot products at every position; the mean over rows is in the gradient
     for each in places:
-        product = (recording[each] - other[each]) * derivatives[each]
-        first_order[each] = product.flatten(2).sum(dim=(0, 2))
+        product = difference(recording[each], other[each]) * derivatives[each]
+        by_position = product.movedim(site_of(each[0]).position_axis, 1)
+        first_order[each] = by_position.flatten(2).sum(dim=(0, 2))
     effects = [
         first_order[site, layer][torch.tensor(group.numbers, device=model.device)].sum()
         for site in sites
         for group in groups
-        for layer in chosen
+        for layer in columns
     ]
     return AttributionPatching(
         indirect_effect=torch.stack(effects).view(len(sites), len(groups), len(chosen)).cpu(),
@@ -184,6 +189,11 @@ def attribution_patching(
         metric=name_of(metric),
         contrast="" if other_answer is None else other_answer.text,
     )
+
+
+def difference(clean: Tensor, corrupted: Tensor) -> Tensor:
+    """Return clean - corrupted: 0 where both are the same, also where scores are masked (-inf)."""
+    return torch.where(clean == corrupted, 0.0, clean - corrupted)
 
 
 def derivatives_at(
@@ -203,6 +213,11 @@ def derivatives_at(
         with model.hooks(interventions=branch):
             resid = model(recording.inputs, stop_at_layer=model.cfg.n_layers)
             value = metric(model.unembed(model.ln_final(resid)[:, positions])).mean()
+        if not value.requires_grad:
+            raise ValueError(
+                "the metric has no gradient (it counts or compares, as a rank or an argmax does); "
+                "causal_trace follows it"
+            )
         found = torch.autograd.grad(
             value, list(added.values()), allow_unused=True, materialize_grads=True
         )

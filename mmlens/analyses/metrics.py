@@ -176,7 +176,7 @@ def metric_of(
     may be of another length.
     """
     if not isinstance(metric, str):
-        return metric
+        return of_each_row(metric)
     if metric == "probability":
         return answer.probability
     if metric == "loss":

@@ -17,7 +17,7 @@ from mmlens.inputs.position_labels import region_label
 from mmlens.interventions.in_tile import InTile, check_has_tiles
 from mmlens.interventions.intervention import n_layers_of, site_of, window
 from mmlens.model.components.packed_images import grids_of, places
-from mmlens.utils.tensors import flat_positions
+from mmlens.utils.tensors import flat_positions, listed_numbers
 
 if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
@@ -145,7 +145,8 @@ def parts_of(group: Group) -> tuple[Int[Tensor, " _"] | InTile, ...]:
         if not all(isinstance(part, InTile) for part in group):
             raise ValueError(f"a group is positions or `InTile`s, not both: {list(group)}")
         return tuple(part for part in group if isinstance(part, InTile))
-    return (flat_positions(group),)
+    # What is summed over a group counts each position once.
+    return (torch.tensor(list(dict.fromkeys(flat_positions(group).tolist())), dtype=torch.long),)
 
 
 def tile_of(part: Int[Tensor, " _"] | InTile) -> int | None:
@@ -228,13 +229,15 @@ def group_label(labels: Sequence[str]) -> str:
 def layer_centres(
     model: HookedMultimodalTransformer, sites: Sequence[str], layers: Iterable[int] | None
 ) -> list[int]:
-    """The centres of the windows, by default all layers that have these sites.
+    """The centres of the windows, each once; by default all layers that have these sites.
 
     For sites without layers it is 0 alone.
     """
     if isinstance(sites, str) or not sites:
         raise ValueError(f"sites must be several names, e.g. ('mlp_out',), not {sites!r}")
     found = [site_of(site) for site in sites]
+    if len(set(sites)) < len(sites):
+        raise ValueError(f"sites {', '.join(sites)}: one of them is there twice; give each once")
     flat = [not site.is_layered for site in found]
     if len({site.positions for site in found}) > 1:
         raise ValueError(
@@ -248,13 +251,15 @@ def layer_centres(
             )
         return [0]
     n_layers = min(n_layers_of(site, model) for site in sites)
-    centres = list(range(n_layers) if layers is None else layers)
+    centres = listed_numbers(range(n_layers) if layers is None else layers)
     outside = [layer for layer in centres if not 0 <= layer < n_layers]
     if outside or not centres:
         raise ValueError(
             f"layers {outside or centres} are not among 0 ... {n_layers - 1}, which have "
             f"{', '.join(sites)}"
         )
+    if len(set(centres)) < len(centres):
+        raise ValueError(f"layers {centres}: one of them is there twice; give each once")
     return centres
 
 
