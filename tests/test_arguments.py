@@ -17,9 +17,9 @@ from test_trace_effects import words_swapped
 import mmlens
 from mmlens import Intervention, Recording, ablation_scan
 from mmlens.analyses.arguments import layers_of, positions_of
+from mmlens.analyses.attention_knockout import attention_knockout
 from mmlens.analyses.attribution_patching import attribution_patching
 from mmlens.analyses.causal_trace import causal_trace
-from mmlens.analyses.attention_knockout import attention_knockout
 from mmlens.analyses.image_regions import named_regions
 from mmlens.analyses.trace_grid import layer_centres, parts_of
 from mmlens.branching.reads import Read
