@@ -336,6 +336,12 @@ def test_what_cannot_be_scanned(seed: int) -> None:
         ((inputs,), {"layers": [7]}, "among 0"),
         ((inputs,), {"answer": [1, 2]}, "2 answers for 1 prompts"),
         (([inputs, inputs], "regions"), {}, "one"),
+        ((inputs, "regions"), {"layers": [1]}, "layers are not for over='regions'"),
+        ((inputs, "regions"), {"positions": "last"}, "positions are for other scans"),
+        ((inputs,), {"control": 5}, "control=5 is for over='regions'"),
+        ((inputs,), {"clusters": [1, 2, 3]}, "3 clusters for 1 prompts"),
+        ((inputs,), {"references": [inputs]}, "references are for 'mean' and 'resample'"),
+        ((inputs, "neurons"), {"site": "projector.pre"}, "is of no layer of the decoder"),
     ]:
         with pytest.raises(ValueError, match=says):
             ablation_scan(model, *arguments, **options)

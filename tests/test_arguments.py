@@ -201,6 +201,18 @@ def test_a_position_twice_in_a_region_counts_once(seed: int) -> None:
     assert scan.regions == ((at,),)
 
 
+def test_knockout_in_layers_that_are_not_there(seed: int) -> None:
+    model, inputs = case(seed)
+    with pytest.raises(ValueError, match=r"heads names layers \[99, -1\], .* among 0 ... 2"):
+        attention_knockout(model, inputs, "image", "last", heads={1: [0], 99: [0], -1: [0]})
+
+
+def test_a_lens_that_follows_no_token(seed: int) -> None:
+    model, inputs = case(seed)
+    with pytest.raises(ValueError, match=r"tokens=\[\]; give at least one"):
+        mmlens.logit_lens(model, inputs, tokens=[])
+
+
 def test_knockout_of_no_head(seed: int) -> None:
     """Nothing was cut, and the effect was 0."""
     model, inputs = case(seed)

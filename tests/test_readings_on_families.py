@@ -185,7 +185,8 @@ def test_tokens_that_are_erased(case: Case) -> None:
     if answer is not None:
         tokens = given_answer(model, inputs, answer).tokens.tolist()
     others = visual[~torch.isin(visual, torch.tensor(chosen))]
-    draws = [drawn(others, n, seed + draw) for draw in range(n_draws)]
+    generator = torch.Generator().manual_seed(seed)
+    draws = [drawn(others, n, generator) for _ in range(n_draws)]
 
     def erased(at: Any) -> Any:
         return [(0, "", True, edited(at, put))]

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from made_families import qwen
 from sklearn.metrics import average_precision_score
 from small_models import picture, small_inputs, small_model, worded_model
 from small_tiled_models import noise_picture, tiled_model
 from torch import Tensor
 
-from mmlens import Intervention, LogitLens, WordMap, logit_lens, token_erasure, word_map
+from mmlens import (
+    Intervention,
+    LogitLens,
+    WordMap,
+    ablation_scan,
+    hook_name,
+    logit_lens,
+    token_erasure,
+    word_map,
+)
 from mmlens.analyses.targets import given_answer
-from mmlens.analyses.token_erasure import TokenErasure
+from mmlens.analyses.token_erasure import TokenErasure, drawn
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import scale, zero
+from mmlens.interventions.intervention import hook_names
 from mmlens.plots.words import plot_patch_words
 
 HOOKS = {
@@ -230,6 +242,43 @@ def test_controls_are_other_tokens(seed: int) -> None:
         assert min(abs(value - other) for other in each) <= 1e-5
     as_low = int((found.controls <= found.erased).sum())
     assert found.p_value == (1 + as_low) / 41
+
+
+@pytest.mark.parametrize("by", ["zero", "mean", "function"])
+def test_erasing_what_first_blocks_are_given(seed: int, by: str, tmp_path: Path) -> None:
+    """Qwen3-VL adds more of an image in its first blocks (deepstack)."""
+    made = qwen("qwen3")(seed, tmp_path, (1,))
+    model, batch = made.model, dict(made.batch)
+    inputs = model.inputs_from_tokens(batch.pop("input_ids"), **batch)
+    visual = torch.cat([image.positions for image in inputs.images])
+    names = [hook_name("input_embed"), *hook_names("deepstack", range(model.cfg.n_deepstack))]
+    _, cache = model.run_with_cache(inputs, names_filter=names)
+
+    def edit(x: Tensor, hook: Any) -> Tensor:
+        own = cache[hook.name][:, visual]
+        put = {"zero": 0 * own, "mean": own.mean(1, keepdim=True).expand_as(own)}
+        return x.index_copy(1, visual, put.get(by, -1.5 * own))
+
+    logits = model.run_with_hooks(inputs, fwd_hooks=[(name, edit) for name in names])
+    expected = float(logits[0, -1].softmax(-1)[5])
+    given: Any = scale(-1.5) if by == "function" else by
+    found = token_erasure(model, inputs, visual, by=given, answer=5, controls=0, max_new_tokens=0)
+    scan = ablation_scan(model, inputs, "regions", given, regions=[visual], answer=5)
+    assert found.erased == pytest.approx(expected, abs=1e-9)
+    assert float(scan.values[0]) == pytest.approx(expected, abs=1e-9)
+    if by == "zero":  # nothing of the image is left
+        other = inputs.with_pixels(torch.randn_like(inputs.pixel_values))
+        gone = token_erasure(model, other, visual, by=by, answer=5, controls=0, max_new_tokens=0)
+        assert gone.erased == pytest.approx(found.erased, abs=1e-9)
+
+
+def test_other_seeds_draw_other_controls() -> None:
+    """Seeds 0 and 1 shared all draws but one."""
+    positions, draws = torch.arange(100), []
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        draws.append({tuple(drawn(positions, 9, generator).tolist()) for _ in range(5)})
+    assert not draws[0] & draws[1] and len(draws[0]) == len(draws[1]) == 5
 
 
 def test_what_cannot_be_erased_is_refused(seed: int) -> None:

@@ -18,12 +18,12 @@ from torch import Tensor
 from mmlens.analyses.arguments import Where, layers_of, positions_of
 from mmlens.analyses.image_regions import RegionsGiven, named_regions, random_regions
 from mmlens.analyses.metrics import Followed, Metric, followed
+from mmlens.analyses.other_runs import visual_tokens, without
 from mmlens.analyses.patch import Coordinate, evaluated, on_axes
 from mmlens.analyses.result import description
 from mmlens.analyses.scan import Scan, in_numbers, mean_scan
 from mmlens.branching.recording import Recording
 from mmlens.inputs.checks import check_one_prompt
-from mmlens.inputs.common_prefix import common_prefix
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import HookFunction, mean, resample, zero
 from mmlens.interventions.intervention import Intervention, SiteLayers, site_of, stack_config
@@ -142,8 +142,9 @@ def ablation_scan(
             token); or a hook function, such as `knockout(inputs.span("image"))` with
             `site="attn_scores"`.
         site: what is ablated; by default "z" of heads, "attn_out" and "mlp_out" of layers, "post"
-            of neurons, "input_embed" of regions (the visual tokens, as the first layer gets them).
-        layers: which ones; all by default.
+            of neurons, "input_embed" of regions (the visual tokens, as the first layer gets them)
+            with what images add in the first blocks ("deepstack"), where they do.
+        layers: which ones; all by default. For regions only with a `site` that has layers.
         positions: where: a span or positions, all by default; some of them by role
             (`role_positions(inputs)`), which is then an axis, the first; or a function of the
             inputs that returns either, which a data set needs for what differs in its prompts.
@@ -167,7 +168,8 @@ def ablation_scan(
     Raises:
         UnknownSpanError: (a KeyError) no span of that name.
         ValueError: an unknown `over` or `by`; positions, layers or regions that are not there;
-            "mean" or "resample" of a single prompt without references.
+            "mean" or "resample" of a single prompt without references; arguments that such a scan
+            has no use for.
 
     Example:
         >>> scan = ablation_scan(model, inputs, "heads", positions="last", answer="Rome")
@@ -180,7 +182,19 @@ def ablation_scan(
     if over == "regions":
         check_one_prompt(len(prompts), "a scan over regions")
     sites = SITES[over] if site is None else (site,)
+    if over == "regions" and site is None and model.cfg.n_deepstack:
+        sites = (*sites, "deepstack")  # or the first blocks would be given the image again
     check_sites(sites, over, positions)
+    check_used(
+        len(prompts),
+        over,
+        by,
+        None if site is not None and site_of(site).is_layered else layers,
+        positions,
+        references,
+        control,
+        clusters,
+    )
     ablation = Ablation(
         model,
         over,
@@ -248,11 +262,42 @@ def check(
         raise ValueError(f"by={by!r}; it is {', '.join(map(repr, get_args(By)))} or a function")
 
 
+def check_used(
+    n_prompts: int,
+    over: Over,
+    by: Any,
+    layers: Any,
+    positions: Any,
+    references: Any,
+    control: int,
+    clusters: Any,
+) -> None:
+    """Raise a ValueError for arguments that a scan would ignore."""
+    if over == "regions" and positions is not None:
+        raise ValueError("positions are for other scans; over='regions' ablates regions=...")
+    if over == "regions" and layers is not None:
+        raise ValueError(
+            "layers are not for over='regions', where the image enters the model; name a site that "
+            "has layers, such as site='resid_post'"
+        )
+    if over != "regions" and control:
+        raise ValueError(f"control={control} is for over='regions', not for {over!r}")
+    if references is not None and by not in ("mean", "resample"):
+        raise ValueError(f"references are for 'mean' and 'resample'; by={by!r} has no use for them")
+    if clusters is not None and len(clusters) != n_prompts:
+        raise ValueError(f"{len(clusters)} clusters for {n_prompts} prompts")
+
+
 def check_sites(sites: Sequence[str], over: Over, positions: Places | None) -> None:
     """Raise a ValueError for sites that do not have the parts or the positions that are meant."""
     for name in sites:
         site = site_of(name)
         is_heads = site.units == "heads"
+        if over != "regions" and (not site.is_layered or site.stack == "connector"):
+            raise ValueError(
+                f"site={name!r} is of no layer of the decoder or the tower, which over={over!r} "
+                "goes through"
+            )
         if over == "heads" and not is_heads:
             raise ValueError(f"site={name!r} has {site.units}, and no heads")
         if over == "neurons" and is_heads:
@@ -301,35 +346,6 @@ def recorded_of(
         (name, ablation.layers) if site_of(name).is_layered else name for name in ablation.sites
     ]
     return ablation.model.record_many(prompts, sites=sites)
-
-
-def without(prompt: MultimodalInputs, runs: Sequence[Recording]) -> list[Recording]:
-    """Return runs of other prompts: resampled from itself a part would seem to do nothing."""
-    found = [
-        run
-        for run in runs
-        if run.inputs is not prompt
-        and (
-            not torch.equal(run.inputs.tokens, prompt.tokens)
-            or common_prefix(run.inputs, prompt) < prompt.n_pos
-        )
-    ]
-    if not found:
-        raise ValueError("by='resample', but all references are the prompt itself")
-    return found
-
-
-def visual_tokens(runs: Sequence[Recording]) -> dict[str, Tensor]:
-    """Return what runs hold of their visual tokens, of all of them together, by hook point."""
-    found: dict[str, Tensor] = {}
-    for name in runs[0].cache:
-        axis = runs[0].model.SITES.of(name)[0].position_axis
-        parts = [
-            run.cache[name].index_select(axis, run.inputs.is_image[0].nonzero().flatten())
-            for run in runs
-        ]
-        found[name] = torch.cat(parts, dim=axis)
-    return found
 
 
 def scan_regions(

@@ -159,6 +159,11 @@ def attention_knockout(
             f"destinations {asked} never attend to sources {cut} in the layers that are cut: these "
             "come later, or are further back than a window"
         )
+    named = heads if isinstance(heads, Mapping) else {}
+    if outside := [layer for layer in named if not 0 <= layer < model.cfg.n_layers]:
+        raise ValueError(
+            f"heads names layers {outside}, which are not among 0 ... {model.cfg.n_layers - 1}"
+        )
     cells = {
         centre: [
             Intervention(f"attn_scores{units}", some, destinations, knockout(sources))

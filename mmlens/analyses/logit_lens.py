@@ -165,6 +165,8 @@ def logit_lens(
     where = positions_of(inputs, positions)
     if not 1 <= top <= model.cfg.d_vocab:
         raise ValueError(f"top={top}; the model knows {model.cfg.d_vocab} tokens")
+    if tokens is not None and not len(tokens):
+        raise ValueError("tokens=[]; give at least one, or None for the most probable next token")
     asked: Sequence[str | int | None] = [None] if tokens is None else tokens
     wanted = [token_id(model, inputs, token) for token in asked]
     _, cache = model.run_with_cache(

@@ -17,8 +17,8 @@ from mmlens.analyses.arguments import Where, check_single_run, positions_of
 from mmlens.analyses.result import SavedResult, description
 from mmlens.analyses.targets import record_with_answer
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
-from mmlens.interventions.functions import HookFunction, replace, zero
-from mmlens.interventions.intervention import Intervention, hook_name
+from mmlens.interventions.functions import HookFunction, mean, zero
+from mmlens.interventions.intervention import Intervention, hook_names
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.threads import on_free_cores
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
 
 SITE = "input_embed"
+DEEPER = "deepstack"
+"""Where some decoders (Qwen3-VL) add more of the image in the first blocks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +105,8 @@ def token_erasure(
         inputs: one prompt.
         positions: visual tokens: a span, or positions (of `inputs.patches(box)`, say).
         by: "mean" puts the mean of all visual tokens of the prompt there, "zero" zeros; or a hook
-            function.
+            function. Where first blocks are given more of the image (`deepstack`, Qwen3-VL), that
+            is erased alike, by a mean of its own in each block.
         answer: a text, a token id, or None for the most probable next token.
         controls: how many times as many other visual tokens are drawn and erased for comparison.
         seed: of these draws.
@@ -131,8 +134,12 @@ def token_erasure(
             "others to compare with: erase fewer, or give controls=0"
         )
     erasing = eraser(model, inputs, visual, by)
-    draws = [drawn(others, len(chosen), seed + draw) for draw in range(controls)]
-    branches = [[Intervention(SITE, None, where, erasing)] for where in [chosen, *draws]]
+    generator = torch.Generator().manual_seed(seed)
+    draws = [drawn(others, len(chosen), generator) for _ in range(controls)]
+    branches = [
+        [Intervention(site, layers, where, erasing) for site, layers in entrances(model)]
+        for where in [chosen, *draws]
+    ]
     recording, target = record_with_answer(model, inputs, answer)
     found = recording.run(branches, target.probability, positions=target.positions)[:, 0]
     said = ["", ""]
@@ -157,6 +164,12 @@ def token_erasure(
     )
 
 
+def entrances(model: HookedMultimodalTransformer) -> list[tuple[str, range | None]]:
+    """Return the sites, with their layers, where the image enters the language model."""
+    deeper = range(model.cfg.n_deepstack)
+    return [(SITE, None), *([(DEEPER, deeper)] if deeper else [])]
+
+
 def eraser(
     model: HookedMultimodalTransformer,
     inputs: MultimodalInputs,
@@ -170,12 +183,12 @@ def eraser(
         raise ValueError(f"by={by!r}; it is 'mean', 'zero' or a hook function")
     if by == "zero":
         return zero()
-    name = hook_name(SITE)
-    _, cache = model.run_with_cache(inputs, names_filter=name, stop_at_layer=0)
-    return replace(cache[name][0, visual.to(cache[name].device)].mean(dim=0))
+    names = [name for site, layers in entrances(model) for name in hook_names(site, layers)]
+    _, cache = model.run_with_cache(inputs, names_filter=names, stop_at_layer=model.cfg.n_deepstack)
+    return mean({name: cache[name] for name in names}, among=visual)
 
 
-def drawn(positions: Int[Tensor, " _"], n: int, seed: int) -> Int[Tensor, " _"]:
-    """Return n of the positions, ascending; which ones follows from the seed."""
-    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
+def drawn(positions: Int[Tensor, " _"], n: int, generator: torch.Generator) -> Int[Tensor, " _"]:
+    """Return n of the positions, ascending; which ones, the generator decides."""
+    order = torch.randperm(len(positions), generator=generator)
     return positions[order[:n]].sort().values
