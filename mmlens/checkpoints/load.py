@@ -207,8 +207,10 @@ def check_processor(processor: Any, cfg: MultimodalConfig, folder: Path) -> None
             )
         return
     edges, tower = {"size": largest_edge(processor)}, max(cfg.vision.image_size)
-    for name in ("crop_size", "max_image_size"):
-        edges[name] = max(sides_of(getattr(processor, name, None)).values(), default=0)
+    if getattr(processor, "do_center_crop", False):  # else its size says nothing
+        edges["crop_size"] = max(sides_of(processor.crop_size).values(), default=0)
+    tiles = sides_of(getattr(processor, "max_image_size", None))
+    edges["max_image_size"] = max(tiles.values(), default=0)
     for name, edge in edges.items():
         if edge > 8 * tower:
             raise CheckpointError(
