@@ -38,7 +38,7 @@ pytest.register_assert_rewrite(
 )
 
 TYPECHECK = os.environ.get("MMLENS_TYPECHECK", "first")
-CHECKED_CALLS = float("inf") if TYPECHECK == "all" else 5
+CHECKED_CALLS = float("inf") if TYPECHECK == "all" else 2
 """Of each function in each test."""
 
 calls: Counter[int] = Counter()
