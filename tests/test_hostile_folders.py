@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import random
 import socket
 import sys
 import zipfile
@@ -124,6 +125,21 @@ def test_no_other_class_of_transformers(seed: int) -> None:
         )
         stand_in = "dummy" in str(getattr(found, "__module__", ""))
         assert passes <= (is_tokenizer or stand_in), names[index]
+
+
+def test_the_check_itself_causes_no_warning(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers warns of the names with "Fast" that it had, and a user did not write these."""
+    warnings: list[str] = []
+    logger = transformers.utils.import_utils.logger
+    monkeypatch.setattr(logger, "warning_once", lambda text, *others: warnings.append(text))
+    names = [name for name in transformers.__all__ if name.endswith("ImageProcessor")]
+    names = random.sample(names, 20)
+    kind = transformers.image_processing_utils.BaseImageProcessor
+    for name in names:
+        json_files.is_class(name, kind)
+    assert not warnings
+    monkeypatch.delitem(vars(transformers), "CLIPImageProcessorFast", raising=False)
+    assert json_files.is_class("CLIPImageProcessorFast", kind)  # whoever writes it may be told
 
 
 def test_a_tokenizer_that_is_no_json_of_the_tokenizers_library(evil: Path, tmp_path: Path) -> None:

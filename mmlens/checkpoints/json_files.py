@@ -146,7 +146,11 @@ def is_class(name: object, kind: type | tuple[type, ...]) -> bool:
     """Whether transformers has no class of that name, or has one of that kind."""
     if not isinstance(name, str):
         return False
+    names = set(transformers.__all__)
     for spelling in {name, f"{name}Fast", name.removesuffix("Fast")} - {""}:
+        # Another name for the class without "Fast", which transformers would warn of.
+        if spelling not in names and spelling.removesuffix("Fast") in names:
+            continue
         try:
             found = getattr(transformers, spelling, None)
         except Exception:  # what a class needs may not be installed, which is no tokenizer's case
