@@ -166,6 +166,29 @@ def test_regions_get_the_visual_tokens_of_other_prompts(seed: int) -> None:
         )
 
 
+@pytest.mark.parametrize("by", ["mean", "resample"])
+def test_references_of_a_padded_batch(by: Any, seed: int) -> None:
+    """Each row has its visual tokens elsewhere; and padding takes nothing's place."""
+    model, prompt = case(seed)
+    batch = small_inputs(model, seed, images=(1, 1), words=(4, 7))
+    batch = model.inputs_from_tokens(
+        batch.tokens, batch.pixel_values.double(), attention_mask=batch.attention_mask
+    )
+    rows = [batch.rows([row]) for row in range(2)]
+    options = {"regions": [[prompt.span("image").tolist()[0]]], "answer": 5, "seed": seed % 9}
+    together, apart = (
+        ablation_scan(model, prompt, "regions", by, references=each, **options)
+        for each in ([batch], rows)
+    )
+    assert together.values.tolist() == pytest.approx(apart.values.tolist(), abs=1e-9)
+    at = [int((~batch.attention_mask[0]).sum()) - 1]
+    if by == "resample":
+        with pytest.raises(ValueError, match="are padding in one of the references"):
+            ablation_scan(model, prompt, by=by, references=[prompt, batch], positions=at, answer=5)
+    unpadded = ablation_scan(model, prompt, by=by, references=[batch, rows[1]], positions=[3])
+    assert bool(unpadded.values.isfinite().all())
+
+
 def test_a_metric_of_several_numbers(seed: int, tmp_path: Any) -> None:
     model, _ = case(seed)
     prompts = []
@@ -339,6 +362,12 @@ def test_what_cannot_be_scanned(seed: int) -> None:
         ((inputs, "regions"), {"layers": [1]}, "layers are not for over='regions'"),
         ((inputs, "regions"), {"positions": "last"}, "positions are for other scans"),
         ((inputs,), {"control": 5}, "control=5 is for over='regions'"),
+        (
+            (inputs,),
+            {"regions": (4, 4)},
+            r"regions=\(4, 4\) is for over='regions', not for 'heads'",
+        ),
+        ((inputs, "layers"), {"size": 128}, "size=128 is for over='neurons', not for 'layers'"),
         ((inputs,), {"clusters": [1, 2, 3]}, "3 clusters for 1 prompts"),
         ((inputs,), {"references": [inputs]}, "references are for 'mean' and 'resample'"),
         ((inputs, "neurons"), {"site": "projector.pre"}, "is of no layer of the decoder"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from small_models import picture, small_inputs, small_model, worded_model
 
 from mmlens import CausalTrace, causal_trace, swap_span
 from mmlens.analyses.aggregation import AggregatedTraces, aggregate_traces, role_positions
+from mmlens.interventions.in_tile import InTile
+from mmlens.sweeps.tasks.trace import TraceTask
 from mmlens.utils.statistics import bootstrap_mean, sign_flip_test
 
 
@@ -155,6 +158,26 @@ def test_traces_that_do_not_fit_are_refused(seed):
         aggregate_traces([trace], [roles], clusters=[1, 2, 3])
     with pytest.raises(ValueError, match=r"right\[1\] is nan, which is neither right nor wrong"):
         aggregate_traces([trace, trace], [roles] * 2, right=[1.0, math.nan])
+
+
+def test_the_towers_positions_are_no_words(seed):
+    """Its position 1 was taken for the prompt's: the class token's effect for the constraint's."""
+    model = small_model(seed, n_layers=2)
+    clean = small_inputs(model, seed)
+    spans = ({**clean.spans[0], "constraint": clean.span("text")[:1]},)
+    clean = replace(clean, spans=spans)
+    other = clean.with_pixels(clean.pixel_values + 1)
+    options = {"sites": ("vision.mlp_out",), "answer": 5}
+    trace = causal_trace(model, clean, other, positions=[0, 1], **options)
+    with pytest.raises(ValueError, match="are positions of the prompt, and those of vision.mlp"):
+        aggregate_traces([trace], [role_positions(clean)])
+    own = aggregate_traces([trace], [{"patch": positions(1)}])
+    assert torch.equal(own.values[0, 0, 0], trace.indirect_effect[0, 1].double())
+    tiles = causal_trace(model, clean, other, positions=[InTile(0, [0])], **options)
+    with pytest.raises(ValueError, match="a trace of single tiles"):
+        aggregate_traces([tiles], [{"patch": positions(0)}])
+    with pytest.raises(ValueError, match=r"site 'vision.mlp_out': roles are positions of the pro"):
+        TraceTask(sites=("vision.mlp_out",))
 
 
 # Intervals

@@ -66,6 +66,17 @@ def test_an_answer_that_is_not_known_is_refused(seed, unknown):
         predict_correctness(np.stack([scores, scores], axis=1), scores, right, width=1, folds=2)
 
 
+@pytest.mark.parametrize("partly", [0.3, -1, 2.0])
+def test_an_answer_that_is_partly_right_is_refused(seed, partly):
+    """Whatever was not 0 counted as right, a VQA accuracy of 0.3 and a wrong answer's -1 too."""
+    right = [1.0, 0.0, *map(float, some_right(6))]
+    at = random.randrange(2, 8)
+    right[at] = partly
+    scores = np.random.default_rng(seed).normal(size=8)
+    with pytest.raises(ValueError, match=rf"right\[{at}\] is {partly}.*1 of 8 are not 0 or 1"):
+        auroc(scores, right)
+
+
 def questions(n=60, n_layers=6, planted=3):
     """Contributions in which one layer separates right from wrong."""
     right = np.array([i % 3 > 0 for i in range(n)])

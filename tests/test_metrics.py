@@ -2,7 +2,13 @@
 
 import pytest
 
-from mmlens.data.metrics import answer_alone, is_right, normalise_answer
+from mmlens.data.metrics import (
+    answer_alone,
+    exact_match,
+    is_right,
+    normalise_answer,
+    parse_choice,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +55,42 @@ def test_an_answer_ends_with_its_sentence(said: str, answer: str) -> None:
 def test_a_number_is_one_word(said: str, answer: str, right: bool) -> None:
     assert is_right(f" {said}", [answer]) is right
     assert normalise_answer(normalise_answer(said)) == normalise_answer(said)
+
+
+@pytest.mark.parametrize(
+    "said, answer, right",
+    [
+        ("\u0926\u093f\u0932", "\u0926\u093f\u0932", True),  # dil
+        ("\u0926\u093e\u0932", "\u0926\u093f\u0932", False),  # daal
+        ("\u0926\u093f\u0932\u094d\u0932\u0940", "\u0926\u093f\u0932", False),  # Dilli
+        ("\u304b\u304e", "\u304b\u304d", False),  # kagi, kaki
+        ("\u0e44\u0e01\u0e48", "\u0e44\u0e01", False),  # a tone
+        ("Ti\u1ebfng Vi\u1ec7t", "tieng viet", True),
+        ("\u0392\u03ad\u03c1\u03bd\u03b7", "\u0392\u03b5\u03c1\u03bd\u03b7", True),
+        ("+", "+", True),
+        ("+5", "+", False),
+        ("-", "+", False),
+    ],
+)
+def test_signs_tell_words_apart(said: str, answer: str, right: bool) -> None:
+    """Vowel signs and the voicing of kana went as accents do; an answer "+" was never right."""
+    assert is_right(f" {said}. And", [answer]) is right
+    assert normalise_answer(normalise_answer(said)) == normalise_answer(said)
+
+
+@pytest.mark.parametrize(
+    "said, options, taken",
+    [
+        ("-5", ["5", "-5"], 1),
+        ("x > 0", ["x < 0", "x > 0"], 1),
+        (">", ["<", ">", "="], 1),
+        ("C++", ["C", "C++"], 1),
+        ("The cat.", ["a dog", "cat"], 1),
+        ("x = 0", ["x < 0", "x > 0"], None),  # without punctuation it would be both
+        ("", ["a", "the cat"], None),
+        ("<image>", ["<image>", "<image>"], 0),
+    ],
+)
+def test_an_option_is_taken_as_it_stands(said: str, options: list[str], taken: int | None) -> None:
+    assert parse_choice(said, options) == taken
+    assert exact_match(said, [said]) and not exact_match("", ["the", "+"])

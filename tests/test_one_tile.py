@@ -134,6 +134,23 @@ def test_a_trace_of_single_tiles(
     assert marked(words) == [1] and len(trace_maps(words)) == 1
 
 
+def test_a_position_of_a_tile_counts_once(
+    model: HookedMultimodalTransformer, inputs: MultimodalInputs
+) -> None:
+    """Also where two parts of a group name it."""
+    corrupted = swap_image(model, inputs, random_image(50, 33))
+    trace = causal_trace(
+        model,
+        inputs,
+        corrupted,
+        sites=("vision.mlp_out",),
+        positions=[[InTile(1, [1, 2]), InTile(0, 3), InTile(1, [2, 4])], InTile(1, [1, 2, 4])],
+        answer=7,
+    )
+    assert trace.groups == ((1, 2, 4, 3), (1, 2, 4))
+    assert trace.metadata["tiles"] == [[1, 1, 1, 0], [1, 1, 1]]
+
+
 def marked(trace: CausalTrace) -> list[int]:
     """The words that the report page marks for rows of a trace."""
     rows = trace_data(trace)["views"][0]["rows"]

@@ -15,6 +15,7 @@ from mmlens import Intervention, Patched, noise_span, patch
 from mmlens.analyses.metrics import check_metric
 from mmlens.analyses.targets import given_answer
 from mmlens.interventions.functions import restore, scale, zero
+from mmlens.utils.divergence import divergence
 
 
 def plain_logits(model: Any, inputs: Any, branch: Any) -> Tensor:
@@ -150,6 +151,25 @@ def test_a_reference_of_another_length(samples: int, seed: int) -> None:
             log_probs = plain_logits(model, inputs, branch)[:, -1].log_softmax(-1)
             kl = (expected.exp() * (expected - log_probs)).sum(-1).mean()
             assert value == pytest.approx(float(kl), rel=1e-9, abs=1e-9)
+
+
+def test_a_branch_that_breaks_has_no_divergence(seed: int) -> None:
+    """NaN was taken for a divergence of 0, and an impossible token for none that was expected."""
+    model, inputs = case(seed)
+    recording, last = model.record(inputs), inputs.n_pos - 1
+    cells = {"broken": [Intervention("mlp_out", 1, last, scale(float("nan")))]}
+    assert bool(patch(recording, cells, "kl").values.isnan().all())
+    logits = torch.randn(3, 7, dtype=torch.double)
+    logits[:, 2] = -torch.inf  # impossible in both
+    expected, found = logits[:1].log_softmax(-1), logits.log_softmax(-1)
+    there = [i for i in range(7) if i != 2]
+    kl = torch.nn.functional.kl_div(
+        found[1:, there], expected[:, there].expand(2, -1), log_target=True, reduction="none"
+    )
+    assert torch.allclose(divergence(expected, found)[1:], kl.sum(-1))
+    logits[1, 3] = -torch.inf  # impossible in one
+    assert divergence(expected, logits[1:2].log_softmax(-1)).tolist() == [torch.inf]
+    assert bool(divergence(expected, torch.full_like(expected, torch.nan)).isnan().all())
 
 
 def test_a_reference_of_other_rows_is_refused(seed: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmlens.analyses.arguments import Where, layers_of, positions_of
 from mmlens.analyses.image_regions import RegionsGiven, named_regions, random_regions
 from mmlens.analyses.metrics import Followed, Metric, followed
-from mmlens.analyses.other_runs import visual_tokens, without
+from mmlens.analyses.other_runs import check_no_padding, visual_tokens, without
 from mmlens.analyses.patch import Coordinate, evaluated, on_axes
 from mmlens.analyses.result import description
 from mmlens.analyses.scan import Scan, in_numbers, mean_scan
@@ -48,6 +48,10 @@ SITES = {
     "regions": ("input_embed",),
 }
 """What is ablated by default."""
+GRID = (4, 4)
+"""Regions by default, in rows and columns."""
+SIZE = 128
+"""Neurons of a group by default."""
 AXES = {
     "heads": ("layer", "head"),
     "layers": ("layer",),
@@ -121,9 +125,9 @@ def ablation_scan(
     answer: str | int | Sequence[str | int | None] | None = None,
     contrast: str | int | Sequence[str | int | None] | None = None,
     references: Sequence[MultimodalInputs] | None = None,
-    regions: RegionsGiven = (4, 4),
+    regions: RegionsGiven | None = None,
     control: int = 0,
-    size: int = 128,
+    size: int | None = None,
     clusters: Sequence[str | int] | None = None,
     level: float = 0.95,
     seed: int = 0,
@@ -156,9 +160,10 @@ def ablation_scan(
             the data set, all of them (for regions, the prompt itself). A prompt is not resampled
             from itself.
         regions: a grid of (rows, columns), boxes in pixels, masks of objects (booleans of the
-            image's height and width) or positions, in a list or by name. One prompt.
+            image's height and width) or positions, in a list or by name; by default a grid of
+            (4, 4). One prompt.
         control: for how many random sets of as many other visual tokens each region is compared.
-        size: how many neurons are ablated together.
+        size: how many neurons are ablated together; by default 128.
         clusters: a label for each prompt; those of one label are resampled together.
         level: of the intervals.
         seed: of all draws.
@@ -178,7 +183,7 @@ def ablation_scan(
     """
     check_several(inputs=inputs, references=references)
     prompts = [inputs] if isinstance(inputs, MultimodalInputs) else list(inputs)
-    check(prompts, over, by, size=size, control=control)
+    check(prompts, over, by, regions, size, control)
     if over == "regions":
         check_one_prompt(len(prompts), "a scan over regions")
     sites = SITES[over] if site is None else (site,)
@@ -200,7 +205,7 @@ def ablation_scan(
         over,
         sites,
         layers_of(model, layers, *sites),
-        size,
+        size or SIZE,
         zero() if isinstance(by, str) else by,
     )
     others: list[Recording] = []
@@ -220,16 +225,21 @@ def ablation_scan(
     recorded: list[Recording] = []
     if over == "regions":
         what = followed(model.record(prompts[0]), metric, answers[0], contrasts[0])
-        found = scan_regions(ablation, what, by, references, (regions, control, seed), options)
+        which = GRID if regions is None else regions
+        found = scan_regions(ablation, what, by, references, (which, control, seed), options)
         return Scan(**found, **common, answer=answer_of(what))
     values, baselines, first = [], [], None
     for number, each in enumerate(prompts):
         recorded = Recording.of_all(model, [each], earlier=recorded)
         what = followed(recorded[0], metric, answers[number], contrasts[number])
         first = first or what
+        roles = roles_of(each, positions)
         if by == "resample":
-            ablation = replace(ablation, function=resample(without(each, others), seed))
-        cells = ablation.cells(roles_of(each, positions))
+            runs = without(each, others)
+            if site_of(sites[0]).stack == "decoder":
+                check_no_padding(each, runs, roles.values())
+            ablation = replace(ablation, function=resample(runs, seed))
+        cells = ablation.cells(roles)
         values.append((list(cells), evaluated(what, list(cells.values()), **options)))
         baselines.append(what.baseline().cpu())
     keys = list(dict.fromkeys(key for some, _ in values for key in some))
@@ -247,10 +257,10 @@ def ablation_scan(
 
 
 def check(
-    prompts: Sequence[MultimodalInputs], over: str, by: Any, *, size: int, control: int
+    prompts: Sequence[MultimodalInputs], over: str, by: Any, regions: Any, size: Any, control: int
 ) -> None:
     """Raise a ValueError for what cannot be scanned."""
-    if size < 1 or control < 0:
+    if (size is not None and size < 1) or control < 0:
         raise ValueError(f"size={size} must be at least 1, and control={control} at least 0")
     if not prompts:
         raise ValueError("no prompts to scan")
@@ -260,6 +270,9 @@ def check(
         raise ValueError(f"over={over!r}; it is {', '.join(map(repr, get_args(Over)))}")
     if isinstance(by, str) and by not in get_args(By):
         raise ValueError(f"by={by!r}; it is {', '.join(map(repr, get_args(By)))} or a function")
+    for name, given, use in (("regions", regions, "regions"), ("size", size, "neurons")):
+        if given is not None and over != use:
+            raise ValueError(f"{name}={given} is for over={use!r}, not for {over!r}")
 
 
 def check_used(

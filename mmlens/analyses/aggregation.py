@@ -28,6 +28,7 @@ from mmlens.analyses.result import SavedResult, long_table
 from mmlens.analyses.trace_result import CausalTrace
 from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.interventions.intervention import site_of
 from mmlens.utils.statistics import (
     Clusters,
     MeanInterval,
@@ -41,6 +42,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Roles = Mapping[str, Int[Tensor, " _"]]
+
+
+OF_WORDS = (
+    *("before constraint", "constraint", "constraint first", "constraint last"),
+    *("after constraint", "last token"),
+)
+"""Roles of `role_positions` that are words."""
 
 
 def role_positions(inputs: MultimodalInputs, constraint: str = "constraint") -> Roles:
@@ -218,7 +226,7 @@ def aggregate_traces(
     Raises:
         ValueError: no traces (or none that pass the filters); other sites, layers, windows or
             metrics; other numbers of roles, clusters or answers; no role has a group; an answer
-            that is NaN.
+            that is not 0 or 1; words as roles in a trace of the tower or the connector.
     """
     if not traces or len(roles) != len(traces):
         raise ValueError(f"{len(roles)} roles for {len(traces)} traces; there must be some")
@@ -235,6 +243,7 @@ def aggregate_traces(
                     f"traces of other {name}: {getattr(trace, name)} and {getattr(first, name)}"
                 )
     names = list(dict.fromkeys(name for each in roles for name in each))
+    check_places(traces, names)
     rows = [
         torch.stack([effect_at(trace, each.get(name), effect) for name in names], dim=1)
         for trace, each in zip(traces, roles, strict=True)
@@ -261,6 +270,23 @@ def aggregate_traces(
             "filters": filters,
         },
     )
+
+
+def check_places(traces: Sequence[CausalTrace], roles: Sequence[str]) -> None:
+    """Raise a ValueError where a trace's positions are others than those of the roles.
+
+    The tower counts patches: its position 5 is no word of the prompt.
+    """
+    places = site_of(traces[0].sites[0]).positions
+    if places != "tokens" and (words := [role for role in roles if role in OF_WORDS]):
+        raise ValueError(
+            f"roles {', '.join(words)} are positions of the prompt, and those of "
+            f"{traces[0].sites[0]} are {places}: give roles of your own, with positions of these"
+        )
+    if any("tiles" in trace.metadata for trace in traces):
+        raise ValueError(
+            "a trace of single tiles (`InTile`): roles are positions, which every tile has"
+        )
 
 
 def passing_traces(

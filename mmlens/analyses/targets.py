@@ -15,6 +15,7 @@ from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.spans import encode, tokens_of_replacement
 from mmlens.interventions.intervention import SiteLayers
 from mmlens.model.components.norm import float32_or_wider
+from mmlens.utils.divergence import divergence
 
 if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
@@ -76,9 +77,7 @@ class Measure:
         expected = self.clean.to(first).log_softmax(dim=-1)
         if len(expected) > 1:
             expected = expected.repeat(len(first) // len(expected), 1)
-        difference = expected - first.log_softmax(dim=-1)
-        # 0 x (-inf - -inf) where a token is impossible in both.
-        return (expected.exp() * difference).nan_to_num(0.0).sum(dim=-1)
+        return divergence(expected, first.log_softmax(dim=-1))
 
     def named(self, values: Float[Tensor, "*cell measure"]) -> dict[str, Tensor]:
         """The numbers by name."""

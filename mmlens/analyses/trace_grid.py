@@ -144,9 +144,17 @@ def parts_of(group: Group) -> tuple[Int[Tensor, " _"] | InTile, ...]:
     if isinstance(group, Sequence) and any(isinstance(part, InTile) for part in group):
         if not all(isinstance(part, InTile) for part in group):
             raise ValueError(f"a group is positions or `InTile`s, not both: {list(group)}")
-        return tuple(part for part in group if isinstance(part, InTile))
+        return of_tiles([part for part in group if isinstance(part, InTile)])
     # What is summed over a group counts each position once.
     return (torch.tensor(list(dict.fromkeys(flat_positions(group).tolist())), dtype=torch.long),)
+
+
+def of_tiles(given: Sequence[InTile]) -> tuple[InTile, ...]:
+    """Positions of one tile after the other, each once, also where several name the same tile."""
+    found: dict[int, list[int]] = {}
+    for part in given:
+        found.setdefault(part.tile, []).extend(part.positions)
+    return tuple(InTile(tile, positions) for tile, positions in found.items())
 
 
 def tile_of(part: Int[Tensor, " _"] | InTile) -> int | None:

@@ -29,6 +29,9 @@ THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 #: no part of a word or a number
 NO_PART = re.compile(r"[^\w\s.:/-]|(?<!\d)[.:/]|[.:/](?!\d)")
 
+#: scripts in which a word without its accents or points is the same word
+ACCENTED = ("LATIN", "GREEK", "CYRILLIC", "HEBREW", "ARABIC")
+
 # The tables of the VQA evaluation (GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/
 # vqaEval.py; described on visualqa.org/evaluation.html).
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -59,14 +62,34 @@ RESTORED = {
 EDGES = ",.!?;:'"
 
 
+def is_mark(letter: str) -> bool:
+    """Return whether this is a sign on another letter, which is no letter in `re`; "" is none."""
+    return bool(letter) and unicodedata.category(letter).startswith("M")
+
+
+def without_accents(text: str) -> str:
+    """Drop the signs on letters of scripts that are read without them; of a text in NFKD."""
+    found, accented = [], False
+    for letter in text:
+        if not is_mark(letter):
+            accented = unicodedata.name(letter, "").startswith(ACCENTED)
+        elif accented and unicodedata.combining(letter):
+            continue
+        found.append(letter)
+    return "".join(found)
+
+
 def normalise_answer(text: str) -> str:
     """Lower the case; drop accents, punctuation, quotes and leading articles.
 
     Hyphens stay, and what a number has in it ("3.5", "10:30", "1/2"), but for its commas ("1,500").
+    Vowel signs and the like stay in scripts in which words differ by them ("दिल", "दाल").
     """
-    text = unicodedata.normalize("NFKD", text).translate(IN_NUMBERS)
-    text = "".join(letter for letter in text if not unicodedata.combining(letter)).lower()
-    text = NO_PART.sub(" ", THOUSANDS.sub("", ABBREVIATION.sub("", text)))
+    text = without_accents(unicodedata.normalize("NFKD", text).translate(IN_NUMBERS)).lower()
+    text = NO_PART.sub(
+        lambda found: found[0] if is_mark(found[0]) else " ",
+        THOUSANDS.sub("", ABBREVIATION.sub("", text)),
+    )
     text = " ".join(text.split())
     while (shorter := LEADING.sub("", text)) != text:
         text = shorter
@@ -92,13 +115,21 @@ def answer_alone(continuation: str) -> str:
 def is_right(continuation: str, answers: Sequence[str]) -> bool:
     """Return whether a model's continuation begins with an accepted answer, as whole words.
 
-    A plural "s" counts as the same word ("Austrians" for "Austrian").
+    A plural "s" counts as the same word ("Austrians" for "Austrian"). An answer that is nothing but
+    a sign ("+") is compared as it is.
     """
     check_several(answers=answers)
     said = normalise_answer(continuation)
-    accepted = filter(None, map(normalise_answer, answers))
-    # What a number has in it stands there between digits alone.
-    return any(re.match(rf"{re.escape(answer)}s?(?![\w.:/-])", said) for answer in accepted)
+
+    def begins_with(given: str) -> bool:
+        if answer := normalise_answer(given):
+            # What a number has in it stands there between digits alone.
+            found = re.match(rf"{re.escape(answer)}s?(?![\w.:/-])", said)
+            return found is not None and not is_mark(said[found.end() : found.end() + 1])
+        sign = re.escape(given.strip())
+        return bool(sign and re.match(rf"{sign}(?=[\s.,;!?]|$)", continuation.strip()))
+
+    return any(map(begins_with, answers))
 
 
 def normalise_vqa_answer(text: str) -> str:
@@ -160,7 +191,20 @@ def exact_match(said: str, answers: Sequence[str]) -> bool:
     """
     check_several(answers=answers)
     wanted = normalise_vqa_answer(said)
-    return any(normalise_vqa_answer(answer) == wanted for answer in answers)
+    return any(
+        normalise_vqa_answer(answer) == wanted if wanted else is_verbatim(said, answer)
+        for answer in answers
+    )
+
+
+def is_verbatim(said: str, answer: str) -> bool:
+    """Return whether two texts are the same but for case, and marks at their ends.
+
+    Without the punctuation, "<" and ">" would be the same: nothing.
+    """
+    one, other = (text.strip().lower() for text in (said, answer))
+    ends = EDGES + " \n"
+    return one == other or one.strip(ends) == other.strip(ends) != ""
 
 
 def letter(index: int) -> str:
@@ -174,7 +218,8 @@ def parse_choice(said: str, options: Sequence[str]) -> int | None:
     As MMMU's evaluation reads answers (MMMU-Benchmark/MMMU, eval/eval_utils.py): the last letter
     in brackets, "(B)"; else the last letter that stands alone; else, in an answer of more than five
     words, the option whose text comes last. That script guesses at random where nothing is found;
-    here it is nobody's answer. An answer that is nothing but an option's text is taken as well.
+    here it is nobody's answer. An answer that is nothing but an option's text is taken as well:
+    as it stands ("-5" is not "5"), or without its punctuation where one option alone reads so.
 
     Example:
         >>> parse_choice("The answer is (B).", ["a cat", "a dog"])
@@ -186,9 +231,10 @@ def parse_choice(said: str, options: Sequence[str]) -> int | None:
     for form in ("({})", " {} "):
         if (found := _last([text.rfind(form.format(each)) for each in letters])) is not None:
             return found
-    for index, option in enumerate(options):
-        if exact_match(said, [option]):
-            return index
+    for alike in (is_verbatim, lambda said, option: exact_match(said, [option])):
+        same = [index for index, option in enumerate(options) if alike(said, option)]
+        if len(same) == 1 or (same and alike is is_verbatim):
+            return same[0]
     if len(text.split()) <= 5:
         return None
     return _last([text.lower().rfind(option.lower()) if option else -1 for option in options])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmlens.data.metrics import is_right, letter, parse_choice
+from mmlens.data.metrics import is_mark, is_right, letter, parse_choice
 from mmlens.data.regions import Region
 
 if TYPE_CHECKING:
@@ -152,8 +152,8 @@ class VisualQuestion:
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    """Cut what is no letter and no digit off a span's ends, unless that is all of it."""
-    inside = [at for at in range(start, end) if text[at].isalnum()]
+    """Cut what is no letter (with its signs) and no digit off a span's ends, unless all is so."""
+    inside = [at for at in range(start, end) if text[at].isalnum() or is_mark(text[at])]
     return (inside[0], inside[-1] + 1) if inside else (start, end)
 
 

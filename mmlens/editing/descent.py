@@ -14,6 +14,7 @@ from torch import Tensor
 from mmlens.analyses.targets import Answer, given_answer, with_answer
 from mmlens.editing.request import EditRequest
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
+from mmlens.utils.divergence import divergence
 from mmlens.utils.grad_mode import gradients, without_gradients
 
 if TYPE_CHECKING:
@@ -158,18 +159,11 @@ def descend(
             for reference in (replayed[index] for index in turn):
                 resid = forward(reference.resid, reference.inputs)
                 logits = model.unembed(model.ln_final(resid[:, -1:]))[0, 0]
-                loss = divergence(reference.before, logits) * settings.kl_weight / n_replayed
+                after = logits.double().log_softmax(-1)
+                loss = divergence(reference.before, after) * settings.kl_weight / n_replayed
                 torch.autograd.backward(loss, inputs=list(parameters))
             optimiser.step()
             if project is not None:
                 with gradients(False):
                     project()
     return probabilities
-
-
-def divergence(
-    before: Float[Tensor, " d_vocab"], logits: Float[Tensor, " d_vocab"]
-) -> Float[Tensor, ""]:
-    """KL(before || after) of a next token, in nats."""
-    after = logits.double().log_softmax(-1)
-    return (before.exp() * (before - after)).nan_to_num().sum()

@@ -30,6 +30,7 @@ from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.model.drafts import FinishedPrompt, GreedyContinuations
 from mmlens.model.hooked_root_module import exclusively
 from mmlens.model.transformer import HookedMultimodalTransformer
+from mmlens.utils.divergence import divergence
 from mmlens.utils.grad_mode import without_gradients
 
 __all__ = ["Examiner", "Reply", "score"]
@@ -57,9 +58,7 @@ class Reply:
 
     def drift(self, before: Reply) -> float:
         """KL(before || this) of the next token, in nats."""
-        known = before.log_probs > -torch.inf  # 0 x (-inf - -inf) where impossible in both
-        expected, found = before.log_probs[known].double(), self.log_probs[known].double()
-        return float((expected.exp() * (expected - found)).sum())
+        return float(divergence(before.log_probs.double(), self.log_probs.double()))
 
 
 class Examiner:

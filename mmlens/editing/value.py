@@ -25,6 +25,7 @@ from mmlens.editing.request import EditRequest
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import add
 from mmlens.interventions.intervention import Intervention, hook_name
+from mmlens.utils.divergence import divergence
 from mmlens.utils.grad_mode import gradients, without_gradients
 from mmlens.utils.temporary import Changes, temporary
 
@@ -292,8 +293,8 @@ def value_objective(
             for each, expected in zip(neighbours, before, strict=True):
                 branch = [moved(each.shares, site, layer, delta)]
                 after = each.recording.run([branch], last_log_softmax)
-                divergence = (expected.exp() * (expected - after[0, 0])).nan_to_num().sum()
-                loss = loss + settings.kl_weight * divergence / len(neighbours)
+                moved_by = divergence(expected, after[0, 0])
+                loss = loss + settings.kl_weight * moved_by / len(neighbours)
         return loss, float(log_probability.detach().exp().mean())
 
     return objective

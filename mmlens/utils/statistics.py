@@ -34,15 +34,22 @@ class MeanInterval(NamedTuple):
 def check_known(right: Any) -> None:
     """Refuse answers of which it is not known whether they are right: NaN would count as right.
 
+    So would a score between 0 and 1, and a -1 that stands for a wrong answer.
+
     Raises:
-        ValueError: a value that is not finite.
+        ValueError: a value that is not finite, or not 0 or 1.
     """
-    unknown = np.flatnonzero(~np.isfinite(np.asarray(right, dtype=np.float64)))
-    if len(unknown):
-        raise ValueError(
-            f"right[{unknown[0]}] is {right[int(unknown[0])]}, which is neither right nor wrong "
-            f"({len(unknown)} of {np.size(right)} are not finite): leave these questions out"
-        )
+    values = np.asarray(right, dtype=np.float64)
+    for unknown, what, advice in (
+        (~np.isfinite(values), "finite", "leave these questions out"),
+        ((values != 0) & (values != 1), "0 or 1", "say which count as right, such as score >= 0.5"),
+    ):
+        found = np.flatnonzero(unknown)
+        if len(found):
+            raise ValueError(
+                f"right[{found[0]}] is {right[int(found[0])]}, which is neither right nor wrong "
+                f"({len(found)} of {values.size} are not {what}): {advice}"
+            )
 
 
 def bootstrap_mean(

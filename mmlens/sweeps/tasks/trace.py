@@ -18,7 +18,7 @@ from mmlens.branching.recording import Recording
 from mmlens.data import ImagePair, open_pairs
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.processor import Processor
-from mmlens.model.sites import split_site
+from mmlens.interventions.intervention import site_of
 from mmlens.model.transformer import HookedMultimodalTransformer
 from mmlens.sweeps.items import Item
 from mmlens.sweeps.task import Asked, Carried, Columns, Task, UnreadableImage
@@ -76,7 +76,11 @@ class TraceTask(Task):
         if self.contrast is not None and self.metric != "logit_diff":
             raise ValueError(f"a contrast is for the metric logit_diff, not for {self.metric}")
         for site in self.sites:
-            split_site(site)
+            if (places := site_of(site).positions) != "tokens":
+                raise ValueError(
+                    f"site {site!r}: roles are positions of the prompt, and its positions are "
+                    f"{places}; causal_trace takes these"
+                )
         if not (self.sites and self.roles and self.windows and min(self.windows) > 0):
             raise ValueError(
                 f"sites {self.sites}, roles {self.roles} and windows {self.windows}: there must be "
