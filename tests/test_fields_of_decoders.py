@@ -31,6 +31,8 @@ SAY_NOTHING: dict[str, tuple[str, dict[str, Any]]] = {
     "a share of heads of granite": ("granite", {"rope_parameters": ROPE}),
 }
 SAY_SOMETHING: dict[str, tuple[str, dict[str, Any]]] = {
+    "the longest text of yarn": ("yarn rotary", {"original_max_position_embeddings": 120}),
+    "the longest text of llama3": ("llama3 rotary", {"original_max_position_embeddings": 8}),
     "a window of mistral": ("mistral", {"sliding_window": 4}),
     "a share of heads of phi": ("phi", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.8}}),
 }
@@ -68,6 +70,23 @@ def test_a_share_of_heads_with_other_angles_is_refused(seed: int, tmp_path: Path
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     edit_config(tmp_path, rope_parameters=rope)
     refused(tmp_path, "partial_rotary_factor is 0.5", "'linear'", "rotates whole heads")
+
+
+@pytest.mark.parametrize("shape", ["qwen2", "gemma3", "phi"])
+def test_an_encoder_of_texts_is_refused(shape: str, seed: int, tmp_path: Path) -> None:
+    """With is_causal false transformers masks nothing."""
+    random_language_model(SHAPES[shape]).save_pretrained(tmp_path)
+    edit_config(tmp_path, is_causal=False)
+    refused(tmp_path, "is_causal is False", "predict the next token")
+
+
+@pytest.mark.parametrize("change", [{"is_causal": False}, {"text_config": {"is_causal": False}}])
+def test_an_encoder_with_images_is_refused(
+    change: dict[str, Any], seed: int, tmp_path: Path
+) -> None:
+    random_llava().save_pretrained(tmp_path)
+    merge_config(tmp_path, change)
+    refused(tmp_path, "is_causal is False", "predict the next token")
 
 
 def test_a_window_of_qwen3_vl(seed: int, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from gemma_models import (
 from half_precision import check_half_precision, error_ratios
 from random_models import in_dtype
 from tiled_models import random_image
+from transformers import AutoProcessor
 
 from mmlens import Intervention
 from mmlens.checkpoints.parity import compare, find_reference, run_reference
@@ -208,6 +210,32 @@ def test_pan_and_scan_is_refused(seed: int, tmp_path: Path) -> None:
     model.image_processor.pan_and_scan_min_ratio_to_activate = 1.2
     with pytest.raises(ValueError, match="do_pan_and_scan = False"):
         model.prepare("Which?", random_image((40, 9), seed))
+
+
+@pytest.mark.parametrize("crops", [{}, {"min_crop_size": 2, "min_ratio_to_activate": 1.2}], ids=str)
+def test_files_that_ask_for_pan_and_scan(crops: dict[str, Any], seed: int, tmp_path: Path) -> None:
+    """transformers' processor makes crops where its call asks for them, and the files say nothing."""
+    settings = {f"pan_and_scan_{name}": value for name, value in crops.items()}
+    write(FAMILIES["gemma3"], tmp_path)
+    file = tmp_path / "processor_config.json"
+    written = json.loads(file.read_text())
+    written["image_processor"] |= settings | {"do_pan_and_scan": True}
+    file.write_text(json.dumps(written))
+    theirs = AutoProcessor.from_pretrained(tmp_path)
+    assert theirs.image_processor.do_pan_and_scan
+    image = random_image((40, 9), seed)
+    turn = [{"type": "image", "image": image}, {"type": "text", "text": "Which?"}]
+    batch = theirs.apply_chat_template(
+        [{"role": "user", "content": turn}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    inputs = load(tmp_path).prepare("Which?", image)
+    assert torch.equal(inputs.tokens, batch["input_ids"])
+    assert inputs.visual is not None
+    assert torch.equal(inputs.visual["pixel_values"], batch["pixel_values"])
 
 
 @pytest.mark.parametrize(

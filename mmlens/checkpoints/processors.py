@@ -81,7 +81,11 @@ def load_image_processor(folder: Path) -> Any:
         return None
     check_folder(folder)
     with checkpoint_errors(folder, "its image processor cannot be read: "):
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    if getattr(processor, "do_pan_and_scan", False):
+        # Gemma 3's processor in transformers calls it without crops, whatever the files say.
+        processor.do_pan_and_scan = False
+    return processor
 
 
 def chat_template(

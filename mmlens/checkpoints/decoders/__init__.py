@@ -53,6 +53,9 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
         raise CheckpointError(
             f"a {config.model_type!r} decoder; supported are {', '.join(DECODERS)}"
         )
+    check_causal(config)
+    # As transformers' models do it: the first time, a field outside of them is not there yet.
+    config.standardize_rope_params()
     decoder, head_dim = DECODERS[config.model_type], getattr(config, "head_dim", None)
     fields = {
         "decoder_type": config.model_type,
@@ -77,6 +80,15 @@ def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
         for name in ("rope_parameters", "local_rope_parameters"):
             fields[name] = whole_heads(fields.get(name))
     return fields
+
+
+def check_causal(config: PreTrainedConfig) -> None:
+    """Raise a CheckpointError where `is_causal` is False: transformers then masks nothing."""
+    if getattr(config, "is_causal", True) is False:
+        raise CheckpointError(
+            f"is_causal is False ({config.model_type}), so each token attends to all: that is an "
+            "encoder of texts, and mmlens reads models that predict the next token"
+        )
 
 
 def whole_heads(rope: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -114,6 +126,7 @@ def decoder_fields_in(
     """
     fields = decoder_fields(decoder)
     if whole is not None:
+        check_causal(whole)
         fields["tie_word_embeddings"] = whole.tie_word_embeddings
         ends = as_ids(getattr(whole, "eos_token_id", None))
         fields["eos_token_ids"] = ends or fields["eos_token_ids"]
