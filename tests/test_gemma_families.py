@@ -214,7 +214,7 @@ def test_pan_and_scan_is_refused(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("crops", [{}, {"min_crop_size": 2, "min_ratio_to_activate": 1.2}], ids=str)
 def test_files_that_ask_for_pan_and_scan(crops: dict[str, Any], seed: int, tmp_path: Path) -> None:
-    """transformers' processor makes crops where its call asks for them, and the files say nothing."""
+    """transformers' processor makes crops only where its call asks for them."""
     settings = {f"pan_and_scan_{name}": value for name, value in crops.items()}
     write(FAMILIES["gemma3"], tmp_path)
     file = tmp_path / "processor_config.json"
