@@ -62,7 +62,8 @@ def load_model(
         raise ValueError(f"device={device!r} and device_map={device_map!r}: give one of the two")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     file = Path(os.path.expanduser(name_or_path))
-    whole = is_embedded(name_or_path) or (file.suffix == ".gguf" and file.exists())
+    is_gguf = file.suffix == ".gguf" and file.exists()
+    whole = is_embedded(name_or_path) or is_gguf
     for name, given in (("device_map", device_map), ("vision_tower", vision_tower)):
         if whole and given is not None:
             raise CheckpointError(
@@ -73,7 +74,7 @@ def load_model(
         from mmlens.checkpoints.formats import demo
 
         return demo.load(str(name_or_path), where, dtype or torch.float32)
-    if file.suffix == ".gguf" and file.exists():
+    if is_gguf:
         from mmlens.checkpoints.formats import gguf
 
         return gguf.load(regular_file(file), where, dtype or torch.float32)
