@@ -682,6 +682,46 @@ def test_the_demo_begins_with_bos_and_pads_with_its_end_token() -> None:
                 torch.testing.assert_close(given[-alone.shape[1] :], alone[0], rtol=0, atol=1e-3)
 
 
+def test_what_are_no_token_ids_is_refused(bare: HookedMultimodalTransformer) -> None:
+    """Fractions would be cut off; ids and other streams would fail deep inside of the model."""
+    width = bare.cfg.d_model
+    ids = torch.tensor([[5, 6, 7]])
+    for use, kind, message in [
+        (lambda: bare(ids.float()), TypeError, r"whole numbers, not torch.float32: .*start_at"),
+        (lambda: bare(ids.bool()), TypeError, r"whole numbers, not torch.bool: .*attention_mask="),
+        (lambda: bare(ids[:, :0]), ValueError, r"there are no tokens: .*\(1, 0\)"),
+        (lambda: bare(ids[:0]), ValueError, r"there are no tokens: .*\(0, 3\)"),
+        (lambda: bare.generate(ids[:, :0]), ValueError, "there are no tokens"),
+        (lambda: bare(ids, start_at_layer=1), TypeError, rf"batch, pos, {width}\], not a .*int64"),
+        (lambda: bare("text", start_at_layer=1), TypeError, rf"batch, pos, {width}\], not str"),
+        (
+            lambda: bare(torch.randn(3, width), start_at_layer=1),
+            ValueError,
+            rf"start_at_layer takes .*{width}\], not \(3, {width}\)",
+        ),
+        (
+            lambda: bare.generate(torch.randn(1, 3, width + 1)),
+            ValueError,
+            rf"generate takes a .*not \(1, 3, {width + 1}\)",
+        ),
+    ]:
+        with pytest.raises(kind, match=message):
+            use()
+
+
+@pytest.mark.parametrize("n_images", [0, 1, 2])
+def test_where_a_token_stands_in_inputs(n_images: int, seed: int) -> None:
+    model = small_model(seed)
+    inputs = small_inputs(model, seed, images=(n_images,))
+    for position in inputs.span("text").tolist():
+        token = int(inputs.tokens[0, position])
+        same = [at for at, other in enumerate(inputs.tokens[0].tolist()) if other == token]
+        assert model.get_token_position(token, inputs) == same[0]
+        assert model.get_token_position(token, inputs, mode="last") == same[-1]
+    with pytest.raises(TypeError, match=r"inputs.texts .*to_str_tokens\(inputs\)"):
+        model.to_string(inputs)
+
+
 def test_what_is_not_there_says_so(bare: HookedMultimodalTransformer) -> None:
     bare.tokenizer = tokenizer_with(padding_side="left")
     tokens = bare.to_tokens(TEXTS)

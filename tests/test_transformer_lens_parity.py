@@ -187,7 +187,7 @@ def test_weights_have_the_bridges_shapes_and_values(name: str, seed: int, tmp_pa
         assert torch.equal(ours, theirs), weight
 
 
-@pytest.mark.parametrize("name", ["grouped queries", "biases", "phi"])
+@pytest.mark.parametrize("name", ["grouped queries", "biases", "phi", "granite", "gemma2"])
 def test_circuits_and_parameters_equal_the_bridges(name: str, seed: int, tmp_path: Path) -> None:
     hf = random_language_model(SHAPES[name])
     n_params = sum(parameter.numel() for parameter in hf.parameters())
@@ -204,11 +204,17 @@ def test_circuits_and_parameters_equal_the_bridges(name: str, seed: int, tmp_pat
     with pytest.raises(ValueError, match="'Q', 'K' or 'V'"):
         model.all_composition_scores("O")
     ours, theirs = model.tl_parameters(), bridge.tl_parameters()
-    parallel = {f"blocks.{layer}.ln2.{each}" for layer in range(3) for each in "wb"}
-    assert set(ours) - set(theirs) == (parallel if model.cfg.parallel_attn_mlp else set())
+    only_ours = set()
+    if model.cfg.parallel_attn_mlp:
+        only_ours = {f"blocks.{layer}.ln2.{each}" for layer in range(3) for each in "wb"}
+    if model.cfg.post_norms:
+        only_ours = {f"blocks.{layer}.ln{n}_post.w" for layer in range(3) for n in (1, 2)}
+    assert set(ours) - set(theirs) == only_ours
     assert set(theirs) <= set(ours)
+    assert not model.cfg.rmsnorm_uses_offset  # Gemma's 1 is in the weights
     for weight, value in theirs.items():
-        assert torch.equal(ours[weight], value), weight
+        is_less = ".ln" in f".{weight}" and getattr(bridge.cfg, "rmsnorm_uses_offset", False)
+        assert torch.equal(ours[weight], value + 1 if is_less else value), weight
     assert next(iter(model.tl_named_parameters()))[0] == "embed.W_E"
     assert model.n_params_total == n_params
     for layer in range(model.cfg.n_layers + 1):

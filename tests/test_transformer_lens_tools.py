@@ -202,6 +202,10 @@ def test_inputs_in_the_place_of_tokens(seed: int) -> None:
     assert inputs.shape == inputs.tokens.shape
     assert torch.equal(inputs[1], inputs.tokens[1])
     assert torch.equal(inputs[:, -1], inputs.tokens[:, -1])
+    assert inputs[1:].n_images == (0, 1) and torch.equal(inputs[1:].tokens, inputs.tokens[1:])
+    assert inputs[1:2].ndim == 2 and torch.equal(inputs.cpu().tokens, inputs.tokens)
+    with pytest.raises(AttributeError, match=r"mmlens.attribution_patching takes images"):
+        inputs.ndim  # noqa: B018
     assert model.to_tokens(inputs) is inputs
     twice = inputs.repeat(2, 1)
     assert torch.equal(twice.tokens, inputs.tokens.repeat(2, 1)) and twice.n_images == (2, 0, 1) * 2
@@ -231,21 +235,62 @@ def test_inputs_in_the_place_of_tokens(seed: int) -> None:
         noisy.rows([0])
 
 
+def test_attribution_of_words_by_nodes(seed: int) -> None:
+    """Of inputs as of their ids: a difference of activations times a gradient, row by row."""
+    analysis = pytest.importorskip("transformer_lens.tools.analysis")
+    model = small_model(seed, n_layers=2).requires_grad_()
+    clean = small_inputs(model, seed, images=(0, 0), words=(5, 5))
+    corrupted = small_inputs(model, seed + 1, images=(0, 0), words=(5, 5))
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[0, -1, 7] - logits[0, -1, 9]
+
+    with torch.enable_grad():
+        found, of_ids = (
+            analysis.attribution_patch(model, *pair, metric).node_scores
+            for pair in ((clean, corrupted), (clean.tokens, corrupted.tokens))
+        )
+    assert found == of_ids
+    effects = []
+    for row in range(2):
+        _, before = model.run_with_cache(clean.tokens[[row]])
+        delta = torch.zeros(1, clean.n_pos, model.cfg.d_model, requires_grad=True)
+        with torch.enable_grad():
+            logits = model.run_with_hooks(
+                corrupted.tokens[[row]],
+                fwd_hooks=[("blocks.1.hook_mlp_out", lambda mlp_out, hook, d=delta: mlp_out + d)],
+            )
+            (gradient,) = torch.autograd.grad(metric(logits), [delta])
+        _, after = model.run_with_cache(corrupted.tokens[[row]])
+        effects.append(((before["mlp_out", 1] - after["mlp_out", 1]) * gradient)[0].sum(-1))
+    for position, expected in enumerate((effects[0] + effects[1]) / 2):
+        node = next(n for n in found if (n.kind, n.layer, n.position) == ("mlp_out", 1, position))
+        assert found[node] == pytest.approx(float(expected), abs=1e-4, rel=1e-4)
+
+
 # Weights and lenses
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-def test_singular_vectors(parallel: bool, seed: int) -> None:
-    """Of what the MLP reads of the residual stream, so with the norm's weights.
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"parallel_attn_mlp": True},
+        {"normalization_type": "RMS", "norm_offset": 1.0},
+        {"normalization_type": "RMS", "norm_offset": 1.0, "post_norms": True},
+    ],
+)
+def test_singular_vectors(choices: Any, seed: int) -> None:
+    """Of what the MLP reads of the residual stream, so with the norm's factors (Gemma's: 1 + w).
 
     TransformerLens 3.9 computes in float32, where a singular vector moves by eps |A| / gap.
     """
     model = language_model(
         seed, n_layers=2, d_model=18, n_heads=6, n_key_value_heads=2, d_head=4,
-        parallel_attn_mlp=parallel,
+        **choices,
     ).double()  # fmt: skip
     block, W_U = model.blocks[1], model.W_U
-    norm = block.ln1 if parallel else block.ln2
+    norm = block.ln1 if model.cfg.parallel_attn_mlp else block.ln2
     matrices = {
         "w_in": block.mlp.W_in.T * norm.w,
         "w_out": block.mlp.W_out,
@@ -266,13 +311,15 @@ def test_singular_vectors(parallel: bool, seed: int) -> None:
         )
 
 
-def test_heads_are_detected(seed: int) -> None:
-    model = language_model(seed, n_layers=2)
-    inputs = small_inputs(model, seed, images=(0,))
+@pytest.mark.parametrize("n_images", [0, 1])
+def test_heads_are_detected(n_images: int, seed: int) -> None:
+    model = small_model(seed, n_layers=2)
+    inputs = small_inputs(model, seed, images=(n_images,))
     previous = torch.eye(inputs.n_pos - 1)
     wanted = torch.zeros(inputs.n_pos, inputs.n_pos)
     wanted[1:, :-1] = previous
     found = detect_head(model, inputs, wanted)
+    assert torch.equal(detect_head(model, inputs, "previous_token_head"), found)
     _, cache = model.run_with_cache(inputs)
     for layer in range(2):
         patterns = cache["pattern", layer][0]
@@ -297,3 +344,26 @@ def test_the_caches_own_logit_lens(norm: str, seed: int) -> None:
         found = lens.readout.values[layer]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(lens.readout.values[-1], logits[..., [7, 9]], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("choices", [{"logits_scale": 0.4}, {"logits_softcap": 1.7}, {}])
+def test_the_logit_lenses_scale_and_cap_as_the_model(choices: Any, seed: int) -> None:
+    """Granite scales its logits, Gemma 2 caps them; a cache alone cannot be compared with them."""
+    analysis = pytest.importorskip("transformer_lens.tools.analysis.logit_lens")
+    model = small_model(seed, n_layers=2, normalization_type="RMS", unembed_bias=True, **choices)
+    inputs = small_inputs(model, seed)
+    logits, cache = model.run_with_cache(inputs)
+    stream = cache["resid_pre", 1]
+    normed = stream / (stream.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
+    expected = normed * model.ln_final.w @ model.W_U + model.b_U
+    expected = expected * choices.get("logits_scale", 1.0)
+    if cap := choices.get("logits_softcap"):
+        expected = cap * torch.tanh(expected / cap)
+    by_cache = cache.logit_lens(positions=None)
+    by_run = analysis.logit_lens(model, inputs, positions=None)
+    for lens in (by_cache, by_run):
+        assert lens.readout.applied_output_transform
+        torch.testing.assert_close(lens.readout.values[1], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(lens.readout.values[-1], logits, atol=1e-4, rtol=1e-4)
+    read = analysis.logit_readout(model, stream).values
+    torch.testing.assert_close(read, expected, atol=1e-4, rtol=1e-4)

@@ -109,6 +109,24 @@ def check_devices(tokens: Tensor, **others: Tensor | None) -> None:
             )
 
 
+def check_ids(tokens: Tensor) -> None:
+    """Raise an error unless these are token ids of one row or several.
+
+    Raises:
+        TypeError: numbers with a fraction, which would be cut off, or a mask.
+        ValueError: another number of axes, or no tokens at all.
+    """
+    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+        raise TypeError(
+            f"token ids are whole numbers, not {tokens.dtype}: a residual stream goes to "
+            "model(resid, start_at_layer=0), a mask to attention_mask="
+        )
+    if tokens.ndim not in (1, 2):
+        raise ValueError(f"tokens must be [batch, pos] or [pos], not {tuple(tokens.shape)}")
+    if not tokens.numel():
+        raise ValueError(f"there are no tokens: their shape is {tuple(tokens.shape)}")
+
+
 def check_blocks(tokens: Tensor, blocks: Tensor | None) -> None:
     """Raise a ValueError unless there is a number of a block, or -1, for every token."""
     if blocks is not None and (blocks.shape != tokens.shape or blocks.is_floating_point()):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mmlens.inputs.attention_blocks import attention_blocks
 from mmlens.inputs.checks import (
+    check_ids,
     check_mask,
     check_span_name,
     check_vocabulary,
@@ -329,11 +330,11 @@ class Processor:
         Raises:
             ValueError: everything that does not fit: image tokens and images, ids outside of the
                 vocabulary, a mask of another shape or with padding elsewhere, positions outside.
+            TypeError: ids that are no whole numbers.
         """
         cfg, tokenizer = self.cfg, self.tokenizer
         drop_what_is_known(visual)
-        if tokens.ndim not in (1, 2):
-            raise ValueError(f"tokens must be [batch, pos] or [pos], not {tuple(tokens.shape)}")
+        check_ids(tokens)
         tokens = tokens.reshape(-1, tokens.shape[-1]).long()
         if attention_mask is None:
             mask = ~padding_at("left", tokens, tokenizer, cfg)

@@ -36,12 +36,35 @@ class TokenArray:
         """Rows and positions, as of `tokens`."""
         return self.tokens.shape
 
-    def __getitem__(self, index: Any) -> Tensor:
+    @property
+    def ndim(self) -> int:
+        """Axes, as of `tokens`: 2.
+
+        Raises:
+            AttributeError: there are images. TransformerLens's `attribution_patch` asks for this,
+                and would find that no image has an effect, since none is in `hook_embed` yet.
+        """
+        if any(self.n_images):
+            raise AttributeError(
+                "inputs with images have no ndim: TransformerLens's attribution_patch reads "
+                "hook_embed, where no image is yet; mmlens.attribution_patching takes images, and "
+                "inputs.tokens.ndim is that of the ids"
+            )
+        return self.tokens.ndim
+
+    def __getitem__(self, index: Any) -> Any:
         """Return token ids: `inputs[0]` of row 0, `inputs[:, -1]` the last of each row.
 
-        `inputs.rows([0])` is row 0 as inputs.
+        A slice of rows, `inputs[0:1]`, is inputs with the images of these rows, as `rows` returns.
         """
+        if isinstance(index, slice):
+            return self.rows(range(*index.indices(len(self))))
         return self.tokens[index]
+
+    def cpu(self: Inputs) -> Inputs:
+        """Return these inputs on the CPU."""
+        whole: Any = self
+        return whole.to("cpu")
 
     def images_of(self, rows: Sequence[int]) -> list[int]:
         """Return which images (indices into `images`) belong to these rows, in order."""

@@ -28,6 +28,7 @@ from mmlens.model.decoding import Decoding, check_options, decoding, settled
 from mmlens.model.hooked_root_module import Intervening, exclusively
 from mmlens.model.input_methods import batch_arguments
 from mmlens.model.run_positions import computing
+from mmlens.model.stream import check_stream
 from mmlens.utils.threads import on_free_cores
 from mmlens.utils.transformers_arguments import take_transformers_arguments
 
@@ -339,6 +340,7 @@ class GenerationMethods(nn.Module):
         if side not in (None, "left", "right"):
             raise ValueError(f"padding_side={side!r}; it is 'left' or 'right'")
         if isinstance(input, Tensor) and input.is_floating_point():
+            check_stream(input, self.cfg.d_model, "generate")
             return Prompt.of_embeddings(input.to(self.cfg.device), attention_mask)
         inputs = self.to_inputs(input, pixel_values, attention_mask, **options)
         if isinstance(input, MultimodalInputs):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmlens.inputs.checks import image_positions
+from mmlens.inputs.checks import check_ids, image_positions
 from mmlens.inputs.layouts import BATCH_KEYS, drop_what_is_known
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.inputs.processor import Processor
@@ -178,6 +178,7 @@ class InputMethods(TokenMethods):
                     "`model.prepare`, and the result to the model"
                 )
             return self.prepare(input, template=None, prepend_bos=prepend_bos)
+        check_ids(input)
         if attention_mask is None and self._padding_side(padding_side) == "right":
             at_end = padding_at("right", input.reshape(-1, input.shape[-1]), *self._vocabulary())
             if bool(at_end.any()):

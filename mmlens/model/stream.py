@@ -31,6 +31,28 @@ def added(
     return (wide + noise.to(wide)).to(x.dtype)
 
 
+def check_stream(resid: Any, d_model: int, name: str) -> None:
+    """Raise an error unless this is a residual stream.
+
+    Args:
+        resid: what was given for one.
+        d_model: the width that the model needs.
+        name: what it was given for, for the message.
+
+    Raises:
+        TypeError: no tensor, or one of whole numbers, such as token ids.
+        ValueError: another shape than `[batch, pos, d_model]`.
+    """
+    is_tensor = isinstance(resid, Tensor)
+    if not is_tensor or not resid.is_floating_point():
+        kind = f"a tensor of {resid.dtype}" if is_tensor else type(resid).__name__
+        raise TypeError(f"{name} takes a residual stream [batch, pos, {d_model}], not {kind}")
+    if resid.ndim != 3 or resid.shape[-1] != d_model or not resid.numel():
+        raise ValueError(
+            f"{name} takes a residual stream [batch, pos, {d_model}], not {tuple(resid.shape)}"
+        )
+
+
 class StreamMethods:
     """Visual tokens take their places among the words; deepstack adds to them in first blocks."""
 

@@ -94,14 +94,26 @@ class TokenMethods(nn.Module):
     def to_string(self, tokens: Any, *, skip_special_tokens: bool = ...) -> Any: ...
 
     def to_string(
-        self, tokens: Tensor | np.ndarray | Sequence[Any], *, skip_special_tokens: bool = False
+        self,
+        tokens: Tensor | np.ndarray | Sequence[Any] | MultimodalInputs,
+        *,
+        skip_special_tokens: bool = False,
     ) -> Any:
         """Return the text of token ids: one for [pos], a list of them for [batch, pos].
 
         Args:
             tokens: ids.
             skip_special_tokens: leave out BOS, padding and the like.
+
+        Raises:
+            TypeError: inputs, and what has their text.
+            ValueError: more than two axes.
         """
+        if isinstance(tokens, MultimodalInputs):
+            raise TypeError(
+                "inputs with images are no text: inputs.texts are their prompts, "
+                "model.to_str_tokens(inputs) says each position, and inputs.tokens are the ids"
+            )
         ids = torch.as_tensor(np.asarray(tokens) if isinstance(tokens, Sequence) else tokens)
         if ids.ndim > 2:
             raise ValueError(f"tokens must be [pos] or [batch, pos], not {tuple(ids.shape)}")
@@ -173,7 +185,7 @@ class TokenMethods(nn.Module):
     def get_token_position(
         self,
         single_token: str | int | Tensor,
-        input: str | Tensor,
+        input: str | Tensor | MultimodalInputs,
         mode: str = "first",
         prepend_bos: bool | None = None,
         padding_side: Side | None = None,
@@ -182,7 +194,7 @@ class TokenMethods(nn.Module):
 
         Args:
             single_token: an id, or a text that is one token.
-            input: a text, or ids [pos] or [1, pos].
+            input: a text, ids [pos] or [1, pos], or inputs of one row.
             mode: which of several to take, "first" or "last".
             prepend_bos: of text, as in `to_tokens`.
             padding_side: of text, as in `to_tokens`.
@@ -195,7 +207,7 @@ class TokenMethods(nn.Module):
         """
         if mode not in ("first", "last"):
             raise ValueError(f"mode must be 'first' or 'last', not {mode!r}")
-        tokens = input
+        tokens = input.tokens if isinstance(input, MultimodalInputs) else input
         if isinstance(input, str):
             tokens = self.to_tokens(input, prepend_bos, padding_side, truncate=False)
         ids = torch.as_tensor(tokens)

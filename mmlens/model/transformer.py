@@ -44,7 +44,7 @@ from mmlens.model.hooked_root_module import HookedRootModule
 from mmlens.model.input_methods import Input, InputMethods, batch_arguments
 from mmlens.model.loss import next_token_loss
 from mmlens.model.sites import Site, SiteTable, within
-from mmlens.model.stream import StreamMethods
+from mmlens.model.stream import StreamMethods, check_stream
 from mmlens.model.verify_hooks import dead_hooks
 from mmlens.model.vision_tower import HookedVisionTransformer
 from mmlens.model.weights import WeightProperties
@@ -214,7 +214,9 @@ class HookedMultimodalTransformer(
         inputs: MultimodalInputs | None = None
         real: Any = None
         resid: Any = input
-        if start_at_layer is None:
+        if start_at_layer is not None:
+            check_stream(resid, self.cfg.d_model, "start_at_layer")
+        else:
             inputs, real = self._given(
                 input,
                 pixel_values,

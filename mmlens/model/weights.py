@@ -56,6 +56,11 @@ class WeightProperties(nn.Module):
         """Unembedding bias."""
         return self.unembed.b_U
 
+    @property
+    def adapter(self) -> Unembed:
+        """Where TransformerLens's lenses look for what logits go through after `W_U` and `b_U`."""
+        return self.unembed
+
     W_Q = stacked("attn.W_Q")
     """Query weights: [layer, head, d_model, d_head]."""
     W_K = stacked("attn.W_K")
@@ -245,6 +250,7 @@ class WeightProperties(nn.Module):
         Views and copies of the parameters; biases that the model has not are zeros. As in
         TransformerLens, keys and values are there once for each query head, and parallel blocks
         (where the MLP reads through `ln1`) have that norm as `ln2` too.
+        Weights of norms are what these multiply by, so they hold the 1 that Gemma's add.
         """
         found: dict[str, Any] = {"embed.W_E": self.W_E}
         repeats = self.cfg.n_heads // self.cfg.n_kv_heads

@@ -245,6 +245,7 @@ class SameForAll:
     qk_norm_after_rope: ClassVar[bool] = False
     relative_attention_max_distance: ClassVar[int | None] = None
     relative_attention_num_buckets: ClassVar[int | None] = None
+    rmsnorm_uses_offset: ClassVar[bool] = False  # a norm's `w` holds Gemma's 1; see `norm_offset`
     rotary_adjacent_pairs: ClassVar[bool] = False
     rotary_interleaved_cos_sin: ClassVar[bool] = False
     scale_attn_by_inverse_layer_idx: ClassVar[bool] = False
@@ -254,7 +255,6 @@ class SameForAll:
 
     if TYPE_CHECKING:  # fields of `TransformerConfig`
         scores_softcap: float | None
-        norm_offset: float
         post_norms: bool
 
     @property
@@ -266,11 +266,6 @@ class SameForAll:
     def output_logits_soft_cap(self) -> float:
         """The same as `logits_softcap`; -1 where logits are not capped, or there are none."""
         return vars(self).get("logits_softcap") or -1.0
-
-    @property
-    def rmsnorm_uses_offset(self) -> bool:
-        """Whether norms add 1 to their weights."""
-        return self.norm_offset != 0
 
     @property
     def scale_embedding(self) -> bool | None:

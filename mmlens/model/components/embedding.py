@@ -48,8 +48,7 @@ class Unembed(nn.Module):
         self, resid: Float[Tensor, "*batch d_model"], tokens: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "*batch n_tokens"]:
         """Return logits, of the whole vocabulary or of some tokens alone."""
-        products = self.products(resid, tokens)
-        return products if self.softcap is None else capped(products, self.softcap)
+        return self._capped(self.products(resid, tokens))
 
     def products(
         self, resid: Float[Tensor, "*batch d_model"], tokens: Int[Tensor, " n"] | None = None
@@ -60,8 +59,19 @@ class Unembed(nn.Module):
         if tokens is not None:
             tokens = tokens.to(weight.device)
             weight, bias = weight[tokens], None if bias is None else bias[tokens]
-        products = F.linear(resid, weight, bias)
+        return self._scaled(F.linear(resid, weight, bias))
+
+    def apply_output_logits_transform(
+        self, products: Float[Tensor, "*batch n_tokens"]
+    ) -> Float[Tensor, "*batch n_tokens"]:
+        """Return the logits that `x @ W_U + b_U` become; TransformerLens's lenses ask for it."""
+        return self._capped(self._scaled(products))
+
+    def _scaled(self, products: Tensor) -> Tensor:
         return products if self.scale == 1.0 else products * self.scale
+
+    def _capped(self, products: Tensor) -> Tensor:
+        return products if self.softcap is None else capped(products, self.softcap)
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
