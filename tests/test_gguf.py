@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_folders import load, refused
-from gguf import GGUFWriter
+from gguf import GGUFWriter, RopeScalingType
 from gguf_writing import finished, write_gguf
 from limits import time_limit
-from random_models import Shape, random_llama
+from random_models import LINEAR, YARN, Shape, random_llama
 from rounding import assert_same, rounded_otherwise
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.formats import gguf as gguf_files
+from mmlens.checkpoints.parity import compare, find_reference, run_reference
 
 
 def interleaved(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
@@ -28,9 +31,13 @@ def interleaved(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
 
 
 def write_llama(
-    hf: LlamaForCausalLM, path: Path, half: bool = False, chat_template: str = ""
+    hf: LlamaForCausalLM,
+    path: Path,
+    half: bool = False,
+    chat_template: str = "",
+    more: Callable[[GGUFWriter], None] = lambda writer: None,
 ) -> Path:
-    """The model in 16 bits (all but norms) or 32."""
+    """The model in 16 bits (all but norms) or 32; `more` adds what it has besides."""
     config = hf.config
 
     def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -42,6 +49,7 @@ def write_llama(
 
     def fields(writer: GGUFWriter) -> None:
         writer.add_rope_dimension_count(config.head_dim)
+        more(writer)
         if chat_template:
             writer.add_chat_template(chat_template)
 
@@ -77,6 +85,90 @@ def test_it_equals_transformers_own_reading(
     assert model.to_tokens(text)[0].tolist()[-5:] == tokenizer(text)["input_ids"][-5:]
     with pytest.raises(CheckpointError, match="no checkpoint folder"):
         model.save_pretrained(tmp_path / "saved")
+
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+
+
+def linear(writer: GGUFWriter) -> None:
+    writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(LINEAR["factor"])
+
+
+def yarn(writer: GGUFWriter) -> None:
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(YARN["factor"])
+    writer.add_rope_scaling_orig_ctx_len(YARN["original_max_position_embeddings"])
+
+
+def factors_of_llama_3(writer: GGUFWriter, n: int = 4, longest: int = 8192) -> None:
+    """What frequencies are divided by, as llama.cpp's `convert_hf_to_gguf.py` writes it."""
+    factors = []
+    for pair in range(n):
+        wave_length = 2 * math.pi * LLAMA_3["rope_theta"] ** (pair / n)
+        if wave_length < longest / 4:
+            factors.append(1.0)
+        elif wave_length > longest:
+            factors.append(8.0)
+        else:
+            smooth = (longest / wave_length - 1) / 3
+            factors.append(1 / ((1 - smooth) / 8 + smooth))
+    writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("rope", "more"), [(LINEAR, linear), (YARN, yarn), (LLAMA_3, factors_of_llama_3)]
+)
+@torch.no_grad()
+def test_rotary_angles_of_longer_contexts(
+    rope: dict[str, Any], more: Any, seed: int, tmp_path: Path
+) -> None:
+    """transformers' own reading leaves them out."""
+    hf = random_llama(Shape(d_head=8, d_model=48, rope=rope))
+    model = load(path := write_llama(hf, tmp_path / "tiny.gguf", more=more))
+    tokens = torch.randint(3, hf.config.vocab_size, (2, 60))
+    logits = model(tokens)
+    assert_same(logits, hf(tokens).logits, lambda: rounded_otherwise(hf)(tokens).logits)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    assert (theirs(tokens).logits - logits).abs().max() > 1e-2
+    reference = find_reference(path)
+    assert reference is not None
+    run = run_reference(reference, torch.device("cpu"), None, seed % 1000)
+    assert all(check.passed for check in compare(model, run))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (lambda writer: factors_of_llama_3(writer, longest=4096), "not those of a Llama 3.1"),
+        (lambda writer: factors_of_llama_3(writer, 5), "not those of a Llama 3.1"),
+        (lambda writer: writer.add_rope_scaling_type(RopeScalingType.LONGROPE), "longrope"),
+        (lambda writer: (yarn(writer), writer.add_rope_scaling_attn_factors(0.5)), "attn_factor"),
+        (lambda writer: (yarn(writer), factors_of_llama_3(writer)), "one of the two"),
+    ],
+)
+def test_other_rotary_angles_are_refused(more: Any, said: str, seed: int, tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": LLAMA_3["rope_theta"]}
+    hf = random_llama(Shape(d_head=8, d_model=48, rope=rope))
+    refused(write_llama(hf, tmp_path / "tiny.gguf", more=more), said)
+
+
+def test_tensors_that_transformers_leaves_out(seed: int, tmp_path: Path) -> None:
+    """Its Llama out of a GGUF file has no biases, whatever the file holds."""
+
+    def bias(writer: GGUFWriter) -> None:
+        writer.add_tensor("blk.1.attn_q.bias", np.ones(48, dtype=np.float32))
+
+    hf = random_llama(Shape(d_head=8, d_model=48))
+    path = write_llama(hf, tmp_path / "tiny.gguf", more=bias)
+    refused(path, "transformers takes 30", "blk.1.attn_q.bias")
 
 
 def test_a_damaged_file(seed: int, tmp_path: Path) -> None:

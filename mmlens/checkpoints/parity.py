@@ -166,9 +166,13 @@ def run_reference(
     reference: Reference, device: torch.device, dtype: torch.dtype | None, seed: int
 ) -> ReferenceRun:
     """Open it, run it on a random prompt, and let it go."""
+    rope, scaled = reference.cfg.rope_parameters, {}
+    if reference.path.is_file() and rope.get("rope_type", "default") != "default":
+        scaled = {"rope_parameters": rope}  # which transformers leaves out of GGUF files
     with place(reference.path) as where:
         hf: Any = reference.kind.from_pretrained(
             **where,
+            **scaled,
             dtype=dtype or reference.dtype,
             device_map=device,
             # A config.json could name a kernel of the hub. No other than eager caps scores.

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mmlens.checkpoints.decoders import decoder_fields
 from mmlens.checkpoints.errors import CheckpointError
 from mmlens.checkpoints.formats.gguf_of_gemma import add_gemma, check_gemma
+from mmlens.checkpoints.formats.gguf_rotary import ROPE_FACTORS, with_rotary
 from mmlens.checkpoints.formats.language_model import FORMAT
 from mmlens.checkpoints.json_files import check_counts
 from mmlens.checkpoints.loader import Weights, build
@@ -59,7 +60,7 @@ class Dequantised(WeightFile):
 
 def load(file: Path, device: torch.device, dtype: torch.dtype) -> HookedMultimodalTransformer:
     """Return the model of a GGUF file, with its tokenizer."""
-    described_config(file)
+    described, held = description(file)
     with checkpoint_errors(file, UNREADABLE), alone(file) as where:
         hf, info = AutoModelForCausalLM.from_pretrained(
             **where, dtype=dtype, output_loading_info=True
@@ -70,8 +71,11 @@ def load(file: Path, device: torch.device, dtype: torch.dtype) -> HookedMultimod
         raise CheckpointError(
             f"{file} lacks {len(lost)} tensors, or has them in another shape: {', '.join(lost[:5])}"
         )
+    check_all_taken(held, hf, file)
     cfg = MultimodalConfig(
-        **decoder_fields(hf.config), original_architecture=type(hf).__name__, model_name=str(file)
+        **decoder_fields(hf.config) | {"rope_parameters": described.rope_parameters},
+        original_architecture=type(hf).__name__,
+        model_name=str(file),
     )
     # GGUF says nothing of tying: the output layer is there, or it is not.
     cfg = replace(cfg, tie_word_embeddings=hf.lm_head.weight is hf.get_input_embeddings().weight)
@@ -122,8 +126,28 @@ def alone(file: Path) -> Iterator[dict[str, Any]]:
         }
 
 
+def check_all_taken(held: list[str], hf: Any, file: Path) -> None:
+    """Raise a CheckpointError where transformers has left tensors of the file out.
+
+    It does so with what the family does not have, such as biases of a Llama.
+    """
+    taken = sum(1 for _ in hf.parameters())
+    if taken < len(held):
+        biases = ", ".join([name for name in held if name.endswith(".bias")][:3])
+        raise CheckpointError(
+            f"{file} holds {len(held)} tensors, of which transformers takes {taken}"
+            f"{f' (it has biases: {biases}, ...)' if biases else ''}: take the checkpoint in "
+            "safetensors"
+        )
+
+
 def described_config(file: Path) -> MultimodalConfig:
-    """Return what a GGUF file says that its decoder is.
+    """Return what a GGUF file says that its decoder is; see `description`."""
+    return description(file)[0]
+
+
+def description(file: Path) -> tuple[MultimodalConfig, list[str]]:
+    """Return what a GGUF file says that its decoder is, and the names of its weights.
 
     One that describes more than the file holds is refused; transformers would make up the rest.
     """
@@ -135,13 +159,14 @@ def described_config(file: Path) -> MultimodalConfig:
         check_counts(hf.to_dict(), file)
         check_gemma(reader, hf)
         cfg = MultimodalConfig(**decoder_fields(hf) | {"tie_word_embeddings": True})
+        cfg = with_rotary(cfg, reader)
         with torch.device("meta"):
             described = sum(x.numel() for x in HookedMultimodalTransformer(cfg).parameters())
     if described > held:
         raise CheckpointError(
             f"{file} describes a model of {described:,} parameters or more, but holds {held:,}"
         )
-    return cfg
+    return cfg, [tensor.name for tensor in reader.tensors if tensor.name != ROPE_FACTORS]
 
 
 class Reader(GGUFReader):
