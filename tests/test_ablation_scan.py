@@ -166,6 +166,32 @@ def test_regions_get_the_visual_tokens_of_other_prompts(seed: int) -> None:
         )
 
 
+def test_a_prompt_that_breaks_is_no_prompt_without_the_cell(seed: int) -> None:
+    """Its NaN was left out of the mean without a word."""
+    model, _ = case(seed)
+    prompts = []
+    for number in range(3):
+        inputs = small_inputs(model, seed + number)
+        prompts.append(model.inputs_from_tokens(inputs.tokens, inputs.pixel_values.double()))
+    at, broken = random.randrange(3), random.randrange(2)
+    name = f"blocks.{broken}.hook_mlp_out"
+    _, kept = model.run_with_cache(prompts[at], names_filter=name)
+
+    def breaking(x: Tensor, hook: Any) -> Tensor:
+        breaks = hook.name == name and torch.allclose(x, kept[name][:, -1:])
+        return x * (torch.nan if breaks else 0.0)
+
+    with pytest.warns(RuntimeWarning, match="'loss' is NaN in 1 of 2 runs"):
+        scan = ablation_scan(
+            model, prompts, "layers", breaking, site="mlp_out", layers=[0, 1], positions="last",
+            metric="loss", answer=5,
+        )  # fmt: skip
+    assert scan.values.isnan().tolist() == [i == broken for i in (0, 1)]
+    assert bool(scan.low.isnan()[broken]) and bool(scan.effects[at, broken].isnan())
+    rest = scan.effects[:, 1 - broken].mean() + scan.baseline
+    assert float(scan.values[1 - broken]) == pytest.approx(float(rest), abs=1e-9)
+
+
 @pytest.mark.parametrize("by", ["mean", "resample"])
 def test_references_of_a_padded_batch(by: Any, seed: int) -> None:
     """Each row has its visual tokens elsewhere; and padding takes nothing's place."""

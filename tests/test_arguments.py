@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import unwrap
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from test_trace_effects import words_swapped
 
 import mmlens
 from mmlens import Intervention, Recording, ablation_scan
+from mmlens.analyses.ablation_scan import each_of
 from mmlens.analyses.arguments import layers_of, positions_of
 from mmlens.analyses.attention_knockout import attention_knockout
 from mmlens.analyses.attribution_patching import attribution_patching
@@ -190,6 +192,28 @@ def test_one_box_is_no_list_of_regions(seed: int) -> None:
     for box in ((first,) * 4, (int(first),) * 4):
         with pytest.raises(ValueError, match="is one box"):
             ablation_scan(model, inputs, "regions", regions=box)
+
+
+def test_regions_and_heads_in_numbers_of_numpy_and_torch(seed: int, tmp_path: Path) -> None:
+    """A box of them was four regions of one visual token each; heads of a layer were not found."""
+    model, inputs = case(seed)
+    at = int(inputs.span("image")[0])
+    for box in (tuple(np.full(4, at)), tuple(np.full(4, at, dtype=np.float32))):
+        with pytest.raises(ValueError, match="is one box"):
+            named_regions(inputs, box)
+    names, found = named_regions(inputs, tuple(np.array([1, 1])))
+    assert names == [[0], [0]] and len(found) == 1
+    assert unwrap(each_of)(np.int64(5), 2) == [5, 5] == unwrap(each_of)(torch.tensor(5), 2)
+    knockout_of = unwrap(attention_knockout)
+    options = {"layers": [1], "answer": 5, "window": 1}
+    cut, same = (
+        knockout_of(model, inputs, "image", "last", heads=heads, **options)
+        for heads in ({1: [0]}, {torch.tensor(1): [0]})
+    )
+    assert torch.equal(cut.values, same.values)
+    saved = replace(cut, window=np.int64(1), metadata={"seed": torch.tensor(seed)})
+    back = type(cut).load(unwrap(type(cut).save)(saved, tmp_path / "it.safetensors"))
+    assert (back.window, back.metadata) == (1, {"seed": seed})
 
 
 def test_a_position_twice_in_a_region_counts_once(seed: int) -> None:

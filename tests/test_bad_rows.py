@@ -24,7 +24,9 @@ from mmlens.data import (
     open_questions,
     vqa_constraints,
 )
-from mmlens.data.reading import lines_of, read_text
+from mmlens.data.question_sets import QuestionSet, joined_sets
+from mmlens.data.questions import VisualQuestion
+from mmlens.data.reading import Refused, lines_of, read_text
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 """What `str.splitlines` takes for the end of a line, and files do not."""
@@ -358,6 +360,18 @@ class TestMMEdit:
         found = mmedit(path, tmp_path)
         assert [each.answers for each in found[0].portability] == [("France",), ("French",)]
         assert [each.why for each in found.parts] == ["port_new 1: lacks Answer"]
+
+
+def test_parts_are_named_after_sets_are_joined():
+    """And in the edits that are made of them."""
+    one = Refused(1, "one/1", "no box")
+    sets = [
+        QuestionSet(name, 2, lambda row: VisualQuestion("a", None, answers=("b",)), (), [one])
+        for name in ("one", "other")
+    ]
+    both = joined_sets("both", sets)
+    assert [each.row for each in both.parts] == [1, 3]
+    assert edit_cases(both).parts == both.parts
 
 
 def test_targets_and_paraphrases_that_are_none(tmp_path):

@@ -328,6 +328,19 @@ class TestReport:
         )
         assert path.stat().st_size < 10_000_000
 
+    def test_what_is_no_number_is_refused(self, tmp_path, seed) -> None:
+        """NaN was shown as 0, and beside an infinity every other number was."""
+        prompt = prompt_of()
+        received, trace = contribution_of(prompt), trace_of(prompt, all_positions=True)
+        at = tuple(int(torch.randint(n, ())) for n in trace.restored.shape)
+        for wrong in (torch.nan, torch.inf):
+            trace.restored[at] = wrong
+            with pytest.raises(ValueError, match=r"1 of \d+ values are NaN or infinite"):
+                write_report(tmp_path / "r.html", prompt, trace=trace)
+        received.values[0, -1, 3] = torch.nan
+        with pytest.raises(ValueError, match="are NaN or infinite, which a report cannot show"):
+            write_report(tmp_path / "r.html", prompt, contributions=[received])
+
     def test_another_suffix_is_an_error(self, tmp_path) -> None:
         with pytest.raises(ValueError, match=r"\.html"):
             write_report(tmp_path / "report.pdf", prompt_of())

@@ -245,10 +245,11 @@ def ablation_scan(
     keys = list(dict.fromkeys(key for some, _ in values for key in some))
     coordinates = [tuple(dict.fromkeys(axis)) for axis in zip(*keys, strict=True)]
     grids = [on_axes(found, some, coordinates) for some, found in values]
+    there = [~on_axes(torch.ones(len(some)), some, coordinates).isnan() for some, _ in values]
     labels = None if clusters is None else list(clusters)
     names = AXES[over]
     return Scan(
-        **mean_scan(torch.stack(grids), torch.stack(baselines), labels, level),
+        **mean_scan(*map(torch.stack, (grids, baselines, there)), labels, level),
         axes=("role", *names) if len(coordinates) > len(names) else names,
         coordinates=tuple(coordinates),
         answer=answer_of(first) if len(prompts) == 1 else "",
@@ -324,7 +325,7 @@ def check_sites(sites: Sequence[str], over: Over, positions: Places | None) -> N
 
 def each_of(given: Any, n: int) -> list[Any]:
     """Return one answer for each prompt."""
-    if given is None or isinstance(given, str | int):
+    if given is None or isinstance(given, str | int) or getattr(given, "ndim", 1) == 0:
         return [given] * n
     if len(given) != n:
         raise ValueError(f"{len(given)} answers for {n} prompts")

@@ -159,6 +159,8 @@ def attention_knockout(
             f"destinations {asked} never attend to sources {cut} in the layers that are cut: these "
             "come later, or are further back than a window"
         )
+    if isinstance(heads, Mapping):
+        heads = {int(layer): some for layer, some in heads.items()}
     named = heads if isinstance(heads, Mapping) else {}
     if outside := [layer for layer in named if not 0 <= layer < model.cfg.n_layers]:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,10 @@ def named_regions(
     """
     if not inputs.images:
         raise ValueError("a scan over regions needs a prompt with an image")
-    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(n, int) for n in given):
-        rows, columns = given
+    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(n, Integral) for n in given):
+        rows, columns = map(int, given)
         return [list(range(rows)), list(range(columns))], grid_regions(inputs, rows, columns)
-    if isinstance(given, tuple) and len(given) == 4 and isinstance(given[0], int | float):
+    if isinstance(given, tuple) and len(given) == 4 and isinstance(given[0], Real):
         raise ValueError(f"regions={tuple(given)} is one box; give boxes in a list, or by name")
     named = given if isinstance(given, Mapping) else dict(enumerate(given))
     found = [positions_in(inputs, each) for each in named.values()]

@@ -11,6 +11,7 @@ run is a function of what `Recording.run` shares among the cells, so `causal_tra
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -144,9 +145,21 @@ def patch(
 def evaluated(
     what: Followed, branches: Sequence[Branch], **options: Any
 ) -> Float[Tensor, "cell ..."]:
-    """Return a metric of branches, on the CPU, the mean over the recording's rows."""
-    found = what.recording.run(branches, what.function, positions=what.positions, **options)
-    return found.mean(dim=1).cpu()
+    """Return a metric of branches, on the CPU, the mean over the recording's rows.
+
+    Where it is NaN, which is what tables take for a cell that is not there, a warning says so.
+    """
+    run = what.recording.run(branches, what.function, positions=what.positions, **options)
+    found: Tensor = run.mean(dim=1).cpu()
+    broken = found.isnan().view(len(found), -1).any(dim=1).nonzero().flatten().tolist()
+    if broken:
+        warnings.warn(
+            f"{what.name!r} is NaN in {len(broken)} of {len(found)} runs (the first: number "
+            f"{broken[0]}, counted from 0): did an activation overflow? Tables leave these out",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 def as_coordinate(coordinate: Any) -> Coordinate:

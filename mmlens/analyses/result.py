@@ -56,7 +56,8 @@ class SavedResult:
         values = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
         tensors = {name: x.contiguous() for name, x in values.items() if isinstance(x, Tensor)}
         rest = {name: x for name, x in values.items() if name not in tensors}
-        return write_atomically(path, save(tensors, {type(self).__name__: json.dumps(rest)}))
+        text = json.dumps(rest, default=plain_number)
+        return write_atomically(path, save(tensors, {type(self).__name__: text}))
 
     @classmethod
     def load(cls: type[Result], path: str | Path) -> Result:
@@ -86,6 +87,13 @@ class SavedResult:
         from mmlens.plots.results import draw
 
         return draw(self, *arguments, **options)
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of numpy's or torch's, such as a seed, as JSON holds it."""
+    if not hasattr(value, "item"):
+        raise TypeError(f"a result holds {type(value).__name__} {value!r}, which JSON cannot")
+    return value.item()
 
 
 def description(model: HookedMultimodalTransformer, inputs: MultimodalInputs) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.analyses.patch import Patched
@@ -83,12 +83,17 @@ def in_numbers(baseline: Float[Tensor, " *measure"]) -> float | tuple[float, ...
 def mean_scan(
     values: Float[Tensor, "prompt ..."],
     baselines: Float[Tensor, " prompt *measure"],
+    there: Bool[Tensor, " prompt *axis"],
     clusters: list[str | int] | None,
     level: float,
 ) -> dict[str, Any]:
     """Return the fields of a scan that are means over prompts, and their intervals.
 
-    A prompt whose value is NaN (it has no positions of a role) counts in the other cells.
+    A prompt without a cell (it has no positions of a role) counts in the other cells. A cell is NaN
+    where the metric of one of the prompts is.
+
+    Args:
+        there: which cells each prompt has.
     """
     if len(values) == 1:
         return {"values": values[0], "baseline": in_numbers(baselines[0])}
@@ -96,6 +101,9 @@ def mean_scan(
     effects = values - baselines.view(n, *[1] * (values.ndim - baselines.ndim), *measures)
     mean, low, high = bootstrap_mean(effects, clusters, level=level)
     baseline = baselines.double().mean(dim=0)
+    cells = there.view(*there.shape, *[1] * (values.ndim - there.ndim))
+    broken = (values.isnan() & cells).any(dim=0)
+    mean, low, high = (each.masked_fill(broken, torch.nan) for each in (mean, low, high))
     return {
         "values": (mean + baseline).to(values),
         "baseline": in_numbers(baseline),

@@ -182,7 +182,8 @@ def edit_cases(
             kept=flat(near().of(question, n_neighbours, seed, skip=n_neighbours)),
         )
 
-    return EditSet(getattr(questions, "name", "edits"), list(index_of), make, refused)
+    name, parts = getattr(questions, "name", "edits"), getattr(questions, "parts", ())
+    return EditSet(name, list(index_of), make, refused, parts)
 
 
 def _requests(questions: Sequence[VisualQuestion]) -> tuple[dict[int, int], list[Refused]]:

@@ -71,6 +71,7 @@ def joined_sets(name: str, sets: Sequence[QuestionSet]) -> QuestionSet:
     """Return the questions of several sets, one set after the other."""
     numbers: list[int] = []
     refused: list[Refused] = []
+    parts: list[Refused] = []
     makers: dict[int, tuple[QuestionSet, int]] = {}
     offset = 0
     for each in sets:
@@ -78,14 +79,15 @@ def joined_sets(name: str, sets: Sequence[QuestionSet]) -> QuestionSet:
             numbers.append(offset + number)
             makers[offset + number] = (each, index)
         refused += [replace(row, row=offset + row.row) for row in each.refused]
-        rows = [*each.numbers, *(row.row for row in each.refused)]
+        parts += [replace(row, row=offset + row.row) for row in each.parts]
+        rows = [*each.numbers, *(row.row for row in (*each.refused, *each.parts))]
         offset += max(rows, default=-1) + 1
 
     def make(number: int) -> VisualQuestion:
         questions, index = makers[number]
         return questions[index]
 
-    return QuestionSet(name, numbers, make, refused)
+    return QuestionSet(name, numbers, make, refused, parts)
 
 
 class QuestionSet(Rows[VisualQuestion]):

@@ -50,7 +50,7 @@ def write_report(
         contributions: shown over the image and the tokens, one destination at a time.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix; values that are NaN or infinite.
 
     Example:
         >>> write_report("report.html", reported_prompt(model, clean, corrupted), trace=trace)
@@ -235,6 +235,7 @@ def is_of_tokens(trace: CausalTrace) -> bool:
 def trace_data(trace: CausalTrace) -> dict[str, Any]:
     """Return [site][row][layer], with visual tokens in one row and in the image's rows."""
     effects = trace.indirect_effect.float().cpu().numpy()
+    check_numbers(effects)  # folded, the largest of several would hide it
     shown: list[dict[str, Any]] = []
     at = trace.groups if is_of_tokens(trace) else ((),) * len(trace.groups)
     for view in foldings(trace.group_labels):
@@ -258,8 +259,18 @@ def trace_data(trace: CausalTrace) -> dict[str, Any]:
     }
 
 
+def check_numbers(values: Float[np.ndarray, ...]) -> None:
+    """Raise a ValueError where the page would show a 0 for what is no number."""
+    if wrong := int((~np.isfinite(values)).sum()):
+        raise ValueError(
+            f"{wrong} of {values.size} values are NaN or infinite, which a report cannot show: an "
+            "activation may have overflowed; run the model in float32, or leave that layer out"
+        )
+
+
 def rounded(values: Float[np.ndarray, ...]) -> list[Any]:
     """Return numbers with four significant digits, as lists: the page is a text."""
-    size = np.abs(np.nan_to_num(values)).max() if values.size else 0.0
+    check_numbers(values)
+    size = np.abs(values).max() if values.size else 0.0
     decimals = DIGITS - int(np.floor(np.log10(size))) if size > 0 else DIGITS
-    return np.round(np.nan_to_num(values).astype(np.float64), decimals).tolist()
+    return np.round(values.astype(np.float64), decimals).tolist()
