@@ -153,6 +153,18 @@ def test_a_reference_of_another_length(samples: int, seed: int) -> None:
             assert value == pytest.approx(float(kl), rel=1e-9, abs=1e-9)
 
 
+def test_an_answer_that_is_other_tokens_after_another_prompt(seed: int) -> None:
+    """Those after the batch's first prompt were followed in every row."""
+    model = worded_model(seed, "bytes")
+    cells = {0: [Intervention("mlp_out", 0, None, zero())]}
+    alike = model.record(model.prepare(["This country is", "x ="]))
+    assert patch(alike, cells, answer="Rome").answer == "Rome"
+    unlike = model.record(model.prepare(["This country is", "The answer: "]))
+    with pytest.raises(ValueError, match="'Rome' is the tokens .* after 'This country is', and"):
+        patch(unlike, cells, answer="Rome")
+    assert patch(unlike, cells, answer=7).answer
+
+
 def test_a_branch_that_breaks_has_no_divergence(seed: int) -> None:
     """NaN was taken for a divergence of 0, and an impossible token for none that was expected."""
     model, inputs = case(seed)

@@ -246,10 +246,11 @@ def ablation_scan(
     coordinates = [tuple(dict.fromkeys(axis)) for axis in zip(*keys, strict=True)]
     grids = [on_axes(found, some, coordinates) for some, found in values]
     there = [~on_axes(torch.ones(len(some)), some, coordinates).isnan() for some, _ in values]
+    measured, clean, known = map(torch.stack, (grids, baselines, there))
     labels = None if clusters is None else list(clusters)
     names = AXES[over]
     return Scan(
-        **mean_scan(*map(torch.stack, (grids, baselines, there)), labels, level),
+        **mean_scan(measured, clean, known, labels, level),
         axes=("role", *names) if len(coordinates) > len(names) else names,
         coordinates=tuple(coordinates),
         answer=answer_of(first) if len(prompts) == 1 else "",

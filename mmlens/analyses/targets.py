@@ -111,7 +111,12 @@ def record_with_answer(
 def given_answer(
     model: HookedMultimodalTransformer, clean: MultimodalInputs, answer: str | int
 ) -> Answer:
-    """The tokens of an answer; a text as it would follow the prompt, after a space."""
+    """The tokens of an answer; a text as it would follow the prompt, after a space.
+
+    Raises:
+        ValueError: no token id; a text without a tokenizer, or one that is other tokens after
+            other prompts of a batch (a prompt may end with a space).
+    """
     last = clean.n_pos - 1
     if not isinstance(answer, str):
         if not 0 <= answer < model.cfg.d_vocab:
@@ -119,7 +124,14 @@ def given_answer(
         return make_answer(model, [int(answer)], last)
     if model.tokenizer is None:
         raise ValueError(f"answer={answer!r}, but the model has no tokenizer: give a token id")
-    ids = tokens_behind(model.tokenizer, clean.texts[0] if clean.texts else "", answer)
+    prompts = clean.texts or ("",)
+    ids, *others = [tokens_behind(model.tokenizer, prompt, answer) for prompt in prompts]
+    for prompt, other in zip(prompts[1:], others, strict=True):
+        if other != ids:
+            raise ValueError(
+                f"{answer!r} is the tokens {ids} after {prompts[0][-20:]!r}, and {other} after "
+                f"{prompt[-20:]!r}: give a token id, or prompts that end alike"
+            )
     return replace(make_answer(model, ids, last), text=answer)
 
 
