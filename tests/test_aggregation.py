@@ -160,6 +160,22 @@ def test_traces_that_do_not_fit_are_refused(seed):
         aggregate_traces([trace, trace], [roles] * 2, right=[1.0, math.nan])
 
 
+def test_a_trace_that_broke_is_no_trace_without_the_role(seed):
+    """Its NaN was left out of the mean without a word."""
+    roles = [{"last": positions(1)}] * 3
+    traces = [made_trace([[1]]) for _ in range(3)]
+    broken = random.choice(traces)
+    broken.restored[0, 0, random.randrange(3)] = math.nan
+    with pytest.raises(ValueError, match="indirect_effect of a trace .* is NaN: its run broke"):
+        aggregate_traces(traces, roles)
+    same = replace(made_trace([[1]]), clean=0.5, corrupted=0.5)
+    same.restored[:] = 0.5
+    with pytest.raises(ValueError, match="recovery of a trace .* is NaN"):
+        aggregate_traces([made_trace([[1]]), same], roles[:2], effect="recovery")
+    kept = aggregate_traces([made_trace([[1]]), same], roles[:2], minimum_gap=0.1)
+    assert len(kept.values) == 1
+
+
 def test_the_towers_positions_are_no_words(seed):
     """Its position 1 was taken for the prompt's: the class token's effect for the constraint's."""
     model = small_model(seed, n_layers=2)

@@ -229,6 +229,21 @@ def test_summaries_are_means_over_questions(seed, tmp_path):
     assert again.metadata == found.metadata and again.said == found.said
 
 
+def test_an_edit_that_breaks_the_model_is_not_left_out(seed):
+    """The means were those of the other edits."""
+    found = made_up()
+    at = random.randrange(0, 40, 2)  # of the group "efficacy"
+    found.probability[at, 1] = found.drift[at] = torch.nan
+    table = found.summary(samples=50).set_index(["group", "measure"])
+    for measure in ("probability", "drift"):
+        line = table.loc["efficacy", measure]
+        assert line[["mean", "low", "high", "change"]].isna().all()
+        assert table.loc["others", measure]["mean"] > 0
+    expected = found.probability[::2, 0].mean()
+    assert table.loc["efficacy", "probability"]["before"] == pytest.approx(float(expected))
+    assert table.loc["efficacy", "score"].drop(["n_edits", "edits", "questions"]).notna().all()
+
+
 def test_clusters_without_a_known_score_leave_the_interval_as_it_is(seed):
     found = made_up(n_edits=6, n_rows=60)  # edits 0 and 3 are cluster 0
     lost = found.edit % 3 == 0

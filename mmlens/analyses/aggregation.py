@@ -226,7 +226,8 @@ def aggregate_traces(
     Raises:
         ValueError: no traces (or none that pass the filters); other sites, layers, windows or
             metrics; other numbers of roles, clusters or answers; no role has a group; an answer
-            that is not 0 or 1; words as roles in a trace of the tower or the connector.
+            that is not 0 or 1; an effect that is NaN; words as roles in a trace of the tower or
+            the connector.
     """
     if not traces or len(roles) != len(traces):
         raise ValueError(f"{len(roles)} roles for {len(traces)} traces; there must be some")
@@ -242,6 +243,7 @@ def aggregate_traces(
                 raise ValueError(
                     f"traces of other {name}: {getattr(trace, name)} and {getattr(first, name)}"
                 )
+    check_numbers(traces, effect)
     names = list(dict.fromkeys(name for each in roles for name in each))
     check_places(traces, names)
     rows = [
@@ -270,6 +272,17 @@ def aggregate_traces(
             "filters": filters,
         },
     )
+
+
+def check_numbers(traces: Sequence[CausalTrace], effect: str) -> None:
+    """Raise a ValueError for NaN, which would be left out as that of a role without positions."""
+    for number, trace in enumerate(traces):
+        if bool(getattr(trace, effect).isnan().any()):
+            raise ValueError(
+                f"{effect} of a trace that passed (number {number}, counted from 0) is NaN: its "
+                "run broke, or nothing lies between its clean and its corrupted run (minimum_gap "
+                "leaves such out)"
+            )
 
 
 def check_places(traces: Sequence[CausalTrace], roles: Sequence[str]) -> None:

@@ -171,16 +171,22 @@ class EditEvaluation(SavedResult):
 
 
 def with_change(table: pd.DataFrame, measure: str, bootstrap: dict[str, Any]) -> dict[str, float]:
-    """Return means before and after and the paired change, with intervals; NaN where unknown."""
+    """Return means before and after and the paired change, with intervals; NaN where unknown.
+
+    And NaN where one of the edits broke the model, which then gives NaN for what was a number: left
+    out, it would make an edit better.
+    """
     after = torch.tensor(table[measure].to_numpy(dtype=float))
     before = torch.full_like(after, torch.nan)
     if f"{measure}_before" in table:
         before = torch.tensor(table[f"{measure}_before"].to_numpy(dtype=float))
     found = {"before": float(before.nanmean())}
+    broke = bool((after.isnan() & (~before.isnan() | (measure == "drift"))).any())
     names = (("mean", "low", "high"), ("change", "change_low", "change_high"))
     for column, kinds in zip((after, after - before), names, strict=True):
         values, clusters = known_values(column, list(table["cluster"]))
         unknown = (torch.tensor(torch.nan),) * 3
-        numbers = bootstrap_mean(values, clusters, **bootstrap) if clusters else unknown
+        known = bool(clusters) and not broke
+        numbers = bootstrap_mean(values, clusters, **bootstrap) if known else unknown
         found |= {kind: float(x) for kind, x in zip(kinds, numbers, strict=True)}
     return found
