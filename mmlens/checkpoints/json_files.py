@@ -70,6 +70,10 @@ COUNTS = {
 """The most that a size may be: far above every published model, and small enough that a
 configuration of that size costs no memory before it is compared with the weights."""
 
+LONGER = 2**12
+"""How many times as long a tokenizer may make a text. Published ones replace a space by one sign;
+ten rules that double it are a thousand."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -176,3 +180,29 @@ def check_counts(config: dict[str, Any], path: Path) -> None:
                         f"{path}: {field} is {value!r}; it must be a whole number from 1 to "
                         f"{most:,}"
                     )
+
+
+def check_growth(path: Path, folder: Path) -> None:
+    """Raise a CheckpointError where a tokenizer.json can make a short text fill any memory.
+
+    Each rule that replaces what it finds works on what the one before has written.
+    """
+    tokenizer = read_json(path, folder)
+    for part in ("normalizer", "decoder"):
+        longer = 1
+        for rule in objects(tokenizer.get(part)):
+            if rule.get("type") == "Replace":
+                longer *= growth(rule.get("pattern"), rule.get("content"))
+        if longer > LONGER:
+            raise CheckpointError(
+                f"{path}: its {part} replaces, rule after rule, one character by up to "
+                f"{longer:.2g}; the most is {LONGER:,}"
+            )
+
+
+def growth(pattern: Any, content: Any) -> int:
+    """Return how many times as long a text may become where a pattern is replaced in it."""
+    new, old = len(str(content)), pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(old, str) and old:
+        return max(1, -(-new // len(old)))
+    return new + 1  # a regular expression may find nothing, between any two characters

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
 from mmlens.checkpoints.chat_templates import TemplateError, render
-from mmlens.checkpoints.json_files import check_folder, read_json
+from mmlens.checkpoints.json_files import check_folder, check_growth, read_json
 from mmlens.checkpoints.paths import checkpoint_errors
 from mmlens.inputs.templates import QUESTION, ChatTemplate
 
@@ -45,6 +45,8 @@ def pads_left(tokenizer: Any) -> Any:
 
 
 def _read_tokenizer(folder: Path) -> Any:
+    if (folder / "tokenizer.json").exists():
+        check_growth(folder / "tokenizer.json", folder)
     settings = folder / "tokenizer_config.json"
     loader: Any = AutoTokenizer
     if not (folder / "tokenizer.json").exists() and settings.exists():
