@@ -6,7 +6,9 @@ A template takes the content of a message as a string, as typed parts, or either
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from PIL import Image
 from random_models import Shape, random_language_model, random_llava
 from small_tokenizers import tokenizer_with
 from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessor, LlavaProcessor
+
+from mmlens.inputs.processor import Processor
 
 QUESTION = "What is the capital of this country?"
 TURNS = "{{% for message in messages %}}{}{{% endfor %}}{}"
@@ -109,6 +113,21 @@ def test_a_language_model_gets_the_tokenizers_chat(
         assert inputs.tokens[0].tolist() == expected
         words = tokenizer.decode(inputs.tokens[0, inputs.span("constraint")])
         assert words.strip() == question.strip()
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json"])
+def test_a_language_model_has_no_processor(file: str, seed: int, tmp_path: Path) -> None:
+    """So its files say nothing: transformers' tokenizer does not read them."""
+    template = STRINGS[random.choice(list(STRINGS))]
+    written(tmp_path, template, "added", images=False)
+    (tmp_path / file).write_text(json.dumps({"chat_template": "Other: {{ messages }}"}))
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": "user", "content": "Which?"}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert Processor.from_pretrained(tmp_path)("Which?").tokens[0].tolist() == expected
 
 
 @pytest.mark.parametrize("processor", [True, False], ids=["processor", "no processor"])

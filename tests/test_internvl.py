@@ -32,6 +32,7 @@ from internvl_models import (
 from random_models import in_dtype
 from rounding import assert_same, rounded_otherwise
 from tiled_models import SIZES, random_image, random_texts
+from transformers import AutoTokenizer
 
 from mmlens import Intervention, causal_trace, swap_image
 from mmlens.analyses.trace_grid import labels_at
@@ -300,6 +301,18 @@ def test_a_cell_covers_the_pixels_that_its_token_depends_on(
 
 
 # What is refused
+
+
+def test_the_placeholder_of_prepare_is_no_token_of_texts(seed: int, tmp_path: Path) -> None:
+    """Its id would be that of no token of the checkpoint's."""
+    family = FAMILIES["Qwen2"]
+    write(family, tmp_path, random_internvl(family))
+    model, theirs = load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "What is <image_1> <img> here?"
+    assert model.to_tokens(text)[0].tolist() == theirs(text)["input_ids"]
+    for texts in ("What is <image> here?", ["Paris", "<image>"]):
+        with pytest.raises(ValueError, match=r"has <image> in it.*<IMG_CONTEXT>"):
+            model.to_tokens(texts)
 
 
 def test_tokens_that_do_not_fit_are_refused(seed: int, tmp_path: Path) -> None:

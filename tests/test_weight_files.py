@@ -139,6 +139,14 @@ def test_a_wrong_config_is_refused_before_anything_is_allocated(
     refused(tmp_path, "the config makes it [1000000, 60000]", "model.embed_tokens.weight is [67, ")
 
 
+def test_an_adapter_beside_the_weights(seed: int, tmp_path: Path) -> None:
+    """transformers would add it, to the weights that it names."""
+    random_llama().save_pretrained(tmp_path)
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "someone/another"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    refused(tmp_path, "adapter_config.json", "'someone/another'", "merge_and_unload")
+
+
 # What it costs
 
 PEAK = """

@@ -80,6 +80,7 @@ def load_model(
         return gguf.load(regular_file(file), where, dtype or torch.float32)
     folder = find_folder(name_or_path, revision)
     check_folder(folder)
+    check_no_adapter(folder)
     format = format_of(folder)
     own_dtype = checkpoint_dtype(folder)
     with checkpoint_errors(folder / "config.json"):
@@ -99,6 +100,22 @@ def load_model(
     model.checkpoint = folder.absolute()
     equip(model, folder, tower)
     return model
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise a CheckpointError for a folder with an adapter of peft, which transformers would add.
+
+    And it would add it to the weights that the adapter names, whatever lies beside it.
+    """
+    path = folder / "adapter_config.json"
+    if os.path.lexists(path):
+        base = read_json(path, folder).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{path}: the folder has an adapter of peft, which transformers would add to the "
+            f"weights of {base!r}; mmlens reads whole models: merge the two (peft's "
+            "merge_and_unload) and save what comes out, or take adapter_config.json away to read "
+            "the weights here without it"
+        )
 
 
 def load_processor(name_or_path: str | Path, *, revision: str | None = None) -> Processor:

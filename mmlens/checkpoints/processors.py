@@ -104,7 +104,7 @@ def chat_template(
         with_images: whether the model sees any.
         placeholder: what the template writes for an image; `<image>` stands there in the result.
     """
-    source = _template_source(folder, tokenizer)
+    source = _template_source(folder, tokenizer, with_images)
     return written_out(source, tokenizer, with_images, folder, placeholder)
 
 
@@ -148,10 +148,12 @@ def written_out(
     return None
 
 
-def _template_source(folder: Path, tokenizer: Any) -> str | None:
-    """The Jinja source; a processor's before the tokenizer's."""
+def _template_source(folder: Path, tokenizer: Any, with_images: bool) -> str | None:
+    """The Jinja source; a processor's before the tokenizer's, where the model sees images."""
     found = None
-    if any((folder / name).exists() for name in ("processor_config.json", "chat_template.json")):
+    if with_images and any(
+        (folder / name).exists() for name in ("processor_config.json", "chat_template.json")
+    ):
         check_folder(folder)
         with checkpoint_errors(folder, "its processor cannot be read: "):
             # Its settings alone: making it may need a package that images do not (SmolVLM).

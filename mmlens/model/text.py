@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmlens.config import MultimodalConfig
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
-from mmlens.inputs.spans import token_strings
+from mmlens.inputs.spans import PLACEHOLDER, token_strings
 from mmlens.inputs.special_tokens import Side, padding_token, prompt_ids
 
 Tokens = Int[Tensor, "batch pos"]
@@ -58,8 +58,9 @@ class TokenMethods(nn.Module):
             truncate: cut texts to `cfg.n_ctx` tokens.
 
         Raises:
-            ValueError: no tokenizer, no texts, a text without tokens beside others, or texts of
-                different lengths for a tokenizer without a padding token.
+            ValueError: no tokenizer, no texts, a text without tokens beside others, texts of
+                different lengths for a tokenizer without a padding token, or `<image>` in a text
+                where that is no token of the checkpoint's.
 
         Example:
             >>> model.to_tokens(["The capital of France", " Paris"], prepend_bos=False)
@@ -70,6 +71,12 @@ class TokenMethods(nn.Module):
         texts = [input] if isinstance(input, str) else list(input)
         if not texts:
             raise ValueError("the list of texts is empty")
+        if self.cfg.image_placeholder != PLACEHOLDER and any(PLACEHOLDER in text for text in texts):
+            raise ValueError(
+                f"a text has {PLACEHOLDER} in it, which is where `model.prepare` puts an image; "
+                f"this model's own word for one is {self.cfg.image_placeholder}, and to_tokens "
+                "takes text without images"
+            )
         bos, n_most = self._prepends_bos(prepend_bos), self.cfg.n_ctx if truncate else None
         rows = [prompt_ids(tokenizer, text, bos, n_most) for text in texts]
         longest, side = max(map(len, rows)), self._padding_side(padding_side)
