@@ -25,6 +25,9 @@ ROPE = {"rope_type": "default", "rope_theta": 7000.0, "partial_rotary_factor": 0
 SAY_NOTHING: dict[str, tuple[str, dict[str, Any]]] = {
     "a window of llama": ("grouped queries", {"sliding_window": 6}),
     "a window of granite": ("granite", {"sliding_window": 6}),
+    "biases of mistral": ("mistral", {"attention_bias": True, "mlp_bias": True}),
+    "biases of qwen2": ("qwen2", {"attention_bias": True, "mlp_bias": True}),
+    "biases of qwen3's MLP": ("qwen3", {"mlp_bias": True}),
     "a share of heads of llama": ("grouped queries", {"rope_parameters": ROPE}),
     "a share of heads of qwen3": ("qwen3", {"rope_parameters": ROPE}),
     "a share of heads of gemma": ("gemma", {"rope_parameters": ROPE}),

@@ -166,7 +166,8 @@ def load_image(image: Any) -> Image.Image:
             (where both are possible, an array is the former and a tensor the latter). They hold
             booleans, 0 ... 255 as integers, 0 ... 65,535 as uint16 (up to 255 they are taken for 8
             bits), or 0 ... 1 as floats. Files of 16 bits are scaled to 8. A transparency channel
-            is dropped, as Hugging Face does.
+            is dropped, as transformers does with files; PIL images that its processors get are
+            laid on white in transformers 5.24.
 
     Raises:
         ValueError: no such file, not an image, more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, a

@@ -33,6 +33,10 @@ NAMES = {
 
 WINDOWED = {"mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text"}
 """Whose windows transformers applies: the others may have the fields, which say nothing there."""
+BIASED = {"llama", "granite", "qwen3", "qwen3_vl_text"}
+"""Whose `attention_bias` counts, in the same way."""
+MLP_BIASED = {"llama", "granite"}
+"""Whose `mlp_bias` does."""
 
 
 def choices(config: PreTrainedConfig) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def choices(config: PreTrainedConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: layers that have a window, and no window.
     """
-    biased = getattr(config, "attention_bias", False)
+    biased = config.model_type in BIASED and config.attention_bias
     types = windows(config) if config.model_type in WINDOWED else None
     return {
         "normalization_type": "RMS",
@@ -50,7 +54,7 @@ def choices(config: PreTrainedConfig) -> dict[str, Any]:
         "qkv_bias": biased or config.model_type.startswith("qwen2"),
         "o_bias": biased,
         "qk_norm": config.model_type.startswith("qwen3"),
-        "mlp_bias": getattr(config, "mlp_bias", False),
+        "mlp_bias": config.model_type in MLP_BIASED and config.mlp_bias,
         "window_size": config.sliding_window if types else None,
         "attn_types": types,
     }
