@@ -257,3 +257,14 @@ def test_no_hook_is_left_behind(model, inputs):
             run()
         assert not any(module._forward_hooks for module in model.modules())
         assert torch.equal(model(inputs), plain)
+
+
+def test_gradients_that_are_off_are_told(seed: int) -> None:
+    """As notebooks switch them off at their top; torch would speak of element 0 of tensors."""
+    model = small_model(seed).requires_grad_()
+    inputs = small_inputs(model, seed)
+    with torch.no_grad(), pytest.raises(ValueError, match="gradients, and they are off"):
+        model.run_with_cache(inputs, return_type="loss", incl_bwd=True)
+    assert torch.is_grad_enabled() and model.context_level == 0
+    _, cache = model.run_with_cache(inputs, return_type="loss", incl_bwd=True)
+    assert "blocks.0.hook_resid_post_grad" in cache

@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 import torch
 from small_tiled_models import noise_picture, tiled_model
-from transformers import BatchFeature
+from transformers import BatchFeature, DynamicCache
 
 from mmlens.model.transformer import HookedMultimodalTransformer
 
@@ -112,6 +112,7 @@ def test_transformers_arguments_that_ask_for_nothing(seed: int) -> None:
     types = {"token_type_ids": torch.zeros_like(batch["input_ids"])}
     types["mm_token_type_ids"] = (batch["input_ids"] == model.cfg.image_token_id).long()
     common = {"output_attentions": False, "output_hidden_states": None, "past_key_values": None}
+    common |= {"cache": None, "mm_encoder_outputs": None}
     given = {**batch, **types, **common, "return_dict": False, "logits_to_keep": 0}
     assert torch.equal(model(**given, use_cache=False), plain)
     logits, cache = model.run_with_cache(**given, use_cache=False, names_filter="hook_embed")
@@ -119,7 +120,12 @@ def test_transformers_arguments_that_ask_for_nothing(seed: int) -> None:
     ids = {**batch}
     assert torch.equal(model(model.inputs_from_tokens(ids.pop("input_ids"), **ids, **types)), plain)
     said = model.generate(**batch, max_new_tokens=4)
-    settings = {"synced_gpus": False, "return_dict_in_generate": False, "max_new_tokens": 4}
+    settings = {
+        "synced_gpus": False,
+        "tokenizer": None,
+        "return_dict_in_generate": False,
+        "max_new_tokens": 4,
+    }
     for use_cache in (True, False, None):
         again = model.generate(**batch, **types, **common, **settings, use_cache=use_cache)
         assert torch.equal(again, said)
@@ -144,6 +150,10 @@ def test_use_cache_is_use_past_kv_cache(seed: int) -> None:
     ("call", "name", "value", "instead"),
     [
         ("forward", "use_cache", True, "past_kv_cache=KeyValueCache"),
+        ("forward", "cache", DynamicCache(), "past_kv_cache=KeyValueCache"),
+        ("generate", "cache", DynamicCache(), "past_kv_cache=KeyValueCache"),
+        ("forward", "mm_encoder_outputs", object(), "projector.hook_out"),
+        ("generate", "tokenizer", object(), "stop_strings are told by model.tokenizer"),
         ("forward", "output_attentions", True, "run_with_cache"),
         ("forward", "return_dict", True, "logits as a tensor"),
         ("forward", "inputs_embeds", torch.zeros(1, 2, 3), "start_at_layer=0"),

@@ -211,7 +211,14 @@ class HookedRootModule(transformer_lens.HookedRootModule):
         """Run the model and keep activations; arguments as in TransformerLens.
 
         The cache holds what `interventions` made of the activations; see `run_with_hooks`.
+
+        Raises:
+            ValueError: `incl_bwd` where gradients are off.
         """
+        if options.get("incl_bwd") and not torch.is_grad_enabled():
+            raise ValueError(
+                "incl_bwd=True needs gradients, and they are off here: torch.set_grad_enabled(True)"
+            )
         with self.hooks(interventions=interventions):
             return super().run_with_cache(*model_args, **options)
 

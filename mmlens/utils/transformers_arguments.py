@@ -11,10 +11,13 @@ from typing import Any, Literal
 Choices = Mapping[str, tuple[tuple[Any, ...], str]]
 
 ACTIVATIONS = 'use run_with_cache: cache["pattern", layer], cache["resid_post", layer]'
+CACHE = "use past_kv_cache=KeyValueCache(model.cfg.n_layers) of forward"
 BOTH: Choices = {
     "output_attentions": ((None, False), ACTIVATIONS),
     "output_hidden_states": ((None, False), ACTIVATIONS),
-    "past_key_values": ((None,), "use past_kv_cache=KeyValueCache(model.cfg.n_layers) of forward"),
+    "past_key_values": ((None,), CACHE),
+    "cache": ((None,), CACHE),  # what newer transformers calls them
+    "mm_encoder_outputs": ((None,), 'set them with a hook on "projector.hook_out"'),
     "cache_position": ((None,), "positions are counted from the mask and the cache"),
     "image_hidden_states": ((None,), 'set them with a hook on "projector.hook_out"'),
     "vision_feature_layer": ((None,), "model.cfg.vision.feature_layers are the checkpoint's"),
@@ -53,6 +56,7 @@ GENERATE: Choices = {
     "negative_prompt_ids": ((None,), "guidance needs another loop of decoding"),
     "negative_prompt_attention_mask": ((None,), "guidance needs another loop of decoding"),
     "custom_generate": ((None,), "every step goes through the hooked model"),
+    "tokenizer": ((None,), "stop_strings are told by model.tokenizer: leave it out"),
     "synced_gpus": ((None, False), "a model runs in one process"),
     "use_model_defaults": ((None, True), "the checkpoint's generation_config.json counts"),
     "cache_implementation": ((None, "dynamic"), DECIDED),
