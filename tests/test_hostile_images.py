@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
@@ -278,6 +279,29 @@ def test_every_field_of_a_processor_that_makes_images_large(
         made.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
+
+
+WITHOUT_SENSE: dict[str, tuple[dict[str, Any], str]] = {
+    "a deviation of 0": ({"image_std": [0.5, 0.0, 0.5]}, "image_std=.*may be 0"),
+    "a mean of NaN": ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean=.*finite"),
+    "an infinite factor": ({"rescale_factor": float("inf")}, "rescale_factor=inf; .*finite"),
+    "a word": ({"image_mean": ["half"] * 3}, "image_mean=.*finite"),
+    "a side below 0": ({"size": {"height": -1, "width": 24}}, "size=.*one pixel or more"),
+    "an empty crop": ({"crop_size": {"height": 0, "width": 0}}, "crop_size=.*one pixel"),
+    "no filter": ({"resample": 99}, "resample=99; it is one of 0 .NEAREST., .*3 .BICUBIC."),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_SENSE)
+def test_fields_of_a_processor_without_sense(case: str, seed: int, tmp_path: Path) -> None:
+    fields, message = WITHOUT_SENSE[case]
+    folder = write_tiny_llava(tmp_path, seed)
+    (folder / "processor_config.json").unlink(missing_ok=True)
+    CLIPImageProcessor(size={"height": 24, "width": 24}).save_pretrained(folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
 
 
 BOMB = """

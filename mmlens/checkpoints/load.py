@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +217,7 @@ def check_processor(processor: Any, cfg: MultimodalConfig, folder: Path) -> None
     """
     if cfg.vision is None or processor is None:
         return
+    check_fields(processor, folder)
     if cfg.vision.packed:  # whose "edges" are areas
         area, most = sides_of(processor.size).get("shortest_edge", 0), Image.MAX_IMAGE_PIXELS
         if most is not None and area > most:
@@ -240,6 +242,33 @@ def check_processor(processor: Any, cfg: MultimodalConfig, folder: Path) -> None
         raise CheckpointError(
             f"{folder}: its image processor cuts images into {n_tiles:,} tiles (max_patches); an "
             f"image may have {MOST_TILES}"
+        )
+
+
+def check_fields(processor: Any, folder: Path) -> None:
+    """Raise a CheckpointError where an image processor would give NaN, or fail at each image."""
+
+    def refuse(name: str, what: str) -> None:
+        raise CheckpointError(
+            f"{folder}: its image processor has {name}={getattr(processor, name)!r}; {what}"
+        )
+
+    for name, may_be_zero in (("image_mean", True), ("image_std", False), ("rescale_factor", True)):
+        given = getattr(processor, name, None)
+        for number in given if isinstance(given, list | tuple) else [given]:
+            if number is None:
+                continue
+            if not isinstance(number, int | float) or not math.isfinite(number):
+                refuse(name, "all of it must be finite numbers")
+            if not (may_be_zero or number):
+                refuse(name, "pixels are divided by it, so nothing of it may be 0")
+    for name in ("size", "crop_size"):
+        if min(sides_of(getattr(processor, name, None)).values(), default=1) < 1:
+            refuse(name, "a side has one pixel or more")
+    if getattr(processor, "resample", None) not in (None, *Image.Resampling):
+        refuse(
+            "resample",
+            f"it is one of {', '.join(f'{it:d} ({it.name})' for it in Image.Resampling)}",
         )
 
 
