@@ -91,7 +91,8 @@ def test_scans_of_one_prompt(case: Case, over: Any) -> None:
     }
     for by, possible in puts.items():
         scan = ablation_scan(
-            model, inputs, over, by, positions=at, layers=[layer], answer=token, size=SIZE,
+            model, inputs, over, by, positions=at, layers=[layer], answer=token,
+            size=SIZE if over == "neurons" else None,
             references=[inputs, case.other] if by in ("mean", "resample") else None,
         )  # fmt: skip
         found = scan.values.flatten().tolist()

@@ -8,14 +8,28 @@ after the image. This is `patch` over cells that anybody can write:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mmlens.analyses.arguments import Where, layers_of, positions_of
+from mmlens.analyses.ablation import (
+    AXES,
+    GRID,
+    SITES,
+    SIZE,
+    Ablation,
+    By,
+    Over,
+    Places,
+    check,
+    check_sites,
+    check_used,
+)
+from mmlens.analyses.arguments import layers_of, positions_of
 from mmlens.analyses.image_regions import RegionsGiven, named_regions, random_regions
 from mmlens.analyses.metrics import Followed, Metric, followed
 from mmlens.analyses.other_runs import check_no_padding, visual_tokens, without
@@ -26,7 +40,7 @@ from mmlens.branching.recording import Recording
 from mmlens.inputs.checks import check_one_prompt
 from mmlens.inputs.multimodal_inputs import MultimodalInputs
 from mmlens.interventions.functions import HookFunction, mean, resample, zero
-from mmlens.interventions.intervention import Intervention, SiteLayers, site_of, stack_config
+from mmlens.interventions.intervention import SiteLayers, site_of
 from mmlens.utils.grad_mode import without_gradients
 from mmlens.utils.progress import Progress
 from mmlens.utils.texts import check_several
@@ -34,80 +48,6 @@ from mmlens.utils.threads import on_free_cores
 
 if TYPE_CHECKING:
     from mmlens.model.transformer import HookedMultimodalTransformer
-
-Over = Literal["heads", "layers", "neurons", "regions"]
-By = Literal["zero", "mean", "resample"]
-Places = Where | Mapping[str, Any] | Callable[[MultimodalInputs], Any]
-"""A span or positions; some of them by role; or a function of the inputs that returns either."""
-Cells = dict[tuple[Coordinate, ...], list[Intervention]]
-
-SITES = {
-    "heads": ("z",),
-    "layers": ("attn_out", "mlp_out"),
-    "neurons": ("post",),
-    "regions": ("input_embed",),
-}
-"""What is ablated by default."""
-GRID = (4, 4)
-"""Regions by default, in rows and columns."""
-SIZE = 128
-"""Neurons of a group by default."""
-AXES = {
-    "heads": ("layer", "head"),
-    "layers": ("layer",),
-    "neurons": ("layer", "neurons"),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Ablation:
-    """What a scan ablates, of any prompt."""
-
-    model: HookedMultimodalTransformer
-    over: Over
-    sites: tuple[str, ...]
-    layers: list[int]
-    size: int
-    """Neurons of a group."""
-    function: HookFunction
-
-    def parts(self) -> dict[tuple[Coordinate, ...], list[tuple[str, int]]]:
-        """Return the sites, with layers, of each part but the image's, by its coordinates."""
-        layers = self.layers
-        if self.over == "layers":
-            return {(layer,): [(site, layer) for site in self.sites] for layer in layers}
-        [site] = self.sites
-        cfg, axis = stack_config(site, self.model), site_of(site).axes[site_of(site).unit_axis]
-        if self.over == "heads":
-            n = cfg.n_kv_heads if axis == "kv_head" else cfg.n_heads
-            return {(i, head): [(f"{site}[{head}]", i)] for i in layers for head in range(n)}
-        n = cfg.d_mlp if axis == "d_mlp" else cfg.d_model
-        groups = [(begin, min(begin + self.size, n) - 1) for begin in range(0, n, self.size)]
-        return {
-            (layer, f"{begin}-{end}"): [(f"{site}[{begin}-{end}]", layer)]
-            for layer in layers
-            for begin, end in groups
-        }
-
-    def cells(self, roles: Mapping[str, Tensor | None]) -> Cells:
-        """Return the interventions of each part, at each role's positions."""
-        return {
-            (*([role] if role else []), *key): [
-                Intervention(site, layer, positions, self.function) for site, layer in part
-            ]
-            for role, positions in roles.items()
-            for key, part in self.parts().items()
-        }
-
-    def of_regions(self, regions: Sequence[Tensor]) -> list[list[Intervention]]:
-        """Return the interventions of each region of an image."""
-        where: list[tuple[str, Any]] = [
-            (site, self.layers if site_of(site).is_layered else None) for site in self.sites
-        ]
-        return [
-            [Intervention(site, layers, region, self.function) for site, layers in where]
-            for region in regions
-        ]
 
 
 @without_gradients
@@ -222,106 +162,28 @@ def ablation_scan(
         "metadata": description(model, prompts[0]) | {"prompts": len(prompts), "seed": seed},
     }
     options: dict[str, Any] = {"batch_rows": batch_rows, "progress": progress}
-    recorded: list[Recording] = []
     if over == "regions":
         what = followed(model.record(prompts[0]), metric, answers[0], contrasts[0])
         which = GRID if regions is None else regions
         found = scan_regions(ablation, what, by, references, (which, control, seed), options)
         return Scan(**found, **common, answer=answer_of(what))
-    values, baselines, first = [], [], None
-    for number, each in enumerate(prompts):
-        recorded = Recording.of_all(model, [each], earlier=recorded)
-        what = followed(recorded[0], metric, answers[number], contrasts[number])
-        first = first or what
-        roles = roles_of(each, positions)
-        if by == "resample":
-            runs = without(each, others)
-            if site_of(sites[0]).stack == "decoder":
-                check_no_padding(each, runs, roles.values())
-            ablation = replace(ablation, function=resample(runs, seed))
-        cells = ablation.cells(roles)
-        values.append((list(cells), evaluated(what, list(cells.values()), **options)))
-        baselines.append(what.baseline().cpu())
-    keys = list(dict.fromkeys(key for some, _ in values for key in some))
-    coordinates = [tuple(dict.fromkeys(axis)) for axis in zip(*keys, strict=True)]
-    grids = [on_axes(found, some, coordinates) for some, found in values]
-    there = [~on_axes(torch.ones(len(some)), some, coordinates).isnan() for some, _ in values]
-    measured, clean, known = map(torch.stack, (grids, baselines, there))
+    asked = [(metric, *pair) for pair in zip(answers, contrasts, strict=True)]
+    resampled = (others, seed) if by == "resample" else None
+    keys, cells, baselines, answered = scan_prompts(
+        ablation, prompts, asked, positions, resampled, options
+    )
+    coordinates = [tuple(dict.fromkeys(axis)) for axis in zip(*chain(*keys), strict=True)]
+    values = torch.stack(list(map(on_axes, cells, keys, [coordinates] * len(keys))))
+    ones = (torch.ones(len(some)) for some in keys)
+    known = ~torch.stack(list(map(on_axes, ones, keys, [coordinates] * len(keys)))).isnan()
     labels = None if clusters is None else list(clusters)
-    names = AXES[over]
     return Scan(
-        **mean_scan(measured, clean, known, labels, level),
-        axes=("role", *names) if len(coordinates) > len(names) else names,
+        **mean_scan(values, torch.stack(baselines), known, labels, level),
+        axes=("role", *AXES[over]) if len(coordinates) > len(AXES[over]) else AXES[over],
         coordinates=tuple(coordinates),
-        answer=answer_of(first) if len(prompts) == 1 else "",
+        answer=answered if len(prompts) == 1 else "",
         **common,
     )
-
-
-def check(
-    prompts: Sequence[MultimodalInputs], over: str, by: Any, regions: Any, size: Any, control: int
-) -> None:
-    """Raise a ValueError for what cannot be scanned."""
-    if (size is not None and size < 1) or control < 0:
-        raise ValueError(f"size={size} must be at least 1, and control={control} at least 0")
-    if not prompts:
-        raise ValueError("no prompts to scan")
-    for each in prompts:
-        check_one_prompt(len(each), "ablation_scan")
-    if over not in get_args(Over):
-        raise ValueError(f"over={over!r}; it is {', '.join(map(repr, get_args(Over)))}")
-    if isinstance(by, str) and by not in get_args(By):
-        raise ValueError(f"by={by!r}; it is {', '.join(map(repr, get_args(By)))} or a function")
-    for name, given, use in (("regions", regions, "regions"), ("size", size, "neurons")):
-        if given is not None and over != use:
-            raise ValueError(f"{name}={given} is for over={use!r}, not for {over!r}")
-
-
-def check_used(
-    n_prompts: int,
-    over: Over,
-    by: Any,
-    layers: Any,
-    positions: Any,
-    references: Any,
-    control: int,
-    clusters: Any,
-) -> None:
-    """Raise a ValueError for arguments that a scan would ignore."""
-    if over == "regions" and positions is not None:
-        raise ValueError("positions are for other scans; over='regions' ablates regions=...")
-    if over == "regions" and layers is not None:
-        raise ValueError(
-            "layers are not for over='regions', where the image enters the model; name a site that "
-            "has layers, such as site='resid_post'"
-        )
-    if over != "regions" and control:
-        raise ValueError(f"control={control} is for over='regions', not for {over!r}")
-    if references is not None and by not in ("mean", "resample"):
-        raise ValueError(f"references are for 'mean' and 'resample'; by={by!r} has no use for them")
-    if clusters is not None and len(clusters) != n_prompts:
-        raise ValueError(f"{len(clusters)} clusters for {n_prompts} prompts")
-
-
-def check_sites(sites: Sequence[str], over: Over, positions: Places | None) -> None:
-    """Raise a ValueError for sites that do not have the parts or the positions that are meant."""
-    for name in sites:
-        site = site_of(name)
-        is_heads = site.units == "heads"
-        if over != "regions" and (not site.is_layered or site.stack == "connector"):
-            raise ValueError(
-                f"site={name!r} is of no layer of the decoder or the tower, which over={over!r} "
-                "goes through"
-            )
-        if over == "heads" and not is_heads:
-            raise ValueError(f"site={name!r} has {site.units}, and no heads")
-        if over == "neurons" and is_heads:
-            raise ValueError(f"site={name!r} has heads: scan them with over='heads'")
-        if site.stack != "decoder" and (over == "regions" or positions is not None):
-            raise ValueError(
-                f"positions and regions are those of the prompt, but site={name!r} has "
-                f"{site.positions} of the {site.stack}: scan all of them, without positions"
-            )
 
 
 def each_of(given: Any, n: int) -> list[Any]:
@@ -333,9 +195,9 @@ def each_of(given: Any, n: int) -> list[Any]:
     return list(given)
 
 
-def answer_of(what: Followed | None) -> str:
+def answer_of(what: Followed) -> str:
     """Return the text of the answer that is followed."""
-    return "" if what is None or what.answer is None else what.answer.text
+    return "" if what.answer is None else what.answer.text
 
 
 def roles_of(inputs: MultimodalInputs, positions: Places | None) -> dict[str, Tensor | None]:
@@ -361,6 +223,43 @@ def recorded_of(
         (name, ablation.layers) if site_of(name).is_layered else name for name in ablation.sites
     ]
     return ablation.model.record_many(prompts, sites=sites)
+
+
+def scan_prompts(
+    ablation: Ablation,
+    prompts: Sequence[MultimodalInputs],
+    asked: Sequence[tuple[Metric, Any, Any]],
+    positions: Places | None,
+    resampled: tuple[Sequence[Recording], int] | None,
+    options: dict[str, Any],
+) -> tuple[list[list[tuple[Coordinate, ...]]], list[Tensor], list[Tensor], str]:
+    """Return each prompt's coordinates, what is measured there, and its baseline; the first answer.
+
+    Args:
+        ablation: what is ablated.
+        prompts: of one row each.
+        asked: metric, answer and contrast of each prompt.
+        positions: which of its positions.
+        resampled: the runs whose activations are put in, and the seed of the draws.
+        options: of `evaluated`.
+    """
+    recorded: list[Recording] = []
+    keys, values, baselines, answers = [], [], [], []
+    for each, (metric, answer, contrast) in zip(prompts, asked, strict=True):
+        recorded = Recording.of_all(ablation.model, [each], earlier=recorded)
+        what = followed(recorded[0], metric, answer, contrast)
+        roles = roles_of(each, positions)
+        if resampled is not None:
+            runs = without(each, resampled[0])
+            if site_of(ablation.sites[0]).stack == "decoder":
+                check_no_padding(each, runs, roles.values())
+            ablation = replace(ablation, function=resample(runs, resampled[1]))
+        cells = ablation.cells(roles)
+        keys.append(list(cells))
+        values.append(evaluated(what, list(cells.values()), **options))
+        baselines.append(what.baseline().cpu())
+        answers.append(answer_of(what))
+    return keys, values, baselines, answers[0]
 
 
 def scan_regions(

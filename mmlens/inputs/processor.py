@@ -48,6 +48,7 @@ from mmlens.inputs.named_phrases import (
     span_positions,
     text_spans,
 )
+from mmlens.inputs.rows import Spans, one_each, rows_of
 from mmlens.inputs.spans import (
     PLACEHOLDER,
     EncodedText,
@@ -57,7 +58,6 @@ from mmlens.inputs.spans import (
 from mmlens.inputs.special_tokens import Side, filler, padding_at, special_tokens_around
 from mmlens.inputs.templates import (
     ChatTemplate,
-    Phrase,
     Template,
     fill_template,
     with_image_text,
@@ -70,8 +70,6 @@ else:
     MultimodalConfig = Any  # anything with image_token_id, bos_token_id and vision will do
 
 __all__ = ["Processor"]
-
-Spans = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +203,7 @@ class Processor:
         if prepend_bos is None:
             prepend_bos = self.cfg.default_prepend_bos
         rows = []
-        for question, given, phrases in _rows(text, image, spans):
+        for question, given, phrases in rows_of(text, image, spans):
             images = load_images(given)
             if isinstance(template, ChatTemplate):
                 question, phrases = template.asked(question, phrases)
@@ -354,7 +352,7 @@ class Processor:
         rows = standard_spans(tokens, mask, images, bos_token_id=bos)
         if spans is None or isinstance(spans, Mapping):
             spans = [spans] * len(tokens)
-        for row, named in zip(rows, _one_each("spans", spans, len(tokens)), strict=True):
+        for row, named in zip(rows, one_each("spans", spans, len(tokens)), strict=True):
             for name, positions in (named or {}).items():
                 check_span_name(name)
                 row[name] = span_positions(name, positions, tokens.device)
@@ -371,34 +369,3 @@ class Processor:
             str_tokens=strings,
             blocks=self._blocks(tokens, mask, ~real if types is None else ~real | (types != 0)),
         )
-
-
-def _rows(
-    text: str | Sequence[str], image: Any, spans: Spans
-) -> list[tuple[str, Any, Mapping[str, Phrase]]]:
-    """Return texts, images and spans of each row of the batch."""
-    if isinstance(text, str):
-        one = spans if isinstance(spans, Mapping | None) else _one_each("spans", spans, 1)[0]
-        return [(text, image, one or {})]
-    if not text:
-        raise ValueError("the list of texts is empty")
-    n = len(text)
-    images = [None] * n if image is None else _one_each("image", image, n)
-    if spans is None or isinstance(spans, Mapping):
-        spans = [spans] * n
-    phrases = [row or {} for row in _one_each("spans", spans, n)]
-    return list(zip(text, images, phrases, strict=True))
-
-
-def _one_each(name: str, values: Any, n: int) -> Sequence[Any]:
-    if not isinstance(values, list | tuple):
-        raise ValueError(
-            f"for a list of {n} text(s), {name} must be a list with one entry for each (None where "
-            f"there is nothing), not {type(values).__name__}"
-        )
-    if len(values) != n:
-        raise ValueError(
-            f"{n} text(s), but {name} has {len(values)} entries: give one for each text (None "
-            f"where there is nothing; a list for several images of one text)"
-        )
-    return values
