@@ -156,7 +156,7 @@ def test_greedy_generation_equals_transformers(name: str, seed: int, tmp_path: P
         prepared(made.model, texts, images),
         n_new,
         return_type="tokens",
-        stop_at_eos=False,
+        min_new_tokens=n_new,
         suppress_tokens=suppressed,
         do_sample=False,
     )
