@@ -30,6 +30,7 @@ from gemma_models import (
 )
 from half_precision import check_half_precision, error_ratios
 from random_models import in_dtype
+from slow_cases import some_fast
 from tiled_models import random_image
 from transformers import AutoProcessor
 
@@ -123,7 +124,7 @@ def test_text_is_generated_as_by_transformers(family: Family, seed: int, tmp_pat
     check_greedy_generation(model, hf, batch, 8, cached=[True, False])
 
 
-@EVERY
+@some_fast("family", FAMILIES, ["gemma3", "paligemma"])
 def test_every_hook_is_alive(family: Family, seed: int, tmp_path: Path) -> None:
     write(family, tmp_path)
     model = load(tmp_path)

@@ -31,6 +31,7 @@ from internvl_models import (
 )
 from random_models import in_dtype
 from rounding import assert_same, rounded_otherwise
+from slow_cases import some_fast
 from tiled_models import SIZES, random_image, random_texts
 from transformers import AutoTokenizer
 
@@ -175,7 +176,7 @@ def test_greedy_generation_equals_hugging_face(family: Family, seed: int, tmp_pa
     check_greedy_generation(load(tmp_path), hf, batch, 9)
 
 
-@EVERY
+@some_fast("family", FAMILIES, ["Qwen2"])
 def test_every_hook_is_alive(family: Family, seed: int, tmp_path: Path) -> None:
     write(family, tmp_path, random_internvl(family))
     model = load(tmp_path)

@@ -19,6 +19,7 @@ from checkpoint_checks import (
 )
 from checkpoint_folders import load
 from qwen_models import FAMILIES, positioned, qwen_activations, random_batch, random_qwen, write
+from slow_cases import some_fast
 from torch import Tensor
 
 from mmlens import Intervention
@@ -146,7 +147,7 @@ def test_an_image_after_a_cache_goes_on_counting(family: str, seed: int, tmp_pat
     assert torch.equal(model(rest, past_kv_cache=cache.prefix(0)), model(rest))
 
 
-@EVERY
+@some_fast("family", {name: name for name in FAMILIES}, ["qwen3"])
 def test_every_hook_is_alive(family: str, seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     _, processor = checkpoint(family, tmp_path, chance, least=4)
