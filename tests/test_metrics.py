@@ -11,6 +11,11 @@ from mmlens.data.metrics import (
 )
 
 
+def check_right(said: str, answer: str, right: bool) -> None:
+    assert is_right(said, [answer]) is right
+    assert normalise_answer(normalise_answer(said)) == normalise_answer(said)
+
+
 @pytest.mark.parametrize(
     "said, answer",
     [
@@ -53,8 +58,7 @@ def test_an_answer_ends_with_its_sentence(said: str, answer: str) -> None:
     ],
 )
 def test_a_number_is_one_word(said: str, answer: str, right: bool) -> None:
-    assert is_right(f" {said}", [answer]) is right
-    assert normalise_answer(normalise_answer(said)) == normalise_answer(said)
+    check_right(f" {said}", answer, right)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +78,7 @@ def test_a_number_is_one_word(said: str, answer: str, right: bool) -> None:
 )
 def test_signs_tell_words_apart(said: str, answer: str, right: bool) -> None:
     """Vowel signs and the voicing of kana went as accents do; an answer "+" was never right."""
-    assert is_right(f" {said}. And", [answer]) is right
-    assert normalise_answer(normalise_answer(said)) == normalise_answer(said)
+    check_right(f" {said}. And", answer, right)
 
 
 @pytest.mark.parametrize(
